@@ -1,0 +1,172 @@
+"""Darknet-19, the classification network that YOLOv2 grows out of (YOLO9000 sec. 3, Table 6), and Darknet's weight files.
+
+Shapes: N images of H x W pixels, H and W multiples of 32; images are float32 RGB in 0..1, without mean or std, as in Darknet.
+"""
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+# The table of the paper, top to bottom: (output channels, kernel size) of a convolution, or "pool" for a 2x2 max-pool of stride 2.
+# The 1x1 convolutions squeeze the channels between the 3x3 ones, which keeps the network cheap.
+DARKNET19_LAYERS = [
+    (32, 3), "pool",
+    (64, 3), "pool",
+    (128, 3), (64, 1), (128, 3), "pool",
+    (256, 3), (128, 1), (256, 3), "pool",
+    (512, 3), (256, 1), (512, 3), (256, 1), (512, 3), "pool",
+    (1024, 3), (512, 1), (1024, 3), (512, 1), (1024, 3),
+]  # fmt: skip
+
+
+def convolution(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
+    """Darknet's [convolutional] section: convolution without bias, batch norm, leaky ReLU; keeps height and width.
+
+    Batch norm averages with momentum .01 and the leak is .1 (src/batchnorm_layer.c, src/activations.h).
+    """
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
+        nn.BatchNorm2d(out_channels, eps=1e-5, momentum=0.01),
+        nn.LeakyReLU(0.1, inplace=True),
+    )
+
+
+def darknet19_features() -> nn.Sequential:
+    """The 18 convolutions and 5 max-pools in front of the classifier: (N, 3, H, W) -> (N, 1024, H/32, W/32)."""
+    layers, channels = [], 3
+    for layer in DARKNET19_LAYERS:
+        if layer == "pool":
+            layers.append(nn.MaxPool2d(2, stride=2))
+        else:
+            layers.append(convolution(channels, *layer))
+            channels = layer[0]
+    return nn.Sequential(*layers)
+
+
+def initialise_kernels(model: nn.Module) -> None:
+    """Kernels drawn from N(0, 2 / (k^2 c_in)), biases 0, as Darknet's make_convolutional_layer does."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, a=0, mode="fan_in", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+class Darknet19(nn.Module):
+    """Darknet-19 classifier: 19 convolutions and 5 max-pools (YOLO9000 Table 6, darknet19.cfg)."""
+
+    def __init__(self, num_classes: int = 1000):
+        super().__init__()
+        self.features = darknet19_features()
+        self.classifier = nn.Conv2d(1024, num_classes, kernel_size=1)  # no batch norm, no activation
+        initialise_kernels(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: (N, 3, H, W) -> logits (N, num_classes); the softmax is left to the loss."""
+        maps = self.classifier(self.features(images))  # (N, num_classes, H/32, W/32)
+        return maps.mean(dim=(2, 3))  # global average pooling -> (N, num_classes)
+
+
+# ---------------------------------------------------------------- Darknet's weight files
+# A header, then for every convolution in the order of the cfg file: biases, batch-norm scales, running means, running variances,
+# kernels (out, in, height, width); a convolution without batch norm has biases and kernels only. All numbers are little-endian
+# float32. The header is int32 major, minor, revision, and the count of images seen: int32 before version 0.2, int64 from then on
+# (load_weights_upto in Darknet's src/parser.c).
+
+
+def darknet_tensors(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Yields, for each convolution in file order, its tensors in file order (our modules are registered in cfg order)."""
+    modules = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
+    for module, following in zip(modules, modules[1:] + [None], strict=True):
+        if isinstance(module, nn.BatchNorm2d):
+            continue
+        if isinstance(following, nn.BatchNorm2d):
+            yield [following.bias, following.weight, following.running_mean, following.running_var, module.weight]
+        elif module.bias is not None:
+            yield [module.bias, module.weight]
+        else:
+            raise ValueError("this model has a convolution with neither bias nor batch norm; Darknet files know none such")
+
+
+def open_darknet_file(file: str | os.PathLike) -> tuple[np.ndarray, int]:
+    """Memory-maps a Darknet weights file -> (its float32 numbers after the header, images seen).
+
+    Raises FileNotFoundError or ValueError, naming the file, where it is missing or too short to be one.
+    """
+    if not os.path.isfile(file):
+        raise FileNotFoundError(f"{file}: no such weights file")
+    size = os.path.getsize(file)
+    if size < 16:
+        raise ValueError(f"{file}: {size} bytes are too few for a Darknet weights file; download or export it again")
+    major, minor = (int(number) for number in np.fromfile(file, "<i4", count=2))
+    if not (0 <= major < 1000 and 0 <= minor < 1000):
+        raise ValueError(f"{file}: not a Darknet weights file (its header says version {major}.{minor})")
+    wide = major * 10 + minor >= 2  # version 0.2 and later count the images in 64 bits
+    header = 20 if wide else 16
+    if size < header or (size - header) % 4:
+        raise ValueError(f"{file}: {size} bytes are not a whole Darknet weights file; download or export it again")
+    images_seen = int(np.fromfile(file, "<i8" if wide else "<i4", count=1, offset=12)[0])
+    if size == header:
+        return np.empty(0, "<f4"), images_seen
+    return np.memmap(file, "<f4", mode="c", offset=header), images_seen
+
+
+def copy_convolutions(convolutions: list[list[Tensor]], numbers: np.ndarray) -> None:
+    """Copies a Darknet file's numbers into the tensors of as many convolutions, straight from the memory map."""
+    position = 0
+    with torch.no_grad():
+        for tensors in convolutions:
+            for tensor in tensors:
+                piece = torch.from_numpy(numbers[position : position + tensor.numel()])
+                tensor.copy_(piece.view(tensor.shape))
+                position += tensor.numel()
+
+
+def load_darknet_weights(model: nn.Module, file: str | os.PathLike) -> int:
+    """Loads a Darknet file into a Darknet19 or YOLOv2 -> the number of convolutions that were loaded.
+
+    The file may hold all convolutions or only the first ones (`darknet19_448.conv.23`: 18 convolutions, 23 counts the pools);
+    how many is printed. Raises FileNotFoundError or ValueError, naming the file, and leaves the model as it was, where the file
+    is damaged or of another network.
+    """
+    numbers, images_seen = open_darknet_file(file)
+    convolutions = list(darknet_tensors(model))
+    ends = np.cumsum([sum(tensor.numel() for tensor in tensors) for tensors in convolutions])
+    count = int(np.searchsorted(ends, numbers.size, side="right"))
+    held = int(ends[count - 1]) if count else 0
+    if count == 0 or held != numbers.size:
+        name, (below, above) = type(model).__name__, (held, int(ends[min(count, len(ends) - 1)]))
+        near = (
+            f"{above:,}" if count in (0, len(ends)) else f"{below:,} (first {count} convolutions) or {above:,} (first {count + 1})"
+        )
+        raise ValueError(
+            f"{file}: holds {numbers.size:,} numbers, but this {name} takes {near}; the file is damaged, or of another "
+            f"network or number of classes"
+        )
+    copy_convolutions(convolutions[:count], numbers)
+    print(f"{file}: loaded {count} of {len(convolutions)} convolutions ({images_seen:,} images seen in training)")
+    return count
+
+
+def save_darknet_weights(model: nn.Module, file: str | os.PathLike, images_seen: int = 0) -> None:
+    """Writes a Darknet19 or YOLOv2 as a Darknet weights file, version 0.2; an existing file is replaced only when all is written.
+
+    A fused model cannot be written: its batch norms are gone (ValueError for Darknet19 and YOLOv2 alike).
+    """
+    if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        raise ValueError("a fused model has no batch norms left to write; save the model it was made from")
+    temporary = f"{os.fspath(file)}.tmp{os.getpid()}"
+    try:
+        with open(temporary, "wb") as stream:
+            np.array([0, 2, 0], "<i4").tofile(stream)
+            np.array([images_seen], "<i8").tofile(stream)
+            for tensors in darknet_tensors(model):
+                for tensor in tensors:
+                    tensor.detach().float().cpu().contiguous().numpy().astype("<f4", copy=False).tofile(stream)
+        os.replace(temporary, file)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)

@@ -1,0 +1,112 @@
+"""YOLOv2: the Darknet-19 backbone with a detection head (YOLO9000 sec. 2, yolov2-voc.cfg).
+
+Letters: N images, A anchors (5), S_h x S_w grid cells (13 x 13 at 416 x 416), C classes (20). Images are float32 RGB in 0..1.
+"""
+
+import copy
+import os
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+import utils
+from darknet_model import (
+    convolution,
+    copy_convolutions,
+    darknet19_features,
+    darknet_tensors,
+    initialise_kernels,
+    load_darknet_weights,
+    open_darknet_file,
+)
+
+# widths and heights of the five prior boxes p_w, p_h in grid cells (yolov2-voc.cfg), found by k-means on the VOC boxes
+ANCHORS = [(1.3221, 1.73145), (3.19275, 4.00944), (5.05587, 8.09892), (9.47112, 4.84053), (11.2364, 10.0071)]
+STRIDE = 32  # pixels of the image per grid cell
+
+
+def reorg(maps: Tensor, stride: int = 2) -> Tensor:
+    """Darknet's reorg layer: (N, C, H, W) -> (N, 4C, H/2, W/2) at stride 2 (src/reorg_layer.c, as its forward pass calls it).
+
+    It is neither pixel_unshuffle nor a plain space-to-depth: Darknet runs its depth-to-space formula on a map that has the shape
+    of space, so the channels come out mixed. Official weights were trained with exactly this order.
+    """
+    n, c, h, w = maps.shape
+    maps = maps.reshape(n, c // stride**2, h, stride, w, stride)  # (N, C/4, H, 2, W, 2)
+    maps = maps.permute(0, 3, 5, 1, 2, 4)  # (N, 2, 2, C/4, H, W)
+    return maps.reshape(n, c * stride**2, h // stride, w // stride)  # (N, 4C, H/2, W/2)
+
+
+class YOLOv2(nn.Module):
+    """YOLOv2 as in yolov2-voc.cfg; the modules stand in the order of its sections, which is the order of a Darknet file."""
+
+    def __init__(self, num_classes: int = 20, num_anchors: int = 5):
+        super().__init__()
+        self.num_classes, self.num_anchors = num_classes, num_anchors
+        self.features = darknet19_features()  # the names of Darknet19.features, so that its weights fit
+        self.head = nn.Sequential(convolution(1024, 1024, 3), convolution(1024, 1024, 3))
+        self.passthrough = convolution(512, 64, 1)  # squeezes the 26 x 26 map before reorg
+        self.merge = convolution(64 * 4 + 1024, 1024, 3)
+        self.output = nn.Conv2d(1024, num_anchors * (5 + num_classes), kernel_size=1)  # no batch norm, no activation
+        initialise_kernels(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: (N, 3, H, W) -> raw outputs (N, A, S_h, S_w, 5 + C): t_x, t_y, t_w, t_h, t_o, class logits.
+
+        Raises ValueError where height or width is not a multiple of 32.
+        """
+        n, _, h, w = images.shape
+        if h % STRIDE or w % STRIDE:
+            raise ValueError(f"YOLOv2 takes images whose height and width are multiples of {STRIDE} pixels, not {h} x {w}")
+        fine = self.features[:17](images)  # up to the 13th convolution: (N, 512, H/16, W/16)
+        coarse = self.head(self.features[17:](fine))  # (N, 1024, S_h, S_w)
+        passed = reorg(self.passthrough(fine))  # (N, 256, S_h, S_w)
+        maps = self.output(self.merge(torch.cat([passed, coarse], dim=1)))  # (N, A*(5+C), S_h, S_w)
+        maps = maps.reshape(n, self.num_anchors, 5 + self.num_classes, h // STRIDE, w // STRIDE)  # (N, A, 5+C, S_h, S_w)
+        return maps.permute(0, 1, 3, 4, 2)  # (N, A, S_h, S_w, 5+C)
+
+
+def load_pretrained_backbone(model: YOLOv2, file: str | os.PathLike) -> int:
+    """Loads Darknet-19's 18 feature convolutions into a YOLOv2 -> the number of convolutions that were loaded.
+
+    file: a checkpoint of darknet_train*.py or train.py (`.pt`), or a Darknet file (any other suffix): `darknet19.weights`,
+    `darknet19_448.conv.23`, a YOLOv2 file. A YOLOv2 of the same classes and anchors is loaded whole, to be trained further.
+    Raises FileNotFoundError or ValueError, naming the file; the model stays as it was.
+    """
+    if os.fspath(file).endswith((".pt", ".pth")):
+        state = utils.load_checkpoint(file, "cpu")["model"]
+        for part, names in ((model, list(model.state_dict())), (model.features, list(model.features.state_dict()))):
+            prefix = "" if part is model else "features."
+            fits = all(prefix + name in state and state[prefix + name].shape == part.state_dict()[name].shape for name in names)
+            if fits:
+                part.load_state_dict({name: state[prefix + name] for name in names})
+                count = sum(isinstance(module, nn.Conv2d) for module in part.modules())
+                print(f"{file}: loaded {count} of 23 convolutions")
+                return count
+        raise ValueError(f"{file}: holds no Darknet-19 backbone; make one with darknet_train.py, or use a Darknet file")
+
+    numbers, _ = open_darknet_file(file)
+    backbone = list(darknet_tensors(model.features))
+    backbone_size = sum(tensor.numel() for tensors in backbone for tensor in tensors)
+    detector_size = sum(tensor.numel() for tensors in darknet_tensors(model) for tensor in tensors)
+    # what follows the backbone in a file of another network: a 1x1 convolution over 1024 channels has 1025 numbers per output
+    for known in (backbone_size, detector_size):
+        if numbers.size != detector_size and numbers.size > backbone_size and (numbers.size - known) % 1025 == 0:
+            copy_convolutions(backbone, numbers)
+            print(f"{file}: loaded 18 convolutions, the backbone of another network")
+            return 18
+    return load_darknet_weights(model, file)
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """A copy for inference in which every batch norm is folded into the convolution before it; the model stays as it is.
+
+    y = (conv(x) - mean) / sqrt(var + eps) * scale + bias is a convolution again, with scaled kernels and a bias of its own.
+    """
+    fused = copy.deepcopy(model).eval()
+    for parent in fused.modules():
+        if isinstance(parent, nn.Sequential) and len(parent) == 3 and isinstance(parent[1], nn.BatchNorm2d):
+            parent[0] = fuse_conv_bn_eval(parent[0], parent[1])
+            parent[1] = nn.Identity()
+    return fused

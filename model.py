@@ -57,6 +57,7 @@ class YOLOv2(nn.Module):
         Raises ValueError where height or width is not a multiple of 32.
         """
         n, _, h, w = images.shape
+        images = images.to(self.output.weight.dtype)  # a model in half precision still takes float32 images
         if h % STRIDE or w % STRIDE:
             raise ValueError(f"YOLOv2 takes images whose height and width are multiples of {STRIDE} pixels, not {h} x {w}")
         fine = self.features[:17](images)  # up to the 13th convolution: (N, 512, H/16, W/16)
@@ -75,7 +76,7 @@ def load_pretrained_backbone(model: YOLOv2, file: str | os.PathLike) -> int:
     Raises FileNotFoundError or ValueError, naming the file; the model stays as it was.
     """
     if os.fspath(file).endswith((".pt", ".pth")):
-        state = utils.load_checkpoint(file, "cpu")["model"]
+        state = utils.load_checkpoint(file, "cpu").get("model", {})
         for part, names in ((model, list(model.state_dict())), (model.features, list(model.features.state_dict()))):
             prefix = "" if part is model else "features."
             fits = all(prefix + name in state and state[prefix + name].shape == part.state_dict()[name].shape for name in names)
@@ -110,3 +111,36 @@ def fuse(model: nn.Module) -> nn.Module:
             parent[0] = fuse_conv_bn_eval(parent[0], parent[1])
             parent[1] = nn.Identity()
     return fused
+
+
+def load_detector(
+    file: str | os.PathLike, darknet_classes, device: torch.device, precision: str = "auto", compiled: bool = False
+) -> tuple[nn.Module, list[str], list, int]:
+    """A trained YOLOv2, made ready for inference -> model, class names, anchors, image size it was trained at.
+
+    file: a checkpoint of train.py (`.pt`), which knows the other three, or a Darknet file of yolov2-voc.cfg, to be read with
+    darknet_classes, ANCHORS and 416. The batch norms are folded away, memory is channels-last, numbers are as `precision` says
+    (see utils.pick_precision). compiled: torch.compile with frozen weights, for long runs. Raises FileNotFoundError or ValueError,
+    naming the file.
+    """
+    if os.fspath(file).endswith((".pt", ".pth")):
+        state = utils.load_checkpoint(file, "cpu")
+        missing = [key for key in ("model", "classes", "anchors", "image_size") if key not in state]
+        if missing:
+            raise ValueError(f"{file}: not a checkpoint of train.py (it has no {', '.join(missing)})")
+        classes, anchors, image_size = list(state["classes"]), state["anchors"], state["image_size"]
+        model = YOLOv2(len(classes), len(anchors))
+        try:
+            model.load_state_dict(state["model"])
+        except (RuntimeError, TypeError, AttributeError):
+            raise ValueError(f"{file}: its weights are not those of a YOLOv2 with {len(classes)} classes") from None
+    else:
+        classes, anchors, image_size = list(darknet_classes), ANCHORS, 416
+        model = YOLOv2(len(classes), len(anchors))
+        if load_darknet_weights(model, file) < 23:
+            raise ValueError(f"{file}: holds a backbone only and detects nothing; give it to train.py as PRETRAINED")
+    model = fuse(model).to(device, utils.pick_precision(precision, device), memory_format=torch.channels_last)
+    if compiled:
+        # freezing: the weights become constants, laid out as each kernel likes them best
+        model = torch.compile(model, options={"freezing": True})
+    return model, classes, anchors, image_size

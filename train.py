@@ -1,7 +1,7 @@
 """Trains YOLOv2 for detection (YOLO9000 sec. 3, "Training for detection").
 
     python train.py                                          the sample: 16 images, a few minutes on a CPU
-    python train.py DATA_DIR=/data/VOCdevkit "IMAGE_SETS=[('2007','trainval'),('2012','trainval')]" PRETRAINED=darknet19_448.conv.23 ...
+    python train.py DATA_DIR=/data/VOCdevkit "IMAGE_SETS=[('2007','trainval'),('2012','trainval')]" AUGMENT=True REPEAT=1 ...
 
 The README has whole recipes. Writes, with the name of CHECKPOINT: `runs/yolov2.pt` after each epoch, `runs/yolov2_best.pt` (best
 mAP), `runs/yolov2_metrics.csv` (a row an epoch) and `runs/yolov2_charts.png` (all columns over the epochs).
@@ -73,7 +73,7 @@ LOSS_TERMS = ("coord", "object", "no_object", "class", "prior", "total")
 def train_one_epoch(model, loader, loss_function, optimizer, scaler, rates, subdivisions, clip_norm, device, dtype, images_seen):
     """One pass over the loader; `rates` holds the learning rate of each optimiser step -> mean of each loss term, images seen.
 
-    Raises FloatingPointError before a step with a loss that is not finite, naming the batch.
+    Raises ValueError before a step with a loss that is not finite, naming the batch.
     """
     model.train()
     sums = torch.zeros(len(LOSS_TERMS), device=device)
@@ -93,7 +93,7 @@ def train_one_epoch(model, loader, loss_function, optimizer, scaler, rates, subd
         terms = loss_function(predictions, targets, images_seen)
         if not torch.isfinite(terms["total"]):
             values = ", ".join(f"{name} {float(value):.3g}" for name, value in terms.items())
-            raise FloatingPointError(
+            raise ValueError(
                 f"the loss is not finite in batch {batch} of this epoch ({values}); the last checkpoint is intact. "
                 f"Lower LEARNING_RATE, lengthen BURN_IN, set CLIP_NORM, or try PRECISION=fp32"
             )
@@ -129,6 +129,8 @@ def main():
     dtype = utils.pick_precision(PRECISION, device)
     stem = os.path.splitext(CHECKPOINT)[0]
     classes, anchors = list(CLASSES), [list(map(float, anchor)) for anchor in ANCHORS]
+    if any(size % 32 for size in MULTI_SCALE):
+        raise ValueError(f"MULTI_SCALE must hold multiples of 32 pixels, not {MULTI_SCALE}")
     if BATCH_SIZE % SUBDIVISIONS:
         raise ValueError(f"BATCH_SIZE {BATCH_SIZE} must be a multiple of SUBDIVISIONS {SUBDIVISIONS}")
 
@@ -165,16 +167,16 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     wrapped = torch.compile(model) if COMPILE else model
 
-    epoch, images_seen, best = 0, 0, -1.0
+    first_epoch, images_seen, best = 0, 0, -1.0
     if RESUME:
         state = utils.load_checkpoint(CHECKPOINT)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        epoch, images_seen, best = state["epoch"], state["images_seen"], state["best"]
+        first_epoch, images_seen, best = state["epoch"], state["images_seen"], state["best"]
         random.setstate(state["rng"]["python"])
         torch.set_rng_state(state["rng"]["torch"])
-        print(f"going on from {CHECKPOINT} after epoch {epoch}")
+        print(f"going on from {CHECKPOINT} after epoch {first_epoch}")
 
     part_size = BATCH_SIZE // SUBDIVISIONS
     batches[:] = epoch_batches(len(train_set), part_size, 0, SEED, [IMAGE_SIZE], repeat=REPEAT)
@@ -183,7 +185,7 @@ def main():
         f"{len(train_set)} training images, {steps} steps of {min(BATCH_SIZE, len(train_set) * REPEAT)} images an epoch, "
         f"{EPOCHS} epochs at {MULTI_SCALE or IMAGE_SIZE} px on {device} in {str(dtype).removeprefix('torch.')}"
     )
-    for epoch in range(epoch, EPOCHS):
+    for epoch in range(first_epoch, EPOCHS):
         batches[:] = epoch_batches(len(train_set), part_size, epoch, SEED, MULTI_SCALE or [IMAGE_SIZE], 10 * SUBDIVISIONS, REPEAT)[
             : steps * SUBDIVISIONS
         ]

@@ -493,7 +493,8 @@ def draw_charts(metrics_file: str | os.PathLike, chart_file: str | os.PathLike) 
         values = [value for name in names for _, value in columns[name]]
         if names == scores:
             axis.set(title="scores", ylim=(0, 1.02))
-            axis.legend(loc="lower right", fontsize=8)
+            if values:
+                axis.legend(loc="lower right", fontsize=8)
         else:
             logarithmic = values and min(values) > 0 and names != ["learning_rate"] and max(values) > 20 * min(values)
             axis.set(title=names[0], yscale="log" if logarithmic else "linear")

@@ -1,0 +1,73 @@
+"""Draws a trained YOLOv2's detections on images.
+
+    python detect.py                                           the sample's photographs, with the checkpoint that train.py left
+    python detect.py SOURCE=street.jpg CHECKPOINT=yolov2-voc.weights CONFIDENCE_THRESHOLD=0.5
+
+Writes each image with its boxes, class names and confidences to `runs/detections/`, and prints what was found and how long it took.
+"""
+
+import os
+import sys
+import time
+from collections import Counter
+
+import torch
+
+import utils
+from dataset import VOC_CLASSES, test_transform, to_tensor
+from model import load_detector
+
+# data
+SOURCE = "data_samples/voc/VOC2007/JPEGImages/00000*.jpg"  # an image, a folder of images, or a glob
+# model
+CHECKPOINT = "runs/yolov2_best.pt"  # of train.py, or a Darknet file of yolov2-voc.cfg
+IMAGE_SIZE = None  # pixels, a multiple of 32; None for the checkpoint's own
+# detection
+CONFIDENCE_THRESHOLD = 0.4  # objectness x class probability from which a box is drawn
+NMS_IOU_THRESHOLD = 0.45  # boxes of a class that overlap more are one object
+# run
+OUTPUT_DIR = "runs/detections"
+DEVICE = "auto"  # "cuda", "cuda:1", "cpu"
+PRECISION = "auto"  # "fp32", "bf16", "fp16"; auto: half where the device computes it natively
+COMPILE = False  # torch.compile with frozen weights; pays off from some thousand images on
+
+
+def main():
+    utils.keep_freed_memory()
+    device = utils.pick_device(DEVICE)
+    files = utils.find_images(SOURCE)
+    model, classes, anchors, own_size = load_detector(CHECKPOINT, VOC_CLASSES, device, PRECISION, COMPILE)
+    transform = test_transform(IMAGE_SIZE or own_size)
+    os.makedirs(OUTPUT_DIR, exist_ok=True)
+    unreadable = 0
+    for file in files:
+        try:
+            image = utils.read_image(file)
+        except (OSError, ValueError) as error:
+            print(f"error: {error}")
+            unreadable += 1
+            continue
+        start = time.perf_counter()
+        batch = to_tensor(transform(image=image, bboxes=[])["image"])[None].to(device)  # (1, 3, H, W)
+        with torch.no_grad():
+            predictions = model(batch)
+        found = utils.postprocess(predictions, anchors, CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD)[0]  # (K, 6)
+        milliseconds = 1000 * (time.perf_counter() - start)
+
+        height, width = image.shape[:2]
+        boxes = found[:, :4] * torch.tensor([width, height, width, height])  # pixels
+        names = [classes[int(index)] for index in found[:, 5]]
+        labels = [f"{name} {confidence:.2f}" for name, confidence in zip(names, found[:, 4].tolist(), strict=True)]
+        picture = utils.draw_boxes(image, boxes, labels, found[:, 5])
+        output = os.path.join(OUTPUT_DIR, os.path.splitext(os.path.basename(file))[0] + ".jpg")
+        picture.save(output, quality=92)
+        summary = ", ".join(f"{count} {name}" for name, count in Counter(names).items()) or "nothing"
+        print(f"{file}: {summary} in {milliseconds:.0f} ms -> {output}")
+    if unreadable:
+        sys.exit(f"{unreadable} of {len(files)} images could not be read")
+
+
+if __name__ == "__main__":
+    utils.override_globals(globals(), sys.argv[1:])
+    with utils.plain_errors():
+        main()

@@ -1,0 +1,136 @@
+"""Measures a trained YOLOv2 on a test set by the rules of the VOC devkit (average precision at IoU 0.5, difficult objects ignored).
+
+    python test.py                                             the sample, with the checkpoint that train.py left
+    python test.py CHECKPOINT=yolov2-voc.weights DATA_DIR=/data/VOCdevkit "IMAGE_SETS=[('2007','test')]" "INPUT_SIZES=[416,544]"
+
+Prints a table per class and the mAP in three readings: 11 points (VOC 2007, the paper's), all points (VOC 2010 on, Padilla et al.),
+and all points with detections from FIXED_THRESHOLD on only. Writes the table to `runs/test.csv` and the precision-recall curves
+to `runs/test_curves.png`, of the last input size.
+"""
+
+import csv
+import math
+import os
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+import utils
+from dataset import VOC_CLASSES, VOCDataset
+from model import load_detector
+
+# data
+DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv lists
+IMAGE_SETS = [("2007", "tiny")]  # the images trained on; VOC: [("2007", "test")]
+NUM_WORKERS = 2  # processes that load images
+BATCH_SIZE = 8  # images
+# model
+CHECKPOINT = "runs/yolov2_best.pt"  # of train.py, or a Darknet file of yolov2-voc.cfg
+INPUT_SIZES = []  # pixels; the paper's Table 3 has [288, 352, 416, 480, 544]; [] for the checkpoint's own
+# detection
+CONFIDENCE_THRESHOLD = 0.005  # where the curves end; examples/detector.c, validate_detector
+NMS_IOU_THRESHOLD = 0.45  # the same
+FIXED_THRESHOLD = 0.4  # for precision, recall and F1 as a user would see them
+# run
+OUTPUT = "runs/test"  # .csv and _curves.png are added
+DEVICE = "auto"  # "cuda", "cuda:1", "cpu"
+PRECISION = "auto"  # "fp32", "bf16", "fp16"; auto: half where the device computes it natively
+COMPILE = False  # torch.compile with frozen weights; pays off from some thousand images on
+
+PAPER_MAP = {288: 69.0, 352: 73.7, 416: 76.8, 480: 77.8, 544: 78.6}  # VOC 2007 test, trained on 07+12; YOLO9000 Table 3
+COLUMNS = ("class", "truths", "difficult", "detections", "ap_11", "ap_all", f"ap_at_{FIXED_THRESHOLD}", "precision", "recall", "f1")
+
+
+def measure(detections, truths, classes, fixed_threshold):
+    """-> a row (dict of COLUMNS) and a curve (precisions, recalls) for each class; AP is NaN where a class has no truth."""
+    strong = detections[detections[:, 2] >= fixed_threshold]
+    ap_11, ap_all, ap_fixed = (
+        utils.average_precision(some, truths, len(classes), metric=metric).tolist()
+        for some, metric in ((detections, "voc2007"), (detections, "all_points"), (strong, "all_points"))
+    )
+    curves = utils.precision_recall(detections, truths, len(classes))
+    rows = []
+    for c, (name, (confidences, precisions, recalls)) in enumerate(zip(classes, curves, strict=True)):
+        of_class = truths[truths[:, 1] == c]
+        shown = int((confidences >= fixed_threshold).sum())  # the curve's first so many points; they are sorted by confidence
+        precision = precisions[shown - 1] if shown else math.nan
+        recall = recalls[shown - 1] if shown else 0.0 if (of_class[:, 2] == 0).any() else math.nan
+        f1 = 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0 if recall == 0 else math.nan
+        counts = (int((of_class[:, 2] == 0).sum()), int((of_class[:, 2] > 0).sum()), int((detections[:, 1] == c).sum()))
+        values = (name, *counts, ap_11[c], ap_all[c], ap_fixed[c], float(precision), float(recall), float(f1))
+        rows.append(dict(zip(COLUMNS, values, strict=True)))
+    return rows, [(precisions, recalls) for _, precisions, recalls in curves]
+
+
+def print_table(rows):
+    """The rows as an aligned table; a value that does not exist is a dash."""
+    heads = ("class", "truths", "diffic.", "detect.", "AP 11", "AP all", f"AP@{FIXED_THRESHOLD}", "precis.", "recall", "F1")
+    print("  ".join(f"{head:>{16 if place == 0 else 7}s}" for place, head in enumerate(heads)))
+    for row in rows:
+        cells = [f"{row['class']:>16s}", *(f"{row[name]:7d}" for name in COLUMNS[1:4])]
+        cells += ["      -" if math.isnan(row[name]) else f"{row[name]:7.3f}" for name in COLUMNS[4:]]
+        print("  ".join(cells))
+
+
+def draw_curves(rows, curves, file):
+    """One panel a class: precision over recall, with the area under it in the title."""
+    width = min(5, len(rows))
+    height = math.ceil(len(rows) / width)
+    figure, axes = plt.subplots(height, width, figsize=(2.6 * width, 2.4 * height), squeeze=False, layout="constrained")
+    for axis, row, (precisions, recalls) in zip(axes.flat, rows, curves, strict=False):
+        axis.plot(recalls, precisions, drawstyle="steps-pre")
+        score = "no truths" if math.isnan(row["ap_all"]) else f"{row['ap_all']:.3f}"
+        axis.set_title(f"{row['class']}: {score}", fontsize=9)
+        axis.set(xlim=(0, 1.02), ylim=(0, 1.05))
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(rows) :]:
+        axis.set_visible(False)
+    figure.supxlabel("recall", fontsize=9)
+    figure.supylabel("precision", fontsize=9)
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
+def main():
+    utils.keep_freed_memory()
+    device = utils.pick_device(DEVICE)
+    model, classes, anchors, own_size = load_detector(CHECKPOINT, VOC_CLASSES, device, PRECISION, COMPILE)
+    means = {}
+    for size in INPUT_SIZES or [own_size]:
+        dataset = VOCDataset(DATA_DIR, IMAGE_SETS, anchors, size, classes)
+        detections, truths, seconds = utils.detect_dataset(
+            model, dataset, anchors, BATCH_SIZE, NUM_WORKERS, CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD
+        )
+        rows, curves = measure(detections, truths, classes, FIXED_THRESHOLD)
+        means[size] = [utils.mean_average_precision([row[name] for row in rows]) for name in COLUMNS[4:7]]
+        print(f"\n{CHECKPOINT} at {size} px on {len(dataset)} images, {len(truths)} ground truths, {len(detections)} detections")
+        print_table(rows)
+        print(f"{'mAP':>16s}  {'':25s}  " + "  ".join(f"{value:7.3f}" for value in means[size]))
+        total = sum(seconds.values())
+        parts = ", ".join(f"{name} {1000 * value / len(dataset):.1f} ms" for name, value in seconds.items())
+        print(f"{len(dataset) / total:.1f} images/s in batches of {BATCH_SIZE}: an image takes {parts}")
+
+    if len(means) > 1:  # the form of the paper's Table 3
+        print(f"\n{'input':>16s}  " + "  ".join(f"{size:7d}" for size in means))
+        for place, name in enumerate(("mAP 11", "mAP all", f"mAP@{FIXED_THRESHOLD}")):
+            print(f"{name:>16s}  " + "  ".join(f"{100 * values[place]:7.1f}" for values in means.values()))
+        paper = [f"{PAPER_MAP[size]:7.1f}" if size in PAPER_MAP else f"{'-':>7s}" for size in means]
+        print(f"{'paper, VOC 2007':>16s}  " + "  ".join(paper))
+
+    os.makedirs(os.path.dirname(OUTPUT) or ".", exist_ok=True)
+    with open(f"{OUTPUT}.csv", "w", newline="") as stream:
+        writer = csv.DictWriter(stream, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    draw_curves(rows, curves, f"{OUTPUT}_curves.png")
+    print(f"wrote {OUTPUT}.csv and {OUTPUT}_curves.png")
+
+
+if __name__ == "__main__":
+    utils.override_globals(globals(), sys.argv[1:])
+    with utils.plain_errors():
+        main()

@@ -1,0 +1,376 @@
+"""Boxes, decoding, non-maximum suppression and average precision, against values worked out by hand and a plain reference."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import utils
+from loss import intersection_over_union
+
+NAN = math.nan
+
+# ---------------------------------------------------------------- intersection over union
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ((1, 1, 2, 2), (1, 1, 2, 2), 1.0),  # the same box
+        ((1, 1, 2, 2), (2, 2, 2, 2), 1 / 7),  # 0..2 and 1..3: intersection 1 * 1, union 4 + 4 - 1
+        ((2, 2, 4, 2), (2, 2, 1, 1), 1 / 8),  # the second inside the first: 1 / (4 * 2)
+        ((1, 1, 2, 2), (3, 1, 2, 2), 0.0),  # they share an edge only
+        ((1, 1, 2, 2), (9, 9, 2, 2), 0.0),  # apart in both directions: two negative sides must not make a positive area
+        ((2, 1, 4, 2), (1, 2, 2, 4), 4 / 12),  # 0..4 x 0..2 and 0..2 x 0..4: intersection 2 * 2, union 8 + 8 - 4
+    ],
+)
+def test_intersection_over_union_by_hand(first, second, expected):
+    first, second = torch.tensor(first, dtype=torch.float64), torch.tensor(second, dtype=torch.float64)
+    iou = intersection_over_union(first[:2], first[2:], second[:2], second[2:])
+    assert iou.item() == pytest.approx(expected, abs=1e-12)
+    assert intersection_over_union(second[:2], second[2:], first[:2], first[2:]).item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_intersection_over_union_broadcasts_to_all_pairs():
+    first = torch.tensor([[1.0, 1, 2, 2], [9, 9, 2, 2]])
+    second = torch.tensor([[1.0, 1, 2, 2], [2, 2, 2, 2], [9, 9, 2, 2]])
+    iou = intersection_over_union(first[:, None, :2], first[:, None, 2:], second[None, :, :2], second[None, :, 2:])
+    torch.testing.assert_close(iou, torch.tensor([[1, 1 / 7, 0], [0, 0, 1]]))
+
+
+# ---------------------------------------------------------------- decoding
+
+
+def test_decode_predictions_by_hand_on_a_grid_that_is_not_square():
+    # 2 anchors, 2 rows, 4 columns, 2 classes; all zeros but for anchor 1, row 1, column 2
+    raw = torch.zeros(1, 2, 2, 4, 7)
+    ln = math.log
+    raw[0, 1, 1, 2] = torch.tensor([ln(3), -ln(3), ln(2), -ln(2), -ln(4), 0, ln(3)])
+    boxes, objectness, probabilities = utils.decode_predictions(raw, [(1, 1), (2, 3)])
+    assert boxes.shape == (1, 16, 4) and objectness.shape == (1, 16) and probabilities.shape == (1, 16, 2)
+    # Slot (anchor 1, row 1, column 2) is number (1 * 2 + 1) * 4 + 2 = 14; sigma(ln 3) = 3/4, sigma(-ln 3) = 1/4, sigma(-ln 4) = 1/5.
+    # x = (3/4 + 2) / 4, y = (1/4 + 1) / 2, w = 2 * 2 / 4, h = 3 / 2 / 2; the softmax of 0 and ln 3 is 1/4, 3/4.
+    torch.testing.assert_close(boxes[0, 14], torch.tensor([0.6875, 0.625, 1.0, 0.75]))
+    assert objectness[0, 14].item() == pytest.approx(0.2)
+    torch.testing.assert_close(probabilities[0, 14], torch.tensor([0.25, 0.75]))
+    # Slot 4 = (anchor 0, row 1, column 0), all zeros: x = .5 / 4, y = 1.5 / 2, w = 1 / 4, h = 1 / 2, sigma(0) = .5.
+    torch.testing.assert_close(boxes[0, 4], torch.tensor([0.125, 0.75, 0.25, 0.5]))
+    assert objectness[0, 4].item() == 0.5
+
+
+def test_decode_predictions_leaves_its_input_alone_and_works_in_full_precision():
+    raw = torch.randn(2, 2, 3, 3, 8, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    before = raw.clone()
+    decoded = utils.decode_predictions(raw, [(1, 1), (2, 2)])
+    assert torch.equal(raw, before)
+    for value, expected in zip(decoded, utils.decode_predictions(raw.float(), [(1, 1), (2, 2)]), strict=True):
+        assert value.dtype == torch.float32 and torch.equal(value, expected)
+
+
+# ---------------------------------------------------------------- from raw outputs to detections
+
+
+def raw_outputs(slots: dict, classes: int = 2, grid: int = 4, anchors: int = 2) -> torch.Tensor:
+    """(1, anchors, grid, grid, 5 + classes) without any object but in `slots`: (anchor, row, column) -> its 5 + classes values."""
+    raw = torch.zeros(1, anchors, grid, grid, 5 + classes)
+    raw[..., 4] = -30
+    for (anchor, row, column), values in slots.items():
+        raw[0, anchor, row, column] = torch.tensor(values, dtype=torch.float32)
+    return raw
+
+
+SURE = [20.0, 0.0]  # logits of two classes: the first one, practically with probability 1
+SAME_SHAPE = [(2.0, 2.0), (2.0, 2.0)]
+
+
+def test_of_two_overlapping_boxes_of_a_class_the_more_confident_one_stays():
+    raw = raw_outputs({(0, 1, 1): [0, 0, 0, 0, 1, *SURE], (1, 1, 1): [0, 0, 0, 0, 2, *SURE]})  # the same box twice
+    (found,) = utils.postprocess(raw, SAME_SHAPE, 0.5, 0.45)
+    assert found.shape == (1, 6)
+    # centre 1.5 cells, 2 cells wide: from .5 to 2.5 of 4 cells; confidence sigma(2) = 1 / (1 + e^-2)
+    torch.testing.assert_close(found[0], torch.tensor([0.125, 0.125, 0.625, 0.625, 1 / (1 + math.exp(-2)), 0]))
+
+
+def test_overlapping_boxes_of_different_classes_both_stay():
+    raw = raw_outputs({(0, 1, 1): [0, 0, 0, 0, 1, 20, 0], (1, 1, 1): [0, 0, 0, 0, 2, 0, 20]})
+    (found,) = utils.postprocess(raw, SAME_SHAPE, 0.5, 0.45)
+    assert found[:, 5].tolist() == [1, 0]  # by falling confidence
+
+
+@pytest.mark.parametrize(("nms_threshold", "stay"), [(0.32, 1), (0.34, 2)])
+def test_nms_threshold_is_the_iou_up_to_which_boxes_stay(nms_threshold, stay):
+    # Two boxes of 2 x 2 cells a cell apart: intersection 2, union 4 + 4 - 2 = 6, IoU 1/3.
+    raw = raw_outputs({(0, 1, 1): [0, 0, 0, 0, 1, *SURE], (0, 1, 2): [0, 0, 0, 0, 2, *SURE]})
+    (found,) = utils.postprocess(raw, SAME_SHAPE, 0.5, nms_threshold)
+    assert len(found) == stay
+
+
+def test_every_class_above_the_threshold_is_a_detection_of_its_own():
+    # probabilities 1/2, 3/8, 1/8 and objectness 1: with a threshold of .3 the first two count
+    raw = raw_outputs({(0, 1, 1): [0, 0, 0, 0, 30, math.log(4), math.log(3), 0]}, classes=3)
+    (found,) = utils.postprocess(raw, SAME_SHAPE, 0.3, 0.45)
+    assert found[:, 5].tolist() == [0, 1]
+    torch.testing.assert_close(found[:, 4], torch.tensor([0.5, 0.375]))
+    assert torch.equal(found[0, :4], found[1, :4])
+
+
+def test_a_confidence_must_be_above_the_threshold_not_on_it():
+    raw = raw_outputs({(0, 1, 1): [0, 0, 0, 0, 0, 0, 0]})  # objectness 1/2, both classes 1/2: confidence 1/4 exactly
+    assert len(utils.postprocess(raw, SAME_SHAPE, 0.25, 0.45)[0]) == 0
+    assert len(utils.postprocess(raw, SAME_SHAPE, 0.2499, 0.45)[0]) == 2
+
+
+def test_detections_are_clipped_to_the_image_and_none_is_an_empty_table():
+    # In the upper left cell, 8 cells wide: from -3.5 to 4.5 of 4 cells.
+    raw = raw_outputs({(0, 0, 0): [0, 0, math.log(4), math.log(4), 5, *SURE]})
+    (found,) = utils.postprocess(raw, SAME_SHAPE, 0.5, 0.45)
+    assert found[:, :4].tolist() == [[0, 0, 1, 1]]
+    assert utils.postprocess(raw_outputs({}), SAME_SHAPE, 0.5, 0.45)[0].shape == (0, 6)
+
+
+def test_a_batch_gives_the_same_detections_as_its_images_one_by_one():
+    raw = torch.randn(3, 2, 5, 7, 9, generator=torch.Generator().manual_seed(1)) * 2
+    together = utils.postprocess(raw, [(1, 2), (3, 2)], 0.2, 0.45)
+    assert len(together) == 3 and all(len(found) > 1 for found in together)
+    for index, found in enumerate(together):
+        (alone,) = utils.postprocess(raw[index : index + 1], [(1, 2), (3, 2)], 0.2, 0.45)
+        torch.testing.assert_close(found, alone)
+        assert (found[:-1, 4] >= found[1:, 4]).all()
+
+
+def test_the_first_devkit_pixel_is_one():
+    # a quarter of 200 and of 100 pixels, then the whole: 0-based 50 and 25 become 51 and 26
+    pixels = utils.to_devkit_pixels(np.array([[0.25, 0.25, 1.0, 1.0], [0, 0, 0.5, 0.5]]), 200, 100)
+    assert pixels.tolist() == [[51, 26, 201, 101], [1, 1, 101, 51]]
+
+
+# ---------------------------------------------------------------- average precision
+
+BOX_A, BOX_B, BOX_C = (1, 1, 10, 10), (21, 1, 30, 10), (41, 1, 50, 10)  # 10 x 10 pixels each, apart
+ELSEWHERE = (71, 71, 80, 80)
+
+
+def truth(box, image=0, label=0, difficult=0):
+    return [image, label, difficult, *box]
+
+
+def detection(confidence, box, image=0, label=0):
+    return [image, label, confidence, *box]
+
+
+def ap(detections, truths, metric="all_points", **options) -> float:
+    """The AP of class 0 where it is the only class."""
+    return utils.average_precision(detections, truths, 1, metric=metric, **options).item()
+
+
+def test_both_metrics_by_hand():
+    # right, wrong, right of 2 truths: precision 1, 1/2, 2/3 at recall 1/2, 1/2, 1
+    truths = [truth(BOX_A), truth(BOX_B)]
+    found = [detection(0.9, BOX_A), detection(0.8, ELSEWHERE), detection(0.7, BOX_B)]
+    assert ap(found, truths, "all_points") == pytest.approx(1 / 2 * 1 + 1 / 2 * 2 / 3, abs=1e-12)
+    # the levels 0 .. .5 (six) see a best precision of 1, the levels .6 .. 1 (five) of 2/3
+    assert ap(found, truths, "voc2007") == pytest.approx((6 * 1 + 5 * 2 / 3) / 11, abs=1e-12)
+
+
+def test_precision_and_recall_after_each_detection_by_hand():
+    found = [detection(0.7, BOX_B), detection(0.8, ELSEWHERE), detection(0.9, BOX_A)]
+    (curve,) = utils.precision_recall(found, [truth(BOX_A), truth(BOX_B)], 1)
+    confidences, precisions, recalls = (values.tolist() for values in curve)
+    assert confidences == [0.9, 0.8, 0.7]
+    assert precisions == pytest.approx([1, 1 / 2, 2 / 3])
+    assert recalls == pytest.approx([1 / 2, 1 / 2, 1])
+
+
+@pytest.mark.parametrize("right", range(6))
+def test_a_recall_of_just_a_level_reaches_that_level_of_the_11_points(right):
+    # `right` of 5 truths found and nothing wrong: recall right/5 reaches the levels 0, .1 .. 2 right/10, which are 2 right + 1 of 11
+    truths = [truth(BOX_A, image=image) for image in range(5)]
+    found = [detection(0.9, BOX_A, image=image) for image in range(right)]
+    assert ap(found, truths, "voc2007") == pytest.approx((2 * right + 1) / 11 if right else 0, abs=1e-12)
+
+
+def test_a_second_detection_of_an_object_is_a_false_positive():
+    truths = [truth(BOX_A), truth(BOX_B)]
+    found = [detection(0.9, BOX_A), detection(0.8, BOX_A), detection(0.7, BOX_B)]  # right, wrong, right: as above
+    assert ap(found, truths) == pytest.approx(5 / 6, abs=1e-12)
+
+
+def test_a_difficult_object_neither_counts_nor_hurts():
+    truths = [truth(BOX_A), truth(BOX_B, difficult=1)]
+    assert ap([detection(0.9, BOX_A)], truths) == 1  # not found: nothing is missing
+    found = [detection(0.9, BOX_B), detection(0.85, BOX_B), detection(0.8, BOX_A)]
+    assert ap(found, truths) == 1  # found, even twice: no false positive before the right one
+    assert ap([detection(0.9, ELSEWHERE), *found], truths) == pytest.approx(1 / 2)  # a real mistake still is one
+
+
+def test_a_class_without_truths_or_with_difficult_ones_only_is_nan():
+    truths = [truth(BOX_A, label=0), truth(BOX_B, label=2, difficult=1)]
+    found = [detection(0.9, BOX_A, label=0), detection(0.9, BOX_A, label=1), detection(0.9, BOX_B, label=2)]
+    for metric in ("all_points", "voc2007"):
+        values = utils.average_precision(found, truths, 3, metric=metric)
+        assert values.dtype == torch.float64
+        np.testing.assert_allclose(values.numpy(), [1, NAN, NAN])
+        assert utils.mean_average_precision(values) == 1
+
+
+def test_truths_without_detections_give_zero():
+    values = utils.average_precision([], [truth(BOX_A), truth(BOX_A, label=1)], 2)
+    assert values.tolist() == [0, 0]
+    assert utils.mean_average_precision(values) == 0
+
+
+def test_nothing_at_all_is_nan_for_every_class():
+    for empty in ([], np.empty((0, 7)), torch.empty(0, 7)):
+        values = utils.average_precision(empty, empty, 3)
+        assert values.shape == (3,) and values.isnan().all()
+    assert math.isnan(utils.mean_average_precision(values))
+
+
+def test_a_detection_on_an_image_without_truths_is_a_false_positive():
+    found = [detection(0.9, BOX_A, image=1), detection(0.8, BOX_A, image=0)]
+    assert ap(found, [truth(BOX_A, image=0)]) == pytest.approx(1 / 2)  # wrong, right: precision 1/2 at recall 1
+
+
+def test_a_detection_on_an_object_of_another_class_is_a_false_positive():
+    found = [detection(0.9, BOX_B, label=0), detection(0.8, BOX_A, label=0)]
+    values = utils.average_precision(found, [truth(BOX_A, label=0), truth(BOX_B, label=1)], 2)
+    np.testing.assert_allclose(values.numpy(), [1 / 2, 0])
+
+
+@pytest.mark.parametrize(("bottom", "expected"), [(5, 1), (4, 0)])
+def test_an_iou_of_just_the_threshold_is_a_match(bottom, expected):
+    # Rows 1..5 of rows 1..10 at the same columns: 5 * 10 / (10 * 10) = 1/2 exactly; rows 1..4 give .4.
+    assert ap([detection(0.9, (1, 1, 10, bottom))], [truth(BOX_A)]) == expected
+
+
+def test_both_ends_of_a_box_belong_to_it():
+    # Columns 1..4 of rows 1..2 in rows 1..4: 8 / 16 = 1/2 with both ends counted, but 3 * 1 / (3 * 3) = 1/3 without.
+    assert ap([detection(0.9, (1, 1, 4, 2))], [truth((1, 1, 4, 4))]) == 1
+    # Boxes that share their border column only: 1 * 4 / (4 * 4 + 1 * 4 - 4) = 1/4, and 0 without the convention.
+    assert ap([detection(0.9, (4, 1, 4, 4))], [truth((1, 1, 4, 4))], iou_threshold=0.25) == 1
+
+
+def test_the_iou_threshold_is_an_argument():
+    found, truths = [detection(0.9, (1, 1, 10, 7))], [truth(BOX_A)]  # IoU .7
+    assert ap(found, truths, iou_threshold=0.69) == 1
+    assert ap(found, truths, iou_threshold=0.71) == 0
+
+
+def test_a_detection_goes_to_the_truth_it_overlaps_best_even_when_that_one_is_taken():
+    # Rows 1..10 and 4..13; the second detection, rows 2..11, overlaps the first truth by 9/11 and the second by 8/12. The first
+    # truth is taken, so it is wrong, although the second is free: 1 of 2 found.
+    truths = [truth((1, 1, 10, 10)), truth((1, 4, 10, 13))]
+    found = [detection(0.9, (1, 1, 10, 10)), detection(0.8, (1, 2, 10, 11))]
+    assert ap(found, truths) == pytest.approx(1 / 2)
+
+
+def test_equal_confidences_keep_the_order_given():
+    right, wrong = detection(0.5, BOX_A), detection(0.5, ELSEWHERE)
+    assert ap([right, wrong], [truth(BOX_A)]) == 1
+    assert ap([wrong, right], [truth(BOX_A)]) == pytest.approx(1 / 2)
+
+
+def test_the_order_of_images_and_classes_in_the_tables_does_not_matter():
+    rng = np.random.default_rng(3)
+    detections, truths = random_data_set(rng)
+    detections[:, 2] = rng.permutation(len(detections)) / 100  # no ties, whose order would matter
+    expected = utils.average_precision(detections, truths, 3)
+    shuffled = utils.average_precision(rng.permutation(detections), truths[np.argsort(-truths[:, 0], kind="stable")], 3)
+    np.testing.assert_allclose(shuffled.numpy(), expected.numpy(), atol=1e-12)
+
+
+def test_another_metric_is_an_error():
+    with pytest.raises(ValueError, match="voc2012"):
+        ap([detection(0.9, BOX_A)], [truth(BOX_A)], "voc2012")
+
+
+@pytest.mark.parametrize("label", [-1, 2])
+def test_a_class_out_of_range_is_an_error_that_names_the_table(label):
+    with pytest.raises(ValueError, match="detections"):
+        utils.average_precision([detection(0.9, BOX_A, label=label)], [truth(BOX_A)], 2)
+    with pytest.raises(ValueError, match="ground_truths"):
+        utils.average_precision([detection(0.9, BOX_A)], [truth(BOX_A, label=label)], 2)
+
+
+# ---------------------------------------------------------------- average precision against a plain reference
+
+
+def reference_average_precision(detections, truths, label: int, metric: str) -> float:
+    """The AP of one class at IoU .5, step by step as the devkit's VOCevaldet.m describes it."""
+    truths = [row for row in truths if row[1] == label]
+    count = sum(row[2] == 0 for row in truths)
+    if count == 0:
+        return NAN
+    found = sorted((row for row in detections if row[1] == label), key=lambda row: -row[2])  # sorted() keeps the order of ties
+    taken = [False] * len(truths)
+    right = wrong = 0
+    points = []  # (number right, number wrong) after each detection that counts
+    for image, _, _, *box in found:
+        best, best_overlap = None, -math.inf
+        for number, (truth_image, _, _, *other) in enumerate(truths):
+            width = min(box[2], other[2]) - max(box[0], other[0]) + 1
+            height = min(box[3], other[3]) - max(box[1], other[1]) + 1
+            if truth_image != image or width <= 0 or height <= 0:
+                continue
+            area = (box[2] - box[0] + 1) * (box[3] - box[1] + 1)
+            other_area = (other[2] - other[0] + 1) * (other[3] - other[1] + 1)
+            overlap = width * height / (area + other_area - width * height)
+            if overlap > best_overlap:
+                best, best_overlap = number, overlap
+        if best_overlap < 0.5:
+            wrong += 1
+        elif truths[best][2]:
+            continue  # difficult
+        elif taken[best]:
+            wrong += 1
+        else:
+            taken[best] = True
+            right += 1
+        points.append((right, wrong))
+    if metric == "voc2007":
+        total = 0.0
+        for level in range(11):  # recall >= level / 10, in whole numbers
+            total += max((r / (r + w) for r, w in points if 10 * r >= level * count), default=0.0)
+        return total / 11
+    recalls = [0.0] + [r / count for r, _ in points] + [1.0]
+    precisions = [0.0] + [r / (r + w) for r, w in points] + [0.0]
+    for place in range(len(precisions) - 2, -1, -1):
+        precisions[place] = max(precisions[place], precisions[place + 1])
+    return sum((recalls[i] - recalls[i - 1]) * precisions[i] for i in range(1, len(recalls)))
+
+
+def random_data_set(rng) -> tuple[np.ndarray, np.ndarray]:
+    """A few images of 30 x 30 pixels with integer boxes of 3 classes; many detections near truths, confidences in tenths."""
+
+    def boxes(count):
+        corner = rng.integers(1, 20, size=(count, 2))
+        return np.concatenate([corner, corner + rng.integers(1, 10, size=(count, 2))], axis=1)
+
+    images, count, loose = rng.integers(1, 4), rng.integers(0, 25), rng.integers(0, 10)
+    truths = np.concatenate(
+        [rng.integers(0, images, (count, 1)), rng.integers(0, 3, (count, 1)), rng.random((count, 1)) < 0.2, boxes(count)], axis=1
+    ).astype(float)
+    near = truths[rng.integers(0, count, rng.integers(0, 30))] if count else truths
+    near = np.concatenate([near[:, :3], near[:, 3:] + rng.integers(-1, 2, size=(len(near), 4))], axis=1)
+    near[:, 5:] = np.maximum(near[:, 5:], near[:, 3:5])
+    far = np.concatenate(
+        [rng.integers(0, images + 1, (loose, 1)), rng.integers(0, 3, (loose, 1)), np.zeros((loose, 1)), boxes(loose)], axis=1
+    )
+    detections = np.concatenate([near, far])
+    detections[:, 2] = rng.integers(1, 11, len(detections)) / 10
+    return rng.permutation(detections), truths
+
+
+@pytest.mark.parametrize("metric", ["all_points", "voc2007"])
+def test_average_precision_agrees_with_the_reference_on_random_data_sets(metric):
+    rng = np.random.default_rng(0)
+    values = []
+    for number in range(200):
+        detections, truths = random_data_set(rng)
+        expected = [reference_average_precision(detections.tolist(), truths.tolist(), label, metric) for label in range(3)]
+        actual = utils.average_precision(detections, truths, 3, metric=metric).numpy()
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12, err_msg=f"data set {number}")
+        values += expected
+    values = np.array(values)  # the comparison means something only where the data sets are neither trivial nor hopeless
+    assert np.isnan(values).any() and (values == 0).any() and ((values > 0.1) & (values < 0.9)).sum() > 200

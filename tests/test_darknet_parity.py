@@ -1,0 +1,275 @@
+"""The network against Darknet itself: its weight files in and out, its outputs, and OpenCV's independent reader of both."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import utils
+from darknet_model import DARKNET19_LAYERS, Darknet19, darknet_tensors, load_darknet_weights, save_darknet_weights
+from model import ANCHORS, YOLOv2, fuse, load_detector, load_pretrained_backbone, reorg
+
+GOLDEN = Path(__file__).parent / "golden"
+YOLOV2_NUMBERS = 50_676_061
+
+# (in, out, kernel size) of yolov2-voc.cfg's convolutions in order; the last one has no batch norm
+CONVOLUTIONS = [
+    (3, 32, 3), (32, 64, 3), (64, 128, 3), (128, 64, 1), (64, 128, 3), (128, 256, 3), (256, 128, 1), (128, 256, 3),
+    (256, 512, 3), (512, 256, 1), (256, 512, 3), (512, 256, 1), (256, 512, 3), (512, 1024, 3), (1024, 512, 1),
+    (512, 1024, 3), (1024, 512, 1), (512, 1024, 3), (1024, 1024, 3), (1024, 1024, 3), (512, 64, 1), (1280, 1024, 3),
+    (1024, 125, 1),
+]  # fmt: skip
+
+
+def write_random_darknet_file(file, seed):
+    """The recipe of the weights with which the golden output was measured: same seed, same 203 MB."""
+    rng = np.random.default_rng(seed)
+    with open(file, "wb") as stream:
+        np.array([0, 2, 0], "<i4").tofile(stream)
+        np.array([32013312], "<i8").tofile(stream)
+        for place, (inputs, outputs, size) in enumerate(CONVOLUTIONS):
+            last = place == len(CONVOLUTIONS) - 1
+            arrays = [rng.normal(0, 0.1, outputs)]  # biases
+            if not last:
+                arrays += [rng.normal(1, 0.1, outputs), rng.normal(0, 0.1, outputs), rng.uniform(0.5, 1.5, outputs)]
+            deviation = np.sqrt((0.1 if last else 2.0) / (inputs * size * size))
+            arrays.append(rng.normal(0, deviation, (outputs, inputs, size, size)))
+            for array in arrays:
+                array.astype("<f4").tofile(stream)
+
+
+def write_numbers(file, count, header=(0, 2, 0), seen=5, wide=True):
+    """A weights file of `count` float32 numbers behind a header."""
+    with open(file, "wb") as stream:
+        np.array(header, "<i4").tofile(stream)
+        np.array([seen], "<i8" if wide else "<i4").tofile(stream)
+        np.random.default_rng(0).uniform(0.1, 1, count).astype("<f4").tofile(stream)
+
+
+@pytest.fixture(scope="module")
+def golden_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("weights") / "random.weights"
+    write_random_darknet_file(file, seed=7)
+    return file
+
+
+@pytest.fixture(scope="module")
+def golden_model(golden_file):
+    model = YOLOv2().eval()
+    assert load_darknet_weights(model, golden_file) == 23
+    return model
+
+
+def channels_first(outputs):
+    """(N, A, S_h, S_w, 5+C) -> Darknet's (N, A*(5+C), S_h, S_w)."""
+    return outputs.permute(0, 1, 4, 2, 3).flatten(1, 2).numpy()
+
+
+def numbers_of(model):
+    return torch.cat([tensor.detach().flatten() for tensors in darknet_tensors(model) for tensor in tensors])
+
+
+def test_output_equals_darknets(golden_model):
+    golden = np.load(GOLDEN / "network_128x128.npz")
+    with torch.no_grad():
+        outputs = channels_first(golden_model(torch.from_numpy(golden["image_rgb"])))
+    assert np.abs(outputs - golden["raw_output"]).max() < 5e-4
+
+
+def test_reorg_equals_darknets():
+    golden = np.load(GOLDEN / "network_128x128.npz")
+    assert np.array_equal(reorg(torch.from_numpy(golden["reorg_input"])).numpy(), golden["reorg_output"])
+
+
+def yolov2_cfg(width, height):
+    """yolov2-voc.cfg up to its last convolution, as text."""
+    sections = [f"[net]\nwidth={width}\nheight={height}\nchannels=3\n"]
+
+    def convolutional(filters, size):
+        sections.append(f"[convolutional]\nbatch_normalize=1\nfilters={filters}\nsize={size}\nstride=1\npad=1\nactivation=leaky\n")
+
+    for layer in DARKNET19_LAYERS:
+        if layer == "pool":
+            sections.append("[maxpool]\nsize=2\nstride=2\n")
+        else:
+            convolutional(*layer)
+    convolutional(1024, 3)
+    convolutional(1024, 3)
+    sections.append("[route]\nlayers=-9\n")
+    convolutional(64, 1)
+    sections.append("[reorg]\nstride=2\n")
+    sections.append("[route]\nlayers=-1,-4\n")
+    convolutional(1024, 3)
+    sections.append("[convolutional]\nsize=1\nstride=1\npad=1\nfilters=125\nactivation=linear\n")
+    return "\n".join(sections)
+
+
+def test_output_equals_opencvs_on_a_file_that_we_wrote(golden_model, tmp_path):
+    save_darknet_weights(golden_model, tmp_path / "ours.weights", images_seen=77)
+    (tmp_path / "yolov2.cfg").write_text(yolov2_cfg(width=160, height=96))
+    network = cv2.dnn.readNetFromDarknet(str(tmp_path / "yolov2.cfg"), str(tmp_path / "ours.weights"))
+    images = torch.rand(1, 3, 96, 160, generator=torch.Generator().manual_seed(1))
+    network.setInput(images.numpy())
+    theirs = network.forward()
+    with torch.no_grad():
+        ours = channels_first(golden_model(images))
+    assert theirs.shape == ours.shape == (1, 125, 3, 5)
+    assert np.abs(theirs - ours).max() < 1e-3
+
+
+def test_saving_and_loading_is_bit_identical(golden_file, golden_model, tmp_path):
+    save_darknet_weights(golden_model, tmp_path / "again.weights", images_seen=32013312)
+    assert (tmp_path / "again.weights").read_bytes() == golden_file.read_bytes()
+
+
+def test_a_file_has_as_many_numbers_as_darknets(golden_file):
+    assert golden_file.stat().st_size == 20 + 4 * YOLOV2_NUMBERS
+    assert numbers_of(YOLOv2()).numel() == YOLOV2_NUMBERS
+
+
+def test_fused_model_equals_the_model_and_leaves_it_alone(golden_model):
+    before = numbers_of(golden_model).clone()
+    fused = fuse(golden_model)
+    images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected, found = golden_model(images), fused(images)
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in fused.modules())
+    assert torch.equal(numbers_of(golden_model), before)
+
+
+def test_a_fused_model_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="fused"):
+        save_darknet_weights(fuse(Darknet19(num_classes=2)), tmp_path / "fused.weights")
+    assert not list(tmp_path.iterdir())
+
+
+def test_both_header_versions_are_read(tmp_path):
+    old, new = Darknet19(num_classes=2), Darknet19(num_classes=2)
+    count = numbers_of(old).numel()
+    write_numbers(tmp_path / "v1", count, header=(0, 1, 0), wide=False)  # 16 bytes: 32-bit count of images
+    write_numbers(tmp_path / "v2", count, header=(0, 2, 5), wide=True)  # 20 bytes: 64-bit count
+    assert load_darknet_weights(old, tmp_path / "v1") == load_darknet_weights(new, tmp_path / "v2") == 19
+    assert torch.equal(numbers_of(old), numbers_of(new))
+
+
+def test_darknet19_round_trip(tmp_path):
+    one, other = Darknet19(num_classes=3), Darknet19(num_classes=3)
+    save_darknet_weights(one, tmp_path / "one.weights")
+    assert load_darknet_weights(other, tmp_path / "one.weights") == 19
+    assert torch.equal(numbers_of(one), numbers_of(other))
+
+
+def test_backbone_only_file_loads_the_first_convolutions_and_says_how_many(tmp_path, capsys):
+    backbone = Darknet19(num_classes=2)
+    save_darknet_weights(torch.nn.Sequential(backbone.features), tmp_path / "darknet19_448.conv.23", images_seen=12)
+    model = YOLOv2(num_classes=3)
+    head = model.head.state_dict()["0.0.weight"].clone()
+    assert load_darknet_weights(model, tmp_path / "darknet19_448.conv.23") == 18
+    assert "18 of 23 convolutions" in capsys.readouterr().out
+    assert torch.equal(numbers_of(model.features), numbers_of(backbone.features))
+    assert torch.equal(model.head.state_dict()["0.0.weight"], head)
+
+
+@pytest.mark.parametrize("change", ["short", "long", "empty", "header", "half", "text"])
+def test_a_file_of_the_wrong_size_is_named_and_the_model_stays_as_it_was(tmp_path, change):
+    model = Darknet19(num_classes=2)
+    before, file = numbers_of(model).clone(), tmp_path / "wrong.weights"
+    if change == "empty":
+        file.touch()
+    elif change == "header":
+        write_numbers(file, 0)
+    elif change == "text":
+        file.write_text("this is no weights file, but it is longer than a header\n" * 3)
+    else:
+        write_numbers(file, {"short": before.numel() - 1, "long": before.numel() + 1, "half": 1000}[change])
+    with pytest.raises(ValueError, match="wrong.weights"):
+        load_darknet_weights(model, file)
+    assert torch.equal(numbers_of(model), before)
+
+
+def test_a_file_of_another_network_is_refused(golden_file, tmp_path):
+    with pytest.raises(ValueError, match="random.weights.*another"):
+        load_darknet_weights(Darknet19(num_classes=1000), golden_file)
+    with pytest.raises(ValueError, match="random.weights.*classes"):
+        load_darknet_weights(YOLOv2(num_classes=3), golden_file)
+    with pytest.raises(FileNotFoundError, match="nothing.weights"):
+        load_darknet_weights(YOLOv2(), tmp_path / "nothing.weights")
+
+
+@pytest.mark.parametrize("source", ["darknet19.weights", "conv.23", "yolov2-voc.weights", "darknet.pt", "yolov2.pt"])
+def test_backbone_comes_from_every_kind_of_file(tmp_path, source):
+    file, classifier, detector = tmp_path / source, Darknet19(num_classes=7), YOLOv2(num_classes=20)
+    donor = detector if source.startswith("yolov2") else classifier
+    if source.endswith(".pt"):
+        utils.save_checkpoint(file, model=donor.state_dict())
+    else:
+        save_darknet_weights(torch.nn.Sequential(donor.features) if source == "conv.23" else donor, file)
+    model = YOLOv2(num_classes=2)
+    assert load_pretrained_backbone(model, file) == 18
+    assert torch.equal(numbers_of(model.features), numbers_of(donor.features))
+
+
+def test_a_detector_of_the_same_classes_is_loaded_whole(golden_file, golden_model):
+    model = YOLOv2()
+    assert load_pretrained_backbone(model, golden_file) == 23
+    assert torch.equal(numbers_of(model), numbers_of(golden_model))
+
+
+def test_a_foreign_checkpoint_gives_no_backbone(tmp_path):
+    utils.save_checkpoint(tmp_path / "foreign.pt", model={"weight": torch.zeros(3)})
+    utils.save_checkpoint(tmp_path / "other.pt", weights=torch.zeros(3))
+    for name in ("foreign.pt", "other.pt"):
+        with pytest.raises(ValueError, match=name):
+            load_pretrained_backbone(YOLOv2(), tmp_path / name)
+
+
+def test_detector_is_built_from_a_darknet_file_or_a_checkpoint(golden_file, golden_model, tmp_path):
+    classes = [f"class {number}" for number in range(20)]
+    utils.save_checkpoint(tmp_path / "ours.pt", model=golden_model.state_dict(), classes=classes, anchors=ANCHORS, image_size=96)
+    images = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(3))
+    for file, size in ((golden_file, 416), (tmp_path / "ours.pt", 96)):
+        model, names, anchors, image_size = load_detector(file, classes, torch.device("cpu"), "fp32")
+        assert (names, list(anchors), image_size) == (classes, list(ANCHORS), size)
+        with torch.no_grad():
+            assert torch.allclose(model(images), golden_model(images), atol=1e-4)
+
+
+def test_detector_refuses_a_backbone_and_a_foreign_checkpoint(tmp_path):
+    save_darknet_weights(torch.nn.Sequential(YOLOv2().features), tmp_path / "backbone.conv.23")
+    utils.save_checkpoint(tmp_path / "foreign.pt", model={}, epoch=3)
+    utils.save_checkpoint(tmp_path / "odd.pt", model={"a": torch.zeros(1)}, classes=["a"], anchors=ANCHORS, image_size=96)
+    for name in ("backbone.conv.23", "foreign.pt", "odd.pt"):
+        with pytest.raises(ValueError, match=name):
+            load_detector(tmp_path / name, ["a"] * 20, torch.device("cpu"))
+
+
+def test_kernels_start_as_in_darknet():
+    torch.manual_seed(0)
+    for module in YOLOv2().modules():
+        if isinstance(module, torch.nn.Conv2d) and module.weight.numel() > 50_000:
+            fan_in = module.in_channels * module.kernel_size[0] ** 2
+            assert module.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.02)  # N(0, 2 / (k^2 c_in))
+            assert abs(module.weight.mean().item()) < 0.01 * (2 / fan_in) ** 0.5 + 1e-4
+        if isinstance(module, torch.nn.BatchNorm2d):
+            assert (module.momentum, module.eps) == (0.01, 1e-5)
+
+
+def test_shapes_and_multiples_of_32():
+    model = YOLOv2(num_classes=3, num_anchors=2).eval()
+    with torch.no_grad():
+        assert model(torch.zeros(2, 3, 64, 96)).shape == (2, 2, 2, 3, 8)
+        assert Darknet19(num_classes=4).eval()(torch.zeros(2, 3, 64, 96)).shape == (2, 4)
+        assert Darknet19().features(torch.zeros(1, 3, 64, 96)).shape == (1, 1024, 2, 3)
+    with pytest.raises(ValueError, match="multiples of 32"):
+        model(torch.zeros(1, 3, 65, 96))
+
+
+def test_a_batch_equals_its_images_one_by_one(golden_model):
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        together = golden_model(images)
+        apart = torch.cat([golden_model(image[None]) for image in images])
+    assert torch.allclose(together, apart, atol=1e-4)

@@ -1,0 +1,677 @@
+"""The data set: reading, targets, augmentation, batches, anchors, and what is said about bad input."""
+
+import io
+import math
+import re
+import shutil
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dataset
+import utils
+from dataset import VOC_CLASSES, VOCDataset
+from model import ANCHORS
+
+SAMPLE = Path(__file__).resolve().parent.parent / "data_samples" / "voc"
+CAT, DOG, PERSON = (VOC_CLASSES.index(name) for name in ("cat", "dog", "person"))
+
+
+def voc_xml(objects) -> str:
+    """A VOC annotation of (class name, difficult, (xmin, ymin, xmax, ymax)) rows."""
+    text = ""
+    for name, difficult, box in objects:
+        sides = "".join(f"<{side}>{value}</{side}>" for side, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
+        text += f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>{sides}</bndbox></object>"
+    return f"<annotation>{text}</annotation>"
+
+
+def make_devkit(root: Path, samples: dict, layout: str = "VOC2007", size=(100, 80)) -> Path:
+    """Writes a small devkit: `samples` is image id -> objects (see voc_xml), or the whole text of its annotation."""
+    folder = root / layout
+    for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (folder / part).mkdir(parents=True)
+    (folder / "ImageSets/Main/train.txt").write_text("".join(f"{image_id}\n" for image_id in samples))
+    for number, (image_id, objects) in enumerate(samples.items()):
+        Image.new("RGB", size, (40 * number % 256, 90, 160)).save(folder / f"JPEGImages/{image_id}.jpg")
+        (folder / f"Annotations/{image_id}.xml").write_text(objects if isinstance(objects, str) else voc_xml(objects))
+    return folder
+
+
+def open_devkit(root: Path, **options) -> VOCDataset:
+    return VOCDataset(root, [("2007", "train")], ANCHORS, **{"image_size": 64, **options})
+
+
+def boxes_in_pixels(targets: torch.Tensor, image_size: int) -> torch.Tensor:
+    """Encoded targets (A, S_h, S_w, 6) -> xyxy boxes (M, 4) in pixels of the network's input."""
+    _, row, column = torch.nonzero(targets[..., 0], as_tuple=True)
+    _, x, y, w, h, _ = targets[targets[..., 0] > 0].T
+    centre_x, centre_y, cell = column + x, row + y, image_size / targets.shape[2]
+    return torch.stack([centre_x - w / 2, centre_y - h / 2, centre_x + w / 2, centre_y + h / 2], dim=1) * cell
+
+
+# ---------------------------------------------------------------- encoding of targets
+
+
+@pytest.mark.parametrize(("grid_height", "grid_width"), [(13, 13), (10, 19)])
+def test_decoding_raw_outputs_that_equal_the_targets_gives_the_boxes_back(grid_height, grid_width):
+    rng = np.random.default_rng(0)
+    sizes = rng.uniform(0.02, 0.6, (12, 2))
+    boxes = np.concatenate([rng.uniform(0.05, 0.95, (12, 2)), sizes], axis=1)
+    labels = rng.integers(0, 20, 12)
+    targets = dataset.encode_targets(boxes, labels, ANCHORS, grid_height, grid_width)
+    assert targets.shape == (5, grid_height, grid_width, 6) and targets.dtype == torch.float32
+    assert targets[..., 0].sum() == 12  # no two of these share a slot
+
+    # t_x = ln(x / (1 - x)), t_w = ln(w / p_w), and objectness and classes far from 0: Fig. 3 of YOLO9000 the other way round
+    objectness, x, y, w, h, label = targets.double().unbind(-1)
+    p_w, p_h = torch.tensor(ANCHORS, dtype=torch.float64).T[:, :, None, None]
+    held = objectness > 0
+    raw = torch.zeros(1, 5, grid_height, grid_width, 25)
+    for channel, value in enumerate((torch.logit(x), torch.logit(y), torch.log(w / p_w), torch.log(h / p_h))):
+        raw[0, ..., channel] = torch.where(held, value, 0)
+    raw[0, ..., 4] = torch.where(held, 20, -20)
+    raw[0, ..., 5:] = 20.0 * torch.nn.functional.one_hot(label.long(), 20)
+    decoded, confidence, probabilities = (tensor[0] for tensor in utils.decode_predictions(raw, ANCHORS))
+
+    found = confidence > 0.5
+    assert found.sum() == 12
+    rows = np.concatenate([decoded[found].numpy(), probabilities[found].argmax(1, keepdim=True).numpy()], axis=1)
+    expected = np.concatenate([boxes, labels[:, None]], axis=1)
+    np.testing.assert_allclose(rows[np.argsort(rows[:, 0])], expected[np.argsort(expected[:, 0])], atol=1e-5)
+
+
+def test_an_object_is_encoded_by_hand():
+    # centre (.3, .55), size .2 x .4 on 10 columns and 4 rows: x = 3.0, y = 2.2, w = 2.0, h = 1.6 in cells
+    targets = dataset.encode_targets([[0.3, 0.55, 0.2, 0.4]], [7], [(2, 1.5)], 4, 10)
+    assert targets[..., 0].sum() == 1
+    np.testing.assert_allclose(targets[0, 2, 3].numpy(), [1, 0, 0.2, 2, 1.6, 7], atol=1e-6)
+
+
+def test_of_two_objects_that_want_a_slot_the_later_one_takes_it():
+    boxes = [[0.5, 0.5, 0.1, 0.1], [0.51, 0.51, 0.1, 0.1]]
+    targets = dataset.encode_targets(boxes, [3, 7], [(1, 1)], 13, 13)
+    assert targets[..., 0].sum() == 1
+    x, w = 0.51 * 13 - 6, 0.1 * 13
+    np.testing.assert_allclose(targets[0, 6, 6].numpy(), [1, x, x, w, w, 7], atol=1e-6)
+    assert dataset.encode_targets(boxes[::-1], [7, 3], [(1, 1)], 13, 13)[0, 6, 6, 5] == 3
+
+
+def test_objects_in_one_cell_with_other_shapes_keep_a_slot_each():
+    targets = dataset.encode_targets([[0.5, 0.5, 0.1, 0.4], [0.5, 0.5, 0.4, 0.1]], [3, 7], [(1.3, 5.2), (5.2, 1.3)], 13, 13)
+    assert targets[:, 6, 6, 0].tolist() == [1, 1] and targets[:, 6, 6, 5].tolist() == [3, 7]
+
+
+@pytest.mark.parametrize("boxes", [[], np.empty((0, 4)), torch.empty(0, 4)])
+def test_no_objects_give_targets_of_zeros(boxes):
+    targets = dataset.encode_targets(boxes, [], ANCHORS, 3, 4)
+    assert targets.shape == (5, 3, 4, 6) and not targets.any()
+
+
+@pytest.mark.parametrize(("centre", "cell"), [((1.0, 0.5), (1, 3)), ((0.5, 1.0), (2, 2)), ((1.0, 1.0), (2, 3)), ((0, 0), (0, 0))])
+def test_a_centre_on_the_border_of_the_image_belongs_to_the_cell_inside(centre, cell):
+    # 3 rows, 4 columns; x = offset + column must still be the centre: 1.0 * 4 = 1 + 3
+    targets = dataset.encode_targets([[*centre, 0.2, 0.2]], [0], [(1, 1)], 3, 4)
+    row, column = cell
+    assert targets[0, row, column, 0] == 1
+    assert targets[0, row, column, 1] + column == pytest.approx(centre[0] * 4)
+    assert targets[0, row, column, 2] + row == pytest.approx(centre[1] * 3)
+
+
+def test_an_object_goes_to_the_anchor_of_its_shape():
+    for number, (w, h) in enumerate(ANCHORS):
+        targets = dataset.encode_targets([[0.5, 0.5, w / 13, h / 13]], [0], ANCHORS, 13, 13)
+        assert targets[:, 6, 6, 0].argmax() == number
+    # 3 x 3 cells against 1 x 9 (IoU 3 / (9 + 9 - 3) = .2) and 2 x 2 (4 / 9): the shape decides, not the area
+    targets = dataset.encode_targets([[0.5, 0.5, 0.3, 0.3]], [0], [(1, 9), (2, 2)], 10, 10)
+    assert targets[:, 5, 5, 0].tolist() == [0, 1]
+    np.testing.assert_allclose(dataset.shape_iou(np.array([[3.0, 3]]), np.array([[1.0, 9], [2, 2]])), [[0.2, 4 / 9]])
+
+
+# ---------------------------------------------------------------- reading
+
+
+def test_items_of_the_sample_are_images_in_0_to_1_and_targets():
+    data = VOCDataset(SAMPLE, [("2007", "tiny")], ANCHORS, image_size=96)
+    assert len(data) == len((SAMPLE / "VOC2007/ImageSets/Main/tiny.txt").read_text().split())
+    for index in (0, len(data) - 1):
+        image, targets = data[index]
+        assert image.shape == (3, 96, 96) and image.dtype == torch.float32
+        assert image.min() >= 0 and 0.5 < image.max() <= 1
+        assert targets.shape == (5, 3, 3, 6) and targets.dtype == torch.float32
+        rows, image_id = data.ground_truth(index)
+        assert 1 <= targets[..., 0].sum() <= len(rows)
+        assert data.original_size(index) == Image.open(SAMPLE / f"VOC2007/JPEGImages/{image_id}.jpg").size
+
+
+def test_several_image_sets_stand_one_after_the_other():
+    sets = [("2007", "one"), ("2007", "tiny")]
+    both = VOCDataset(SAMPLE, sets, ANCHORS)
+    parts = [VOCDataset(SAMPLE, [image_set], ANCHORS) for image_set in sets]
+    assert both.samples == parts[0].samples + parts[1].samples
+
+
+def test_ground_truth_is_class_difficult_and_the_pixels_of_the_annotation(tmp_path):
+    make_devkit(tmp_path, {"000007": [("dog", 0, (1, 2, 50, 60)), ("person", 1, (10, 20, 100, 80))]})
+    rows, image_id = open_devkit(tmp_path).ground_truth(0)
+    assert rows.tolist() == [[DOG, 0, 1, 2, 50, 60], [PERSON, 1, 10, 20, 100, 80]]
+    assert rows.dtype == torch.float64 and image_id == "000007"
+
+
+def test_a_target_is_the_object_in_grid_cells(tmp_path):
+    # 100 x 80 pixels on 2 x 2 cells; devkit pixels 21..71 x 11..51 are .2...7 of the width and .125...625 of the height:
+    # centre .45, .375 -> .9, .75 cells; size .5, .5 -> 1 x 1 cells
+    make_devkit(tmp_path, {"a": [("cat", 0, (21, 11, 71, 51))]})
+    _, targets = open_devkit(tmp_path)[0]
+    assert targets[..., 0].sum() == 1
+    np.testing.assert_allclose(targets[0, 0, 0].numpy(), [1, 0.9, 0.75, 1, 1, CAT], atol=1e-5)
+
+
+def test_the_data_folder_may_hold_the_years_or_the_folder_vocdevkit(tmp_path):
+    objects = {"a": [("cat", 0, (21, 11, 71, 51))]}
+    make_devkit(tmp_path / "plain", objects)
+    make_devkit(tmp_path / "nested", objects, layout="VOCdevkit/VOC2007")
+    plain, nested = open_devkit(tmp_path / "plain"), open_devkit(tmp_path / "nested")
+    assert torch.equal(plain.ground_truth(0)[0], nested.ground_truth(0)[0])
+    for first, second in zip(plain[0], nested[0], strict=True):
+        assert torch.equal(first, second)
+
+
+def test_lists_by_class_with_a_second_column_are_read(tmp_path):
+    folder = make_devkit(tmp_path, {"a": [], "b": []})
+    (folder / "ImageSets/Main/cat_train.txt").write_text("a  1\nb -1\n\n")
+    data = VOCDataset(tmp_path, [("2007", "cat_train")], ANCHORS)
+    assert [Path(image).stem for image, _ in data.samples] == ["a", "b"]
+
+
+def test_difficult_objects_are_ground_truth_but_no_targets(tmp_path):
+    make_devkit(tmp_path, {"a": [("dog", 0, (5, 5, 20, 20)), ("cat", 1, (60, 40, 90, 70))]})
+    data = open_devkit(tmp_path)
+    assert data.ground_truth(0)[0][:, 1].tolist() == [0, 1]
+    targets = data[0][1]
+    assert targets[..., 0].sum() == 1 and targets[targets[..., 0] > 0][0, 5] == DOG
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_an_image_without_objects_has_targets_of_zeros(tmp_path, augment):
+    make_devkit(tmp_path, {"a": [], "b": [("dog", 1, (5, 5, 20, 20))]})  # b: only a difficult one
+    data = open_devkit(tmp_path, augment=augment)
+    assert data.ground_truth(0)[0].shape == (0, 6)
+    for index in (0, 1):
+        image, targets = data[index]
+        assert image.shape == (3, 64, 64) and targets.shape == (5, 2, 2, 6) and not targets.any()
+
+
+def test_pairs_in_a_csv_with_xml_or_yolo_labels_equal_the_devkit(tmp_path):
+    devkit = VOCDataset(SAMPLE, [("2007", "tiny")], ANCHORS, image_size=64)
+    xml_lines, txt_lines = ["image,label"], []
+    for index in range(4):
+        image_file, label_file = devkit.samples[index]
+        name = Path(image_file).name
+        shutil.copy(image_file, tmp_path / name)
+        shutil.copy(label_file, tmp_path)
+        width, height = devkit.original_size(index)
+        labels = ""
+        for label, _, x1, y1, x2, y2 in devkit.ground_truth(index)[0].tolist():
+            x, y = ((x1 - 1) + (x2 - 1)) / 2 / width, ((y1 - 1) + (y2 - 1)) / 2 / height  # devkit pixels count from 1
+            labels += f"{int(label)} {x!r} {y!r} {(x2 - x1) / width!r} {(y2 - y1) / height!r}\n"
+        (tmp_path / f"{name[:-4]}.txt").write_text(labels)
+        xml_lines.append(f"{name},{name[:-4]}.xml")
+        txt_lines.append(f"{name}, {name[:-4]}.txt")
+    (tmp_path / "with_xml.csv").write_text("\n".join(xml_lines))
+    (tmp_path / "with_txt.csv").write_text("\n".join(txt_lines) + "\n\n")
+    for data in (
+        VOCDataset(tmp_path, ["with_xml.csv"], ANCHORS, image_size=64),
+        VOCDataset(tmp_path, ["with_txt.csv"], ANCHORS, image_size=64),
+        VOCDataset(tmp_path / "with_txt.csv", [], ANCHORS, image_size=64),  # the csv file in place of the folder
+    ):
+        assert len(data) == 4
+        for index in range(4):
+            (rows, image_id), (expected, expected_id) = data.ground_truth(index), devkit.ground_truth(index)
+            assert image_id == expected_id
+            torch.testing.assert_close(rows, expected, atol=1e-9, rtol=0)
+            for value, original in zip(data[index], devkit[index], strict=True):
+                torch.testing.assert_close(value, original)
+
+
+def test_an_empty_yolo_label_file_is_an_image_without_objects(tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("\n")
+    (tmp_path / "list.csv").write_text("a.png,a.txt\n")
+    data = VOCDataset(tmp_path, ["list.csv"], ANCHORS, image_size=32)
+    assert data.ground_truth(0)[0].shape == (0, 6) and not data[0][1].any()
+
+
+def test_own_classes_count_in_their_own_order(tmp_path):
+    make_devkit(tmp_path, {"a": [("pear", 0, (5, 5, 20, 20)), ("apple", 0, (30, 5, 50, 20))]})
+    assert open_devkit(tmp_path, classes=("pear", "apple")).ground_truth(0)[0][:, 0].tolist() == [0, 1]
+
+
+def test_a_model_that_outputs_the_targets_has_an_average_precision_of_one(tmp_path):
+    """Labels -> targets -> raw outputs -> detections -> average precision: no step is off by a pixel, a row or a class."""
+    make_devkit(
+        tmp_path,
+        {
+            "a": [("dog", 0, (5, 9, 24, 30)), ("cat", 0, (60, 40, 91, 71)), ("person", 1, (40, 5, 50, 30))],
+            "b": [("dog", 0, (10, 20, 29, 75)), ("dog", 0, (50, 9, 97, 30))],
+            "c": [],
+        },
+    )
+    data = open_devkit(tmp_path, image_size=160)
+
+    class Oracle(torch.nn.Module):
+        """Gives the raw outputs that decode to the targets, batch after batch."""
+
+        def __init__(self):
+            super().__init__()
+            self.unused, self.index = torch.nn.Parameter(torch.zeros(1)), 0
+
+        def forward(self, images):
+            raw = torch.full((len(images), 5, 5, 5, 25), -20.0)
+            for image in range(len(images)):
+                targets = data[self.index][1]
+                for a, row, column in torch.nonzero(targets[..., 0]).tolist():
+                    _, x, y, w, h, label = targets[a, row, column].tolist()
+                    (p_w, p_h), slot = ANCHORS[a], raw[image, a, row, column]
+                    x, y = (min(max(value, 1e-6), 1 - 1e-6) for value in (x, y))
+                    slot[:5] = torch.tensor(
+                        [math.log(x / (1 - x)), math.log(y / (1 - y)), math.log(w / p_w), math.log(h / p_h), 10]
+                    )
+                    slot[5 + int(label)] = 20
+                self.index += 1
+            return raw
+
+    detections, truths, seconds = utils.detect_dataset(Oracle(), data, ANCHORS, batch_size=2, num_workers=0)
+    assert len(detections) == 4 and len(truths) == 5 and set(seconds) == {"loading", "network", "post-processing"}
+    for metric in ("all_points", "voc2007"):
+        values = utils.average_precision(detections, truths, 20, iou_threshold=0.99, metric=metric)
+        expected = [1.0 if label in (CAT, DOG) else math.nan for label in range(20)]
+        np.testing.assert_allclose(values.numpy(), expected)
+
+
+# ---------------------------------------------------------------- augmentation
+
+
+def test_the_same_key_gives_the_same_sample_whatever_was_read_before():
+    first = VOCDataset(SAMPLE, [("2007", "one")], ANCHORS, image_size=96, augment=True)
+    second = VOCDataset(SAMPLE, [("2007", "one")], ANCHORS, image_size=96, augment=True)
+    image, targets = first[(0, 96, 5)]
+    for seed in (1, 2):
+        other_image, other_targets = second[(0, 96, seed)]
+        assert not torch.equal(other_image, image) and not torch.equal(other_targets, targets)
+    again_image, again_targets = second[(0, 96, 5)]
+    assert torch.equal(again_image, image) and torch.equal(again_targets, targets)
+
+
+def test_the_size_travels_with_the_key():
+    data = VOCDataset(SAMPLE, [("2007", "one")], ANCHORS, image_size=64, augment=True)
+    for size in (96, 160, 96):
+        image, targets = data[(0, size, 5)]
+        assert image.shape == (3, size, size) and targets.shape == (5, size // 32, size // 32, 6)
+    assert data[0][0].shape == (3, 64, 64)
+
+
+def test_without_augmentation_the_seed_changes_nothing():
+    data = VOCDataset(SAMPLE, [("2007", "one")], ANCHORS, image_size=64)
+    assert torch.equal(data[(0, 64, 1)][0], data[(0, 64, 2)][0]) and torch.equal(data[(0, 64, 1)][0], data[0][0])
+
+
+def test_worker_processes_give_the_samples_of_the_main_process():
+    data = VOCDataset(SAMPLE, [("2007", "tiny")], ANCHORS, augment=True)
+    batches = dataset.epoch_batches(8, 4, epoch=1, seed=0, image_sizes=[64, 96], batches_per_size=1)
+    here = list(torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=0))
+    there = list(torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=2))
+    assert len(here) == len(there) == 2
+    for (images, targets), (other_images, other_targets) in zip(here, there, strict=True):
+        assert torch.equal(images, other_images) and torch.equal(targets, other_targets)
+
+
+def test_colours_are_rgb_and_the_first_row_is_at_the_top(tmp_path):
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[:32, :32] = (255, 0, 0)  # upper left red
+    picture[32:, 32:] = (0, 0, 255)  # lower right blue
+    folder = make_devkit(tmp_path, {"a": []})
+    Image.fromarray(picture).save(folder / "JPEGImages/a.jpg", quality=95, subsampling=0)
+    image, _ = open_devkit(tmp_path)[0]
+    for row, column, colour in ((8, 8, (1, 0, 0)), (56, 56, (0, 0, 1)), (8, 56, (0, 0, 0)), (56, 8, (0, 0, 0))):
+        torch.testing.assert_close(image[:, row, column], torch.tensor(colour).float(), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("box", [(60, 40, 160, 130), (0, 150, 120, 240)], ids=["inside", "in_the_corner"])
+def test_boxes_stay_on_their_object_under_augmentation(tmp_path, box):
+    left, top, right, bottom = box  # pixels, 0-based, the right and lower ends outside
+    picture = np.zeros((240, 320, 3), np.uint8)
+    picture[top:bottom, left:right] = (255, 0, 0)  # black, grey padding and this: only this has a colour, whatever its hue
+    folder = make_devkit(tmp_path, {"a": [("cat", 0, (left + 1, top + 1, right, bottom))]})
+    Image.fromarray(picture).save(folder / "JPEGImages/a.jpg", quality=95, subsampling=0)
+    data = open_devkit(tmp_path, image_size=160, augment=True)
+    boxes, seen_on_the_left = [], 0
+    for seed in range(50):
+        image, targets = data[(0, 160, seed)]
+        chroma = image.amax(dim=0) - image.amin(dim=0)
+        rows, columns = torch.nonzero(chroma > chroma.max() / 2, as_tuple=True)
+        expected = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        (found,) = boxes_in_pixels(targets, 160).tolist()
+        assert found == pytest.approx([float(value) for value in expected], abs=1.5), f"seed {seed}"
+        boxes.append(found)
+        seen_on_the_left += found[0] + found[2] < 160
+    assert len({tuple(round(value) for value in found) for found in boxes}) > 40  # they do move
+    assert 10 < seen_on_the_left < 40  # and are mirrored about every second time
+
+
+def test_a_box_of_which_hardly_anything_is_left_is_dropped(tmp_path):
+    make_devkit(tmp_path, {"a": [("cat", 0, (1, 1, 9, 80)), ("dog", 0, (40, 20, 80, 60))]}, size=(100, 80))
+    data = open_devkit(tmp_path, augment=True)
+    kept = [set(targets[targets[..., 0] > 0][:, 5].tolist()) for targets in (data[(0, 64, seed)][1] for seed in range(40))]
+    assert all(DOG in labels for labels in kept)
+    assert 0 < sum(CAT in labels for labels in kept) < 40  # a strip at the border is lost now and then
+
+
+# ---------------------------------------------------------------- batches of an epoch
+
+
+def indices(batches) -> list[int]:
+    return [index for batch in batches for index, _, _ in batch]
+
+
+def test_an_epoch_visits_every_image_once_and_is_the_same_each_time():
+    batches = dataset.epoch_batches(12, 4, epoch=3, seed=7, image_sizes=[320, 352])
+    assert [len(batch) for batch in batches] == [4, 4, 4]
+    assert sorted(indices(batches)) == list(range(12))
+    assert batches == dataset.epoch_batches(12, 4, epoch=3, seed=7, image_sizes=[320, 352])
+
+
+def test_another_epoch_or_seed_has_another_order_and_other_augmentations():
+    batches = dataset.epoch_batches(12, 4, epoch=3, seed=7, image_sizes=[320])
+    for epoch, seed in ((4, 7), (3, 8)):
+        other = dataset.epoch_batches(12, 4, epoch=epoch, seed=seed, image_sizes=[320])
+        assert indices(other) != indices(batches)
+        assert {key[2] for batch in other for key in batch}.isdisjoint(key[2] for batch in batches for key in batch)
+
+
+def test_the_image_size_changes_every_so_many_batches_of_the_run():
+    sizes = []  # of the 30 batches of ten epochs; a block of 2 may cross from one epoch into the next
+    for epoch in range(10):
+        for batch in dataset.epoch_batches(12, 4, epoch, seed=0, image_sizes=[320, 352, 384], batches_per_size=2):
+            assert len({size for _, size, _ in batch}) == 1
+            sizes.append(batch[0][1])
+    assert all(first == second for first, second in zip(sizes[::2], sizes[1::2], strict=True))
+    assert set(sizes) == {320, 352, 384}
+
+
+def test_repeat_visits_every_image_so_many_times_an_epoch():
+    batches = dataset.epoch_batches(5, 5, epoch=0, seed=0, image_sizes=[320], repeat=3)
+    assert [sorted(indices([batch])) for batch in batches] == [list(range(5))] * 3
+    assert len({key[2] for batch in batches for key in batch}) == 15  # each time with another augmentation
+
+
+def test_an_incomplete_last_batch_is_left_out_unless_it_is_the_only_one():
+    assert [len(batch) for batch in dataset.epoch_batches(10, 4, 0, 0, [320])] == [4, 4]
+    assert [len(batch) for batch in dataset.epoch_batches(3, 4, 0, 0, [320])] == [3]
+
+
+# ---------------------------------------------------------------- anchors
+
+
+def test_average_best_iou_by_hand():
+    # (2, 2) is an anchor itself: 1. (4, 1) against (2, 2): 2 / (4 + 4 - 2) = 1/3, against (4, 4): 4 / 16; the mean is 2/3.
+    assert dataset.average_best_iou(np.array([[2, 2], [4, 1]]), [(2, 2), (4, 4)]) == pytest.approx(2 / 3, abs=1e-12)
+
+
+def test_kmeans_finds_the_clusters_of_the_boxes_by_rising_area():
+    centres = np.array([[1.0, 1.0], [3.0, 6.0], [9.0, 4.0]])  # areas 1, 18, 36
+    noise = np.random.default_rng(0).uniform(0.95, 1.05, (3, 60, 2))
+    sizes = np.random.default_rng(1).permutation((centres[:, None] * noise).reshape(-1, 2))
+    anchors = dataset.kmeans_anchors(sizes, 3)
+    assert anchors.shape == (3, 2)
+    np.testing.assert_allclose(anchors.numpy(), centres, rtol=0.02)
+    assert dataset.average_best_iou(sizes, anchors) > 0.9
+
+
+def test_one_anchor_is_the_mean_of_the_boxes():
+    assert dataset.kmeans_anchors([(1, 1), (3, 5)], 1).tolist() == [[2, 3]]
+
+
+def test_more_anchors_than_boxes_is_an_error():
+    with pytest.raises(ValueError, match="2 boxes are too few for 3 anchors"):
+        dataset.kmeans_anchors([(1, 1), (2, 2)], 3)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_a_missing_data_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path / 'nowhere' / 'VOC2007'}")):
+        open_devkit(tmp_path / "nowhere")
+
+
+def test_a_missing_list_is_named(tmp_path):
+    make_devkit(tmp_path, {"a": []})
+    with pytest.raises(FileNotFoundError, match=r"trainval\.txt"):
+        VOCDataset(tmp_path, [("2007", "trainval")], ANCHORS)
+    with pytest.raises(FileNotFoundError, match=r"mine\.csv"):
+        VOCDataset(tmp_path, ["mine.csv"], ANCHORS)
+
+
+def test_an_empty_list_is_an_error(tmp_path):
+    make_devkit(tmp_path, {})
+    with pytest.raises(ValueError, match="name no image"):
+        open_devkit(tmp_path)
+
+
+def test_a_missing_image_is_named(tmp_path):
+    folder = make_devkit(tmp_path, {"a": []})
+    (folder / "JPEGImages/a.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"a\.jpg"):
+        open_devkit(tmp_path)[0]
+
+
+def test_a_missing_label_file_is_named(tmp_path):
+    folder = make_devkit(tmp_path, {"a": []})
+    (folder / "Annotations/a.xml").unlink()
+    with pytest.raises(FileNotFoundError, match=r"a\.xml"):
+        open_devkit(tmp_path)
+
+
+def truncated_jpeg() -> bytes:
+    stream = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(stream, "JPEG")
+    return stream.getvalue()[: len(stream.getvalue()) // 2]
+
+
+@pytest.mark.parametrize("content", [truncated_jpeg(), b"this is no image", b""], ids=["truncated", "text", "empty"])
+def test_a_damaged_image_is_named(tmp_path, content):
+    folder = make_devkit(tmp_path, {"a": []})
+    (folder / "JPEGImages/a.jpg").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.jpg: not a readable image"):
+        open_devkit(tmp_path)[0]
+
+
+BNDBOX = "<bndbox><xmin>5</xmin><ymin>5</ymin><xmax>20</xmax><ymax>20</ymax></bndbox>"
+
+
+@pytest.mark.parametrize(
+    ("xml", "reason"),
+    [
+        (voc_xml([("unicorn", 0, (5, 5, 20, 20))]), "unknown class 'unicorn'"),
+        (f"<annotation><object>{BNDBOX}</object></annotation>", "unknown class ''"),
+        (voc_xml([("cat", 0, (20, 5, 20, 20))]), "no extent"),
+        (voc_xml([("cat", 0, (5, 21, 20, 20))]), "no extent"),
+        (voc_xml([("cat", 0, (5, 5, "nan", 20))]), "no extent"),
+        (voc_xml([("cat", 0, (5, 5, "inf", 20))]), "no extent"),
+        (voc_xml([("cat", 0, (5, 5, "wide", 20))]), "no bndbox of four numbers"),
+        (voc_xml([("cat", "maybe", (5, 5, 20, 20))]), "of class cat"),
+        ("<annotation><object><name>cat</name></object></annotation>", "no bndbox of four numbers"),
+        ("<annotation><object>", "not readable as XML"),
+        ("", "not readable as XML"),
+    ],
+)
+def test_a_bad_annotation_is_named_with_the_reason(tmp_path, xml, reason):
+    make_devkit(tmp_path, {"good": [], "bad": xml})
+    with pytest.raises(ValueError, match=rf"bad\.xml: .*{re.escape(reason)}"):
+        open_devkit(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("20 .5 .5 .1 .1", "class 20"),
+        ("-1 .5 .5 .1 .1", "class -1"),
+        ("cat .5 .5 .1 .1", "expected `class x y w h`"),
+        ("7 .5 .5 .1", "expected `class x y w h`"),
+        ("7 .5 .5 .1 .1 .9", "expected `class x y w h`"),
+        ("7 .5 1.5 .1 .1", "fractions of the image"),
+        ("7 .5 .5 0 .1", "fractions of the image"),
+        ("7 .5 .5 nan .1", "fractions of the image"),
+        ("7 250 180 100 90", "fractions of the image"),
+    ],
+)
+def test_a_bad_yolo_label_is_named_with_its_line(tmp_path, line, reason):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text(f"7 .5 .5 .1 .1\n{line}\n")
+    (tmp_path / "list.csv").write_text("a.png,a.txt\n")
+    with pytest.raises(ValueError, match=rf"a\.txt, line 2: .*{re.escape(reason)}"):
+        VOCDataset(tmp_path, ["list.csv"], ANCHORS)
+
+
+@pytest.mark.parametrize("line", ["b.png", "b.png,b.txt,7", "b.png,b.json", "b.txt,b.png", ",b"])
+def test_a_bad_line_of_a_csv_list_is_named(tmp_path, line):
+    (tmp_path / "list.csv").write_text(f"image,label\na.png,a.txt\n{line}\n")
+    with pytest.raises(ValueError, match=r"list\.csv, line 3: expected image,label"):
+        VOCDataset(tmp_path, ["list.csv"], ANCHORS)
+
+
+@pytest.mark.parametrize("size", [100, 0, -32])
+def test_an_image_size_that_is_no_multiple_of_32_is_an_error(size):
+    with pytest.raises(ValueError, match=f"multiple of 32 pixels, not {size}"):
+        VOCDataset(SAMPLE, [("2007", "one")], ANCHORS, image_size=size)
+
+
+# ---------------------------------------------------------------- images of any mode
+
+
+@pytest.mark.parametrize(
+    ("picture", "name", "expected"),
+    [
+        (Image.new("L", (8, 6), 100), "grey.png", (100, 100, 100)),
+        (Image.new("1", (8, 6), 1), "bits.png", (255, 255, 255)),
+        (Image.new("RGBA", (8, 6), (200, 0, 100, 255)), "opaque.png", (200, 0, 100)),
+        (Image.new("RGBA", (8, 6), (200, 0, 100, 0)), "transparent.png", (255, 255, 255)),  # laid on white
+        (Image.new("RGBA", (8, 6), (200, 0, 100, 51)), "thin.png", (244, 204, 224)),  # 51/255 = .2: .2 * 200 + .8 * 255 = 244 ...
+        (Image.new("LA", (8, 6), (100, 0)), "grey_transparent.png", (255, 255, 255)),
+        (Image.new("CMYK", (8, 6), (0, 255, 255, 0)), "cmyk.jpg", (255, 0, 0)),
+        (
+            Image.fromarray(np.full((6, 8), 0x6412, np.uint16)),
+            "sixteen.png",
+            (100, 100, 100),
+        ),  # 0x64 = 100 are the upper eight bits
+        (Image.new("P", (8, 6)), "palette.gif", (0, 0, 0)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_images_of_every_mode_are_read_as_rgb(tmp_path, picture, name, expected):
+    picture.save(tmp_path / name)
+    image = utils.read_image(tmp_path / name)
+    assert image.shape == (6, 8, 3) and image.dtype == np.uint8
+    np.testing.assert_allclose(image.reshape(-1, 3).astype(int), np.tile(expected, (48, 1)), atol=3 if name.endswith("jpg") else 1)
+    assert utils.image_size(tmp_path / name) == (8, 6)
+
+
+# orientation -> where the stored image's upper left corner is shown (row, column) and whether it lies on its side
+ORIENTATIONS = {1: (0, 0, False), 2: (0, -1, False), 3: (-1, -1, False), 6: (0, -1, True), 8: (-1, 0, True)}
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_images_are_turned_as_their_exif_data_say(tmp_path, orientation):
+    picture = np.zeros((40, 64, 3), np.uint8)
+    picture[:16, :16] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(picture).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    image = utils.read_image(tmp_path / "turned.jpg")
+    row, column, on_its_side = ORIENTATIONS[orientation]
+    assert image.shape == ((64, 40, 3) if on_its_side else (40, 64, 3))
+    assert utils.image_size(tmp_path / "turned.jpg") == image.shape[1::-1]
+    corners = {(y, x): image[y, x].mean() for y in (0, -1) for x in (0, -1)}
+    assert corners.pop((row, column)) > 240 and max(corners.values()) < 15
+
+
+def test_yolo_labels_of_a_turned_image_are_fractions_of_what_is_shown(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.jpg", exif=exif)  # shown as 40 x 60
+    (tmp_path / "a.txt").write_text("7 .5 .5 .5 .5\n")
+    (tmp_path / "list.csv").write_text("a.jpg,a.txt\n")
+    rows, _ = VOCDataset(tmp_path, ["list.csv"], ANCHORS).ground_truth(0)
+    # a quarter to three quarters: 10..30 of 40 and 15..45 of 60, the first pixel being 1
+    np.testing.assert_allclose(rows.numpy(), [[7, 0, 11, 16, 31, 46]], atol=1e-9)
+
+
+# ---------------------------------------------------------------- the check of a data set
+
+
+def settings(monkeypatch, tmp_path, **values) -> Path:
+    sheet = tmp_path / "out" / "sheet.png"
+    for name, value in {"SHEET": str(sheet), "SHEET_IMAGES": 2, "IMAGE_SIZE": 64, **values}.items():
+        monkeypatch.setattr(dataset, name, value)
+    return sheet
+
+
+def test_the_check_prints_counts_and_average_ious_and_draws_a_sheet(monkeypatch, tmp_path, capsys):
+    sheet = settings(monkeypatch, tmp_path, DATA_DIR=str(SAMPLE), IMAGE_SETS=[("2007", "tiny")])
+    dataset.main()
+    printed = capsys.readouterr().out
+
+    folder = SAMPLE / "VOC2007"  # the counts once more, from the files themselves
+    ids = (folder / "ImageSets/Main/tiny.txt").read_text().split()
+    objects = [item for name in ids for item in ElementTree.parse(folder / f"Annotations/{name}.xml").iter("object")]
+    difficult = sum(item.findtext("difficult") == "1" for item in objects)
+    cats = sum(item.findtext("name") == "cat" and item.findtext("difficult") != "1" for item in objects)
+    assert cats and f"{len(ids)} images, {len(objects)} objects, {difficult} of them difficult" in printed
+    assert re.search(rf"^  cat +{cats}  difficult", printed, re.MULTILINE)
+    in_use, fresh = (float(value) for value in re.findall(r"average IoU of .*: +(0\.\d+)", printed))
+    assert 0.2 < in_use < fresh < 1
+    with Image.open(sheet) as picture:
+        picture.load()
+        assert picture.format == "PNG" and min(picture.size) > 200
+
+
+def test_the_check_names_every_problem_and_fails(monkeypatch, tmp_path, capsys):
+    good = [("cat", 0, (5, 5, 60, 60))]
+    folder = make_devkit(
+        tmp_path,
+        {"fine": good, "broken": "<annotation>", "cut": good, "twice": good, "wide": [("dog", 0, (50, 5, 140, 60))], "gone": good},
+    )
+    (folder / "JPEGImages/cut.jpg").write_bytes(truncated_jpeg())
+    (folder / "JPEGImages/gone.jpg").unlink()
+    with open(folder / "ImageSets/Main/train.txt", "a") as stream:
+        stream.write("twice\n")
+    sheet = settings(monkeypatch, tmp_path, DATA_DIR=str(tmp_path), IMAGE_SETS=[("2007", "train")])
+    with pytest.raises(SystemExit) as stop:
+        dataset.main()
+    assert stop.value.code not in (None, 0)
+    problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("problem: ")]
+    for pattern in (
+        r"broken\.xml: not readable as XML",
+        r"cut\.jpg: not a readable image",
+        r"twice\.jpg: listed 2 times",
+        r"wide\.xml: the box .* leaves the image of 100 x 80",
+        r"gone\.jpg: no such image",
+    ):
+        assert sum(bool(re.search(pattern, line)) for line in problems) == 1, pattern
+    assert len(problems) == 5 and not sheet.exists()
+
+
+def test_the_check_tells_of_files_that_no_list_names(monkeypatch, tmp_path, capsys):
+    folder = make_devkit(tmp_path, {"a": [("cat", 0, (5, 5, 60, 60))], "unlisted": []})
+    (folder / "ImageSets/Main/train.txt").write_text("a\n")
+    settings(monkeypatch, tmp_path, DATA_DIR=str(tmp_path), IMAGE_SETS=[("2007", "train")])
+    dataset.main()
+    printed = capsys.readouterr().out
+    assert "1 image files that these lists do not name, unlisted.jpg first" in printed
+    assert "1 label files that these lists do not name, unlisted.xml first" in printed

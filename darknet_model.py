@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import utils
+
 # The table of the paper, top to bottom: (output channels, kernel size) of a convolution, or "pool" for a 2x2 max-pool of stride 2.
 # The 1x1 convolutions squeeze the channels between the 3x3 ones, which keeps the network cheap.
 DARKNET19_LAYERS = [
@@ -170,3 +172,23 @@ def save_darknet_weights(model: nn.Module, file: str | os.PathLike, images_seen:
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def load_classifier(model: Darknet19, file: str | os.PathLike) -> None:
+    """Loads all weights of a Darknet19 from a checkpoint of darknet_train*.py (`.pt`) or a Darknet file.
+
+    Raises FileNotFoundError or ValueError, naming the file, where it is missing, damaged or of other classes.
+    """
+    if not os.fspath(file).endswith((".pt", ".pth")):
+        load_darknet_weights(model, file)
+        return
+    state, ours = utils.load_checkpoint(file, "cpu").get("model", {}), model.state_dict()
+    if state.keys() != ours.keys():
+        raise ValueError(f"{file}: not a checkpoint of Darknet-19; make one with darknet_train.py")
+    classes, expected = len(state["classifier.bias"]), len(ours["classifier.bias"])
+    if classes != expected:
+        raise ValueError(
+            f"{file}: was trained on {classes} classes, not {expected}; to keep its backbone alone, write that to a Darknet file: "
+            f"save_darknet_weights(torch.nn.Sequential(model.features), 'backbone.conv.23')"
+        )
+    model.load_state_dict(state)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 import utils
@@ -322,6 +323,81 @@ def epoch_batches(
     return batches
 
 
+# ---------------------------------------------------------------- ImageNet
+
+
+class DarknetCrop(albumentations.ImageOnlyTransform):
+    """Darknet's random_augment_image in one resampling: the image is scaled to a short side drawn from `sides`, stretched by an
+    aspect between `aspect` and its inverse, turned by up to `angle` degrees, and a square of `size` is cut out at random."""
+
+    def __init__(self, size: int, sides: tuple[int, int], aspect: float = 0.75, angle: float = 7.0):
+        super().__init__(p=1.0)
+        self.size, self.sides, self.aspect, self.angle = size, sides, aspect, angle
+
+    def get_params_dependent_on_data(self, params: dict, data: dict) -> dict:
+        height, width = params["shape"][:2]
+        aspect = self.py_random.uniform(self.aspect, 1 / self.aspect)
+        scale = self.py_random.uniform(*self.sides) / min(height, width * aspect)
+        scale_x, scale_y = scale * aspect, scale
+        # how far the middle of the square may lie from the middle of the image, in pixels of the scaled image
+        room_x, room_y = abs(width * scale_x - self.size) / 2, abs(height * scale_y - self.size) / 2
+        dx, dy = self.py_random.uniform(-room_x, room_x), self.py_random.uniform(-room_y, room_y)
+        turn = math.radians(self.py_random.uniform(-self.angle, self.angle))
+        turned = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
+        matrix = turned @ np.diag([scale_x, scale_y])
+        shift = np.array([self.size / 2 + dx, self.size / 2 + dy]) - matrix @ np.array([width / 2, height / 2])
+        return {"matrix": np.column_stack([matrix, shift])}
+
+    def apply(self, image: np.ndarray, matrix: np.ndarray, **params) -> np.ndarray:
+        size = (self.size, self.size)
+        return cv2.warpAffine(image, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
+class ImageNetFolder(ImageFolder):
+    """torchvision's ImageFolder for keys as VOCDataset takes them -> image (3, size, size) float32 in 0..1, class index."""
+
+    def __init__(self, folder: str, image_size: int, augment: bool):
+        super().__init__(folder, loader=utils.read_image)
+        self.image_size, self.augment, self.transforms = image_size, augment, {}
+
+    def __getitem__(self, key: int | tuple[int, int, int]) -> tuple[Tensor, int]:
+        index, size, seed = key if isinstance(key, tuple) else (key, self.image_size, None)
+        if size not in self.transforms:
+            self.transforms[size] = albumentations.Compose(
+                [  # darknet19.cfg: sides 128..448 for an input of 256
+                    DarknetCrop(size, (size // 2, size * 7 // 4)),
+                    albumentations.HorizontalFlip(p=0.5),
+                    DarknetColour(hue=0.1, saturation=4 / 3, exposure=4 / 3),
+                ]
+                if self.augment
+                else [albumentations.SmallestMaxSize(size), albumentations.CenterCrop(size, size)]
+            )
+        if self.augment and seed is not None:
+            self.transforms[size].set_random_seed(seed)
+        file, label = self.samples[index]
+        return to_tensor(self.transforms[size](image=self.loader(file))["image"]), label
+
+
+def imagenet_dataset(root: str | os.PathLike, split: str, image_size: int, augment: bool) -> ImageNetFolder:
+    """The images of root/split/<wnid>/, as ImageNet's tools lay them out; classes are the sorted wnids.
+
+    augment: darknet19.cfg's crops, rotation, flips and colours; otherwise the centre square. Raises FileNotFoundError or
+    ValueError, naming the folder, where it is missing or not sorted into class folders.
+    """
+    folder = os.path.join(root, split)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{folder}: no such folder; DATA_DIR must hold train/ and val/ with a folder for each class")
+    if not any(entry.is_dir() for entry in os.scandir(folder)):
+        raise ValueError(
+            f"{folder}: its images are not in class folders; move each to {split}/<wnid>/, for ImageNet's flat val/ with the "
+            f"labels of the devkit's ILSVRC2012_validation_ground_truth.txt"
+        )
+    try:
+        return ImageNetFolder(folder, image_size, augment)
+    except FileNotFoundError as error:  # torchvision's, for class folders without images
+        raise ValueError(f"{folder}: {utils.first_line(error)}") from None
+
+
 # ---------------------------------------------------------------- anchors
 
 
@@ -364,7 +440,7 @@ def check_dataset(samples: list[tuple[str, str]], classes) -> tuple[list[str], l
     """Reads every file of a data set -> problems (a sentence each, naming the file), label rows, box sizes in fractions."""
     problems, all_rows, sizes = [], [], [np.empty((0, 2))]
     problems += [f"{image}: listed {count} times" for (image, _), count in Counter(samples).items() if count > 1]
-    for image_file, label_file in tqdm(samples, desc="reading", unit="image", leave=False):
+    for image_file, label_file in tqdm(samples, desc="reading", unit="image", leave=False, disable=None):
         rows = image = None
         try:
             rows = read_labels(image_file, label_file, classes)
@@ -456,9 +532,7 @@ def main() -> None:
         if len(sizes) >= len(ANCHORS):
             fresh = kmeans_anchors(sizes * cells, len(ANCHORS))
             text = ", ".join(f"({w:.2f}, {h:.2f})" for w, h in fresh.tolist())
-            print(
-                f"average IoU of fresh ones:         {average_best_iou(sizes * cells, fresh):.3f}  {text} grid cells at {IMAGE_SIZE}"
-            )
+            print(f"average IoU of fresh ones:         {average_best_iou(sizes * cells, fresh):.3f}  {text} cells at {IMAGE_SIZE}")
     for problem in problems:
         print(f"problem: {problem}")
     if problems:

@@ -20,7 +20,7 @@ from model import load_detector
 # data
 SOURCE = "data_samples/voc/VOC2007/JPEGImages/00000*.jpg"  # an image, a folder of images, or a glob
 # model
-CHECKPOINT = "runs/yolov2_best.pt"  # of train.py, or a Darknet file of yolov2-voc.cfg
+CHECKPOINT = "runs/yolov2.pt"  # of train.py (yolov2_best.pt: its best epoch), or a Darknet file of yolov2-voc.cfg
 IMAGE_SIZE = None  # pixels, a multiple of 32; None for the checkpoint's own
 # detection
 CONFIDENCE_THRESHOLD = 0.4  # objectness x class probability from which a box is drawn

@@ -28,7 +28,7 @@ IMAGE_SETS = [("2007", "tiny")]  # the images trained on; VOC: [("2007", "test")
 NUM_WORKERS = 2  # processes that load images
 BATCH_SIZE = 8  # images
 # model
-CHECKPOINT = "runs/yolov2_best.pt"  # of train.py, or a Darknet file of yolov2-voc.cfg
+CHECKPOINT = "runs/yolov2.pt"  # of train.py (yolov2_best.pt: its best epoch), or a Darknet file of yolov2-voc.cfg
 INPUT_SIZES = []  # pixels; the paper's Table 3 has [288, 352, 416, 480, 544]; [] for the checkpoint's own
 # detection
 CONFIDENCE_THRESHOLD = 0.005  # where the curves end; examples/detector.c, validate_detector

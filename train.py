@@ -25,13 +25,13 @@ from loss import YoloLoss
 # data
 DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv lists
 IMAGE_SETS = [("2007", "tiny")]  # VOC 07+12: [("2007", "trainval"), ("2012", "trainval")]; or csv lists: ["train.csv"]
-VAL_IMAGE_SETS = [("2007", "val")]  # VOC: [("2007", "test")]; [] for no validation
+VAL_IMAGE_SETS = []  # none: the sample is too small for one; VOC: [("2007", "test")]
 CLASSES = VOC_CLASSES  # any names; they travel in the checkpoint
 AUGMENT = False  # crop, flip and colour jitter; True for anything larger than the sample
-REPEAT = 8  # times an epoch shows each image; 1 for a real data set
+REPEAT = 5  # times an epoch shows each image; 1 for a real data set
 NUM_WORKERS = 2  # processes that load images
 # model
-IMAGE_SIZE = 224  # pixels, a multiple of 32; 416 in yolov2-voc.cfg
+IMAGE_SIZE = 160  # pixels, a multiple of 32; 416 in yolov2-voc.cfg
 MULTI_SCALE = []  # sizes to draw from every 10 batches: list(range(320, 609, 32)) in the paper; [] for IMAGE_SIZE alone
 ANCHORS = yolov2.ANCHORS  # width and height in grid cells; python dataset.py computes others
 PRETRAINED = ""  # a checkpoint of darknet_train*.py or a Darknet file such as darknet19_448.conv.23; "" from scratch
@@ -46,18 +46,18 @@ IGNORE_THRESHOLD = 0.6  # IoU; thresh in yolov2-voc.cfg
 OPTIMIZER = "adam"  # "sgd" in the paper
 BATCH_SIZE = 8  # images an optimiser step; 64 in yolov2-voc.cfg
 SUBDIVISIONS = 1  # parts that a batch is worked through in (gradient accumulation); 8 in yolov2-voc.cfg
-LEARNING_RATE = 3e-4  # SGD in the paper: 1e-3
+LEARNING_RATE = 5e-4  # SGD in the paper: 1e-3
 MOMENTUM = 0.9  # SGD only; YOLO9000 sec. 3
 WEIGHT_DECAY = 5e-4  # on kernels only; YOLO9000 sec. 3
 CLIP_NORM = 0.0  # largest norm of a gradient; 0 for no clipping, as in Darknet
 # schedule
-EPOCHS = 15  # 160 in the paper
+EPOCHS = 12  # 160 in the paper
 LR_SCHEDULE = "cosine"  # "constant", "steps", "polynomial" or "cosine"
 LR_DROPS = [60, 90]  # epochs after which "steps" divides the rate by 10; YOLO9000 sec. 3
 LR_POWER = 4.0  # of "polynomial"
-BURN_IN = 20  # optimiser steps with a rising rate; 1000 in yolov2-voc.cfg
+BURN_IN = 30  # optimiser steps with a rising rate; 1000 in yolov2-voc.cfg
 # run
-EVAL_EVERY = 5  # epochs between two measurements of mAP
+EVAL_EVERY = 4  # epochs between two measurements of mAP
 EVAL_THRESHOLD = 0.4  # confidence from which a detection counts in them
 EVAL_TRAIN_IMAGES = 100  # the mAP on the training set is taken on its first so many images
 CHECKPOINT = "runs/yolov2.pt"
@@ -92,7 +92,7 @@ def train_one_epoch(model, loader, loss_function, optimizer, scaler, rates, subd
             predictions = model(images)
         terms = loss_function(predictions, targets, images_seen)
         if not torch.isfinite(terms["total"]):
-            values = ", ".join(f"{name} {float(value):.3g}" for name, value in terms.items())
+            values = ", ".join(f"{name} {value.item():.3g}" for name, value in terms.items())
             raise ValueError(
                 f"the loss is not finite in batch {batch} of this epoch ({values}); the last checkpoint is intact. "
                 f"Lower LEARNING_RATE, lengthen BURN_IN, set CLIP_NORM, or try PRECISION=fp32"
@@ -208,7 +208,7 @@ def main():
                     print(f"{name} is 0: {found} detections at {EVAL_THRESHOLD} for {truths} ground truths")
 
         score = row["val_map"] if VAL_IMAGE_SETS else row["train_map"]
-        improved = score != "" and score > best
+        improved = score != "" and score >= best  # of equal ones the later
         best = max(best, score) if score != "" else best
         state = {
             "model": model.state_dict(),

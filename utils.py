@@ -16,7 +16,6 @@ import random
 import sys
 import time
 import warnings
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +50,7 @@ def override_globals(script_globals: dict, words: list[str]) -> None:
         default = known[name]
         try:
             value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = text  # a path or a name may stand without quotes
         if isinstance(default, float) and type(value) is int:
             value = float(value)
@@ -68,8 +67,8 @@ def plain_errors():
     """Around a script's main(): bad input ends in its one sentence and exit status 1 instead of a traceback."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    except (OSError, ValueError) as error:  # of a loader's worker, the last line of a whole traceback
+        sys.exit(f"error: {(str(error).strip().splitlines() or [''])[-1].removeprefix('ValueError: ')}")
 
 
 def set_seed(seed: int) -> None:
@@ -118,36 +117,40 @@ def keep_freed_memory() -> None:
 # ---------------------------------------------------------------- images
 
 
+@contextlib.contextmanager
+def open_image(file: str | os.PathLike):
+    """PIL's Image.open; whatever goes wrong inside is a FileNotFoundError or ValueError that names the file."""
+    try:
+        with Image.open(file) as image:
+            yield image
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: no such image") from None
+    except (OSError, ValueError, SyntaxError, TypeError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file}: not a readable image ({error}); replace it or take it off the list") from None
+
+
 def read_image(file: str | os.PathLike) -> np.ndarray:
     """Reads an image of any mode the way a viewer shows it (EXIF rotation applied) -> (H, W, 3) uint8 RGB.
 
     Transparent parts are laid on white. Raises FileNotFoundError or ValueError, naming the file, where it is missing or broken.
     """
-    try:
-        with Image.open(file) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            elif image.mode.startswith("I;16"):  # 16 bits of grey: keep the upper eight
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return np.array(image.convert("RGB"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file}: no such image") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, EOFError, TypeError) as error:
-        raise ValueError(f"{file}: not a readable image ({error}); replace it or take it off the list") from None
+    with open_image(file) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # 16 bits of grey: keep the upper eight
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise ValueError("32 bits of grey have no known white; save it with 8 bits")
+        elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.array(image.convert("RGB"))
 
 
 def image_size(file: str | os.PathLike) -> tuple[int, int]:
-    """Width and height in pixels as read_image would give them, from the file's header alone."""
-    try:
-        with Image.open(file) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
-            return (image.height, image.width) if turned else (image.width, image.height)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file}: no such image") from None
-    except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file}: not a readable image ({error}); replace it or take it off the list") from None
+    """Width and height in pixels as read_image would give them, from the file's header alone; raises as read_image does."""
+    with open_image(file) as image:
+        turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
+        return (image.height, image.width) if turned else (image.width, image.height)
 
 
 def find_images(pattern: str) -> list[str]:
@@ -303,7 +306,7 @@ def area_under_curve(precision: np.ndarray, recall: np.ndarray, metric: str = "a
     """AP of one class: "voc2007" is the mean of the best precision at recalls from 0, .1, .2 .. 1 on, "all_points" the area
     under the curve once it is made to fall (VOC 2010 on, and Padilla et al.)."""
     if metric == "voc2007":
-        best = [precision[recall >= level].max(initial=0) for level in np.linspace(0, 1, 11)]
+        best = [precision[recall >= level].max(initial=0) for level in np.arange(11) / 10]
         return float(np.mean(best))
     if metric != "all_points":
         raise ValueError(f'metric must be "voc2007" or "all_points", not {metric!r}')
@@ -358,7 +361,8 @@ def detect_dataset(
         seconds["network"] += (computed := time.perf_counter()) - loaded
         for found in postprocess(predictions, anchors, confidence_threshold, nms_iou_threshold):
             found = found.double().numpy()
-            pixels = to_devkit_pixels(found[:, :4], *dataset.original_size(index))
+            width, height = dataset.original_size(index)
+            pixels = to_devkit_pixels(found[:, :4], width, height).clip(1, [width, height, width, height])
             which = np.full((len(found), 1), index)
             detections.append(np.concatenate([which, found[:, 5:6], found[:, 4:5], pixels], axis=1))
             rows, _ = dataset.ground_truth(index)
@@ -388,6 +392,8 @@ def learning_rate_at(
     schedule: "constant"; "steps", a tenth of it from each step of `drops` on; "polynomial", (1 - step / total)^power;
     "cosine", down to 0. During the first `burn_in` steps it grows as (step / burn_in)^4. Raises ValueError for another schedule.
     """
+    if schedule not in ("constant", "steps", "polynomial", "cosine"):
+        raise ValueError(f'LR_SCHEDULE must be "constant", "steps", "polynomial" or "cosine", not {schedule!r}')
     if step < burn_in:
         return learning_rate * ((step + 1) / burn_in) ** 4  # + 1: ours, Darknet's first step has rate 0 and teaches nothing
     if schedule == "constant":
@@ -396,9 +402,7 @@ def learning_rate_at(
         return learning_rate * 0.1 ** sum(step >= drop for drop in drops)
     if schedule == "polynomial":
         return learning_rate * (1 - step / total_steps) ** power
-    if schedule == "cosine":
-        return learning_rate * (1 + math.cos(math.pi * step / total_steps)) / 2
-    raise ValueError(f'LR_SCHEDULE must be "constant", "steps", "polynomial" or "cosine", not {schedule!r}')
+    return learning_rate * (1 + math.cos(math.pi * step / total_steps)) / 2
 
 
 def warm_batch_norm(model: nn.Module, batches_seen: int) -> None:
@@ -415,18 +419,33 @@ def warm_batch_norm(model: nn.Module, batches_seen: int) -> None:
 # ---------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(file: str | os.PathLike, **state) -> None:
-    """Writes tensors and plain Python values; the old file stays until the new one is whole. Raises OSError, naming the file."""
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its type where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def whole_file(file: str | os.PathLike):
+    """Gives a temporary name to write to and renames it to `file` when all is written; a failure leaves the old file alone.
+
+    Raises OSError, naming the file.
+    """
     os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
     temporary = f"{os.fspath(file)}.tmp{os.getpid()}"
     try:
-        torch.save(state, temporary)
+        yield temporary
         os.replace(temporary, file)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        raise OSError(f"{file}: could not be written ({str(error).splitlines()[0]}); is the disk full?") from error
+        raise OSError(f"{file}: could not be written ({first_line(error)}); is the disk full?") from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def save_checkpoint(file: str | os.PathLike, **state) -> None:
+    """Writes tensors and plain Python values; the old file stays until the new one is whole. Raises OSError, naming the file."""
+    with whole_file(file) as temporary:
+        torch.save(state, temporary)
 
 
 def load_checkpoint(file: str | os.PathLike, device: str | torch.device = "cpu") -> dict:
@@ -442,8 +461,8 @@ def load_checkpoint(file: str | os.PathLike, device: str | torch.device = "cpu")
             state = torch.load(file, map_location=device, weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"{file}: not a checkpoint of this repository, or one that would run code; it was not loaded") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-        raise ValueError(f"{file}: damaged or not a checkpoint ({str(error).splitlines()[0][:80]})") from None
+    except Exception as error:  # a damaged file may end in any of them
+        raise ValueError(f"{file}: damaged or not a checkpoint ({first_line(error)[:80]})") from None
     if not isinstance(state, dict):
         raise ValueError(f"{file}: not a checkpoint of this repository (holds {type(state).__name__})")
     return state
@@ -458,14 +477,11 @@ def append_metrics(file: str | os.PathLike, row: dict) -> None:
     if os.path.isfile(file):
         with open(file, newline="") as stream:
             rows = [old for old in csv.DictReader(stream) if old.get("epoch", "").isdigit() and int(old["epoch"]) < row["epoch"]]
-    os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
-    temporary = f"{os.fspath(file)}.tmp{os.getpid()}"
-    with open(temporary, "w", newline="") as stream:
+    with whole_file(file) as temporary, open(temporary, "w", newline="") as stream:
         writer = csv.DictWriter(stream, fieldnames=list(row), extrasaction="ignore")
         writer.writeheader()
         for entry in [*rows, row]:
             writer.writerow({name: f"{v:.6g}" if isinstance(v, float) else v for name, v in entry.items()})
-    os.replace(temporary, file)
 
 
 def draw_charts(metrics_file: str | os.PathLike, chart_file: str | os.PathLike) -> None:
@@ -501,13 +517,13 @@ def draw_charts(metrics_file: str | os.PathLike, chart_file: str | os.PathLike) 
             if not logarithmic:
                 axis.set_ylim(bottom=0)
         axis.set_xlabel("epoch")
+        axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    temporary = f"{os.fspath(chart_file)}.tmp{os.getpid()}"
-    figure.savefig(temporary, dpi=100, format="png")
+    with whole_file(chart_file) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
     plt.close(figure)
-    os.replace(temporary, chart_file)
 
 
 # ---------------------------------------------------------------- drawing

@@ -49,7 +49,7 @@ def test_decode_predictions_by_hand_on_a_grid_that_is_not_square():
     raw[0, 1, 1, 2] = torch.tensor([ln(3), -ln(3), ln(2), -ln(2), -ln(4), 0, ln(3)])
     boxes, objectness, probabilities = utils.decode_predictions(raw, [(1, 1), (2, 3)])
     assert boxes.shape == (1, 16, 4) and objectness.shape == (1, 16) and probabilities.shape == (1, 16, 2)
-    # Slot (anchor 1, row 1, column 2) is number (1 * 2 + 1) * 4 + 2 = 14; sigma(ln 3) = 3/4, sigma(-ln 3) = 1/4, sigma(-ln 4) = 1/5.
+    # Slot (anchor 1, row 1, column 2) is number (1 * 2 + 1) * 4 + 2 = 14. sigma(ln 3) = 3/4, sigma(-ln 3) = 1/4, sigma(-ln 4) = .2.
     # x = (3/4 + 2) / 4, y = (1/4 + 1) / 2, w = 2 * 2 / 4, h = 3 / 2 / 2; the softmax of 0 and ln 3 is 1/4, 3/4.
     torch.testing.assert_close(boxes[0, 14], torch.tensor([0.6875, 0.625, 1.0, 0.75]))
     assert objectness[0, 14].item() == pytest.approx(0.2)
@@ -184,7 +184,7 @@ def test_precision_and_recall_after_each_detection_by_hand():
 
 @pytest.mark.parametrize("right", range(6))
 def test_a_recall_of_just_a_level_reaches_that_level_of_the_11_points(right):
-    # `right` of 5 truths found and nothing wrong: recall right/5 reaches the levels 0, .1 .. 2 right/10, which are 2 right + 1 of 11
+    # `right` of 5 truths found, nothing wrong: recall right/5 reaches the levels 0, .1 .. 2 right/10, which are 2 right + 1 of 11
     truths = [truth(BOX_A, image=image) for image in range(5)]
     found = [detection(0.9, BOX_A, image=image) for image in range(right)]
     assert ap(found, truths, "voc2007") == pytest.approx((2 * right + 1) / 11 if right else 0, abs=1e-12)
@@ -263,6 +263,12 @@ def test_a_detection_goes_to_the_truth_it_overlaps_best_even_when_that_one_is_ta
     truths = [truth((1, 1, 10, 10)), truth((1, 4, 10, 13))]
     found = [detection(0.9, (1, 1, 10, 10)), detection(0.8, (1, 2, 10, 11))]
     assert ap(found, truths) == pytest.approx(1 / 2)
+
+
+def test_of_truths_that_overlap_equally_the_first_one_is_meant():
+    easy, difficult = truth(BOX_A), truth(BOX_A, difficult=1)
+    assert ap([detection(0.9, BOX_A)], [easy, difficult]) == 1
+    assert ap([detection(0.9, BOX_A)], [difficult, easy]) == 0  # it goes to the difficult one and does not count
 
 
 def test_equal_confidences_keep_the_order_given():

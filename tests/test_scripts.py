@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 
 import detect
+import detect_txt
 import test as test_script
 import train
 import utils
-from dataset import VOC_CLASSES
+from dataset import VOC_CLASSES, VOCDataset
 from model import ANCHORS, YOLOv2
 
 ROOT = Path(__file__).parent.parent
@@ -124,7 +125,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_a_step(tmp_path, monkeyp
         ({"EQUATION": "yolov3"}, "yolov3"),
         ({"CLASSES": ["cat"]}, "000005.xml.*dog"),
         ({"PRECISION": "int8"}, "PRECISION"),
-        ({"MULTI_SCALE": [64, 100]}, "multiple of 32"),
+        ({"MULTI_SCALE": [64, 100]}, "multiples of 32"),
     ],
 )
 def test_a_wrong_setting_of_the_training_is_one_sentence(tmp_path, monkeypatch, setting, message):
@@ -218,6 +219,20 @@ def test_bad_input_on_the_command_line_is_one_sentence(words, message):
     assert len(result.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_truncated_image_ends_a_training_with_its_name(tmp_path, workers):
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (tmp_path / "VOC2007" / folder).mkdir(parents=True)
+    for name in ("JPEGImages/000005.jpg", "Annotations/000005.xml", "ImageSets/Main/one.txt"):
+        data = (SAMPLE / "VOC2007" / name).read_bytes()
+        (tmp_path / "VOC2007" / name).write_bytes(data[: len(data) // 2] if name.endswith(".jpg") else data)
+    words = [f"DATA_DIR={tmp_path}", "IMAGE_SETS=[('2007','one')]", "VAL_IMAGE_SETS=[]", "IMAGE_SIZE=32", f"NUM_WORKERS={workers}"]
+    result = run("train.py", *words, f"CHECKPOINT={tmp_path}/y.pt")
+    assert result.returncode == 1
+    assert result.stderr.strip().startswith("error: ") and len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert "000005.jpg" in result.stderr and "truncated" in result.stderr
+
+
 def test_scripts_run_from_the_command_line(tmp_path):
     words = ["IMAGE_SETS=[('2007','one')]", "IMAGE_SIZE=64", "EPOCHS=1", "REPEAT=2", "BATCH_SIZE=2", "NUM_WORKERS=1"]
     result = run("train.py", *words, "VAL_IMAGE_SETS=[]", f"CHECKPOINT={tmp_path}/y.pt")
@@ -239,3 +254,53 @@ def test_the_network_is_not_asked_for_anything_at_import():
     guard = "import socket\ndef refuse(*a, **k): raise SystemExit('network')\nsocket.getaddrinfo = socket.socket.connect = refuse\n"
     result = run("-c", guard + "import train, test, detect, dataset")
     assert result.returncode == 0, result.stderr
+
+
+def test_detect_txt_gives_back_the_numbers_of_test(trained, tmp_path, monkeypatch, capsys):
+    """The comp4 files hold the boxes unrounded: read back, they give test.py's APs; the whole-pixel files nearly the same."""
+    data = {"DATA_DIR": str(SAMPLE), "IMAGE_SETS": [("2007", "tiny")], "CHECKPOINT": str(trained / "yolov2.pt"), "NUM_WORKERS": 0}
+    set_globals(monkeypatch, test_script, **data, OUTPUT=str(tmp_path / "test"), PRECISION="fp32", CONFIDENCE_THRESHOLD=1e-4)
+    set_globals(monkeypatch, detect_txt, **data, OUTPUT_DIR=str(tmp_path), PRECISION="fp32", CONFIDENCE_THRESHOLD=1e-4)
+    test_script.main()
+    detect_txt.main()
+    ids = (SAMPLE / "VOC2007" / "ImageSets" / "Main" / "tiny.txt").read_text().split()
+    assert sorted(file.stem for file in (tmp_path / "detections").iterdir()) == ids
+    assert sorted(file.stem for file in (tmp_path / "groundtruths").iterdir()) == ids
+
+    truths, whole, exact = [], [], []
+    for index, name in enumerate(ids):
+        for line in (tmp_path / "groundtruths" / f"{name}.txt").read_text().splitlines():
+            label, *box = line.split()
+            truths.append([index, VOC_CLASSES.index(label), 0, *map(int, box)])
+        for line in (tmp_path / "detections" / f"{name}.txt").read_text().splitlines():
+            label, confidence, *box = line.split()
+            whole.append([index, VOC_CLASSES.index(label), float(confidence), *map(int, box)])
+    for label, name in enumerate(VOC_CLASSES):
+        for line in (tmp_path / f"comp4_det_test_{name}.txt").read_text().splitlines():
+            image, *numbers = line.split()
+            exact.append([ids.index(image), label, *map(float, numbers)])
+    assert len(exact) == len(whole) > 0
+
+    dataset = VOCDataset(SAMPLE, [("2007", "tiny")], ANCHORS, 64)
+    difficult = [[i, *row] for i in range(len(dataset)) for row in dataset.ground_truth(i)[0].tolist() if row[1]]
+    assert difficult  # the list has some, and the default form leaves them out
+    expected = [float(row["ap_all"]) for row in read_rows(tmp_path / "test.csv")]
+    found = utils.average_precision(exact, [*truths, *difficult], 20).numpy()
+    assert np.nanmax(expected) > 0
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(
+        np.nanmean(utils.average_precision(whole, [*truths, *difficult], 20)), np.nanmean(expected), atol=0.05
+    )
+
+
+def test_detect_txt_marks_difficult_objects_when_told(trained, tmp_path, monkeypatch):
+    """Image 000014 of the sample has difficult objects."""
+    set_globals(
+        monkeypatch, detect_txt, DATA_DIR=str(SAMPLE), IMAGE_SETS=[("2007", "tiny")], CHECKPOINT=str(trained / "yolov2.pt"),
+        NUM_WORKERS=0, OUTPUT_DIR=str(tmp_path), PRECISION="fp32", MARK_DIFFICULT=True, CONFIDENCE_THRESHOLD=0.99,
+    )  # fmt: skip
+    detect_txt.main()
+    lines = [line for file in (tmp_path / "groundtruths").iterdir() for line in file.read_text().splitlines()]
+    marked = [line for line in lines if line.endswith(" difficult")]
+    assert marked and all(len(line.split()) == (6 if line in marked else 5) for line in lines)
+    assert all(file.read_text() == "" for file in (tmp_path / "detections").iterdir())  # nothing is that sure: empty files

@@ -1,0 +1,238 @@
+"""Pre-trains Darknet-19 on ImageNet with DistributedDataParallel, a process a GPU (YOLO9000 sec. 3, "Training for classification").
+
+    torchrun --nproc_per_node=4 darknet_train_multigpu_distr.py DATA_DIR=/data/imagenet NUM_WORKERS=8 IMAGE_SIZE=224 ...
+    torchrun --nnodes=2 --nproc_per_node=4 --rdzv-backend=c10d --rdzv-endpoint=HOST:29400 darknet_train_multigpu_distr.py ...
+    torchrun --nproc_per_node=4 --max-restarts=3 ...            a crashed run comes back from its last checkpoint
+    python darknet_train_multigpu_distr.py                      one process
+
+BATCH_SIZE is that of all processes together. nccl on GPUs, gloo on CPUs. The first process alone prints and writes, the same files
+as darknet_train.py; their checkpoints are the same.
+"""
+
+import contextlib
+import os
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+import darknet_model
+import utils
+from dataset import epoch_batches, imagenet_dataset
+
+# data
+DATA_DIR = "data_samples/imagenet"  # holds train/<wnid>/ and val/<wnid>/
+IMAGE_SIZE = 64  # pixels; 224 in the paper, 448 in its second stage
+NUM_WORKERS = 2  # processes that load images
+# optimiser
+BATCH_SIZE = 6  # images an optimiser step, of all processes together; 128 in darknet19.cfg
+SUBDIVISIONS = 1  # parts that a batch is worked through in (gradient accumulation)
+LEARNING_RATE = 0.01  # 0.1 in the paper, 1e-3 in its second stage
+MOMENTUM = 0.9
+WEIGHT_DECAY = 5e-4  # on kernels only
+LABEL_SMOOTHING = 0.0
+# schedule
+EPOCHS = 4  # 160 in the paper, 10 in its second stage
+LR_SCHEDULE = "polynomial"  # "constant", "steps", "polynomial" or "cosine"
+LR_POWER = 4.0  # of "polynomial"; 4 in the paper
+LR_DROPS = [60, 90]  # epochs after which "steps" divides the rate by 10
+BURN_IN = 0  # optimiser steps with a rising rate; 1000 in darknet19.cfg
+# run
+CHECKPOINT = "runs/darknet19.pt"
+RESUME = False  # go on from CHECKPOINT
+RESUME_WEIGHTS = ""  # a checkpoint or Darknet file whose weights a new run starts from, as for the 448 px stage
+SEED = 0
+DEVICE = "auto"  # "cuda", "cuda:1", "cpu"
+PRECISION = "auto"  # "fp32", "bf16", "fp16"; auto: half where the device computes it natively
+SYNC_BATCH_NORM = False  # True: batch norm over the images of all processes instead of a process's own (GPUs only)
+COMPILE = False  # torch.compile, worth its minutes of start-up on a GPU
+
+
+def train_one_epoch(model, loader, optimizer, scaler, rates, subdivisions, smoothing, device, dtype, batches_seen):
+    """One pass over the loader; `rates` holds the learning rate of each optimiser step -> sums of loss, right, images.
+
+    Raises ValueError before a step with a loss that is not finite, naming the batch.
+    """
+    model.train()
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right answers, images
+    for batch, (images, labels) in enumerate(loader):
+        images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+        labels = labels.to(device, non_blocking=True)
+        step, part = divmod(batch, subdivisions)
+        if part == 0:
+            utils.warm_batch_norm(model, batches_seen + batch)
+            for group in optimizer.param_groups:
+                group["lr"] = rates[step]
+            optimizer.zero_grad(set_to_none=True)
+
+        # Only the last part of a batch makes the processes of DistributedDataParallel exchange their gradients.
+        last = part == subdivisions - 1
+        exchange = contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
+        with exchange:
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                logits = model(images)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+            if not torch.isfinite(loss):
+                raise ValueError(
+                    f"the loss is not finite in batch {batch} of this epoch; the last checkpoint is intact. "
+                    f"Lower LEARNING_RATE, lengthen BURN_IN, or try PRECISION=fp32"
+                )
+            scaler.scale(loss / subdivisions).backward()
+        right = (logits.argmax(dim=1) == labels).sum()
+        sums += torch.stack([loss.detach() * len(images), right, torch.tensor(len(images), device=device)])
+        if last:
+            scaler.step(optimizer)
+            scaler.update()
+    return sums
+
+
+@torch.no_grad()
+def validate(model, loader, device, dtype):
+    """One pass over the loader -> sums of loss, images whose class was guessed first, among the first five, images."""
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    for images, labels in loader:
+        images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+        labels = labels.to(device, non_blocking=True)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(images).float()
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (N, 5)
+        sums += torch.stack([loss, guesses[:, 0].sum(), guesses.sum(), torch.tensor(len(images), device=device)])
+    return sums
+
+
+def main():
+    # torchrun tells each process its number and theirs; without it there is one. The group is torn down however the run ends.
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = utils.pick_device(DEVICE)
+    if device.type == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"process {local} has no GPU: --nproc_per_node may be {torch.cuda.device_count()} at most here")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        train(rank, world, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def train(rank, world, device):
+    """What main() does in the scripts for one process; `rank` is the number of this one of `world` processes."""
+    utils.keep_freed_memory()
+    utils.set_seed(SEED)  # the same in all processes: they start from the same weights
+    dtype = utils.pick_precision(PRECISION, device)
+    stem = os.path.splitext(CHECKPOINT)[0]
+    if BATCH_SIZE % SUBDIVISIONS:
+        raise ValueError(f"BATCH_SIZE {BATCH_SIZE} must be a multiple of SUBDIVISIONS {SUBDIVISIONS}")
+    part_size = BATCH_SIZE // SUBDIVISIONS
+    if part_size % world:
+        raise ValueError(f"{part_size} images (BATCH_SIZE / SUBDIVISIONS) cannot be shared evenly by {world} processes")
+
+    # data
+    train_set = imagenet_dataset(DATA_DIR, "train", IMAGE_SIZE, augment=True)
+    val_set = imagenet_dataset(DATA_DIR, "val", IMAGE_SIZE, augment=False)
+    if train_set.classes != val_set.classes:
+        odd = sorted(set(train_set.classes) ^ set(val_set.classes))
+        raise ValueError(f"{DATA_DIR}: train/ and val/ have different class folders ({', '.join(odd[:5])}); both need all of them")
+    options = {"num_workers": NUM_WORKERS, "persistent_workers": NUM_WORKERS > 0, "pin_memory": device.type == "cuda"}
+    batches = []  # filled anew each epoch; the loader's workers live through all of them
+    train_loader = DataLoader(train_set, batch_sampler=batches, **options)
+    # every world-th validation image: together all of them, none twice, though some processes may have one more
+    val_loader = DataLoader(Subset(val_set, range(rank, len(val_set), world)), part_size // world, **options)
+
+    # model, optimiser
+    model = darknet_model.Darknet19(len(train_set.classes)).to(device, memory_format=torch.channels_last)
+    if RESUME_WEIGHTS:
+        darknet_model.load_classifier(model, RESUME_WEIGHTS)
+    groups = utils.parameter_groups(model, WEIGHT_DECAY)
+    optimizer = torch.optim.SGD(groups, LEARNING_RATE, momentum=MOMENTUM, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    first_epoch, images_seen, best = 0, 0, -1.0
+    # torchrun starts all processes anew when one has crashed (--max-restarts): go on where the last checkpoint is
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and os.path.isfile(CHECKPOINT)
+    if RESUME or restarted:
+        state = utils.load_checkpoint(CHECKPOINT)
+        first_epoch, images_seen, best = state["epoch"], state["images_seen"], state["best"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        if rank == 0:
+            print(f"going on from {CHECKPOINT} after epoch {first_epoch}", flush=True)
+    wrapped = model
+    if world > 1:  # averages the gradients of all processes during backward; `model` stays the plain one, to validate and save
+        if SYNC_BATCH_NORM:
+            wrapped = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        wrapped = DistributedDataParallel(wrapped, device_ids=[device] if device.type == "cuda" else None)
+    wrapped = torch.compile(wrapped) if COMPILE else wrapped
+
+    steps = max(1, len(train_set) // BATCH_SIZE)  # optimiser steps an epoch
+    if rank == 0:
+        print(f"{world} processes")
+        print(f"{len(train_set)} training and {len(val_set)} validation images of {len(train_set.classes)} classes on {device}")
+    for epoch in range(first_epoch, EPOCHS):
+        # all processes draw the same batches, and each takes every world-th image of each
+        batches[:] = [
+            batch[rank::world]
+            for batch in epoch_batches(len(train_set), part_size, epoch, SEED, [IMAGE_SIZE])[: steps * SUBDIVISIONS]
+        ]
+        drops = [drop * steps for drop in LR_DROPS]
+        rates = [
+            utils.learning_rate_at(epoch * steps + step, EPOCHS * steps, LEARNING_RATE, LR_SCHEDULE, BURN_IN, LR_POWER, drops)
+            for step in range(steps)
+        ]
+        start = time.perf_counter()
+        bar = tqdm(train_loader, desc=f"epoch {epoch + 1}", unit="batch", leave=False, disable=None if rank == 0 else True)
+        batches_seen = epoch * steps * SUBDIVISIONS
+        sums = train_one_epoch(wrapped, bar, optimizer, scaler, rates, SUBDIVISIONS, LABEL_SMOOTHING, device, dtype, batches_seen)
+        val_sums = validate(model, val_loader, device, dtype)
+        if world > 1:  # sums and counts of all processes
+            dist.all_reduce(sums)
+            dist.all_reduce(val_sums)
+        if rank > 0:
+            images_seen += int(sums[2])
+            continue  # the first process alone prints and writes
+        speed = float(sums[2]) / (time.perf_counter() - start)
+        images_seen += int(sums[2])
+
+        row = {
+            "epoch": epoch + 1,
+            "learning_rate": rates[-1],
+            "loss": float(sums[0] / sums[2]),
+            "val_loss": float(val_sums[0] / val_sums[3]),
+            "images_per_second": speed,
+            "train_top1": float(sums[1] / sums[2]),
+            "val_top1": float(val_sums[1] / val_sums[3]),
+            "val_top5": float(val_sums[2] / val_sums[3]),
+        }
+        improved = row["val_top1"] >= best
+        best = max(best, row["val_top1"])
+        state = {
+            "model": model.state_dict(),
+            "classes": train_set.classes,
+            "image_size": IMAGE_SIZE,
+            "epoch": epoch + 1,
+            "images_seen": images_seen,
+            "best": best,
+        }
+        if improved:
+            utils.save_checkpoint(f"{stem}_best.pt", **state)
+        utils.save_checkpoint(CHECKPOINT, **state, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+        utils.append_metrics(f"{stem}_metrics.csv", row)
+        utils.draw_charts(f"{stem}_metrics.csv", f"{stem}_charts.png")
+        print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+
+
+if __name__ == "__main__":
+    utils.override_globals(globals(), sys.argv[1:])
+    with utils.plain_errors():
+        main()

@@ -1,0 +1,498 @@
+"""Settings, schedules, optimiser groups, checkpoints, logs, drawing and finding images."""
+
+import csv
+import math
+import os
+import pickle
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import utils
+
+# ---------------------------------------------------------------- settings of a script
+
+
+def script_globals(**extra) -> dict:
+    """What a script's globals() look like, with one setting of each type."""
+    return {
+        "__doc__": "Trains something.",
+        "__file__": "/somewhere/train.py",
+        "_HIDDEN": 1,
+        "helper": print,
+        "DATA_DIR": "data",
+        "IMAGE_SETS": [("2007", "train")],
+        "SIZES": (320, 352),
+        "EPOCHS": 10,
+        "LEARNING_RATE": 0.1,
+        "RESUME": False,
+        "MAX_HOURS": None,
+        **extra,
+    }
+
+
+@pytest.mark.parametrize(
+    ("word", "name", "expected"),
+    [
+        ("EPOCHS=3", "EPOCHS", 3),
+        ("EPOCHS=-1", "EPOCHS", -1),
+        ("LEARNING_RATE=1e-3", "LEARNING_RATE", 0.001),
+        ("LEARNING_RATE=1", "LEARNING_RATE", 1.0),  # a whole number for a float
+        ("RESUME=True", "RESUME", True),
+        ("DATA_DIR=/data/my VOC", "DATA_DIR", "/data/my VOC"),  # text without quotes
+        ("DATA_DIR='/data/VOC'", "DATA_DIR", "/data/VOC"),  # and with them
+        ("DATA_DIR=a=b", "DATA_DIR", "a=b"),
+        ("DATA_DIR=7", "DATA_DIR", "7"),  # a folder may be called 7
+        ("DATA_DIR=", "DATA_DIR", ""),
+        ("DATA_DIR=None", "DATA_DIR", None),
+        ("EPOCHS=None", "EPOCHS", None),
+        ("MAX_HOURS=1.5", "MAX_HOURS", 1.5),  # None accepts anything
+        ("MAX_HOURS=soon", "MAX_HOURS", "soon"),
+        (
+            "IMAGE_SETS=[('2007','trainval'),('2012','trainval')]",
+            "IMAGE_SETS",
+            [("2007", "trainval"), ("2012", "trainval")],
+        ),
+        ("IMAGE_SETS=['mine.csv']", "IMAGE_SETS", ["mine.csv"]),
+        ("SIZES=[416]", "SIZES", [416]),  # a list is as good as a tuple
+    ],
+)
+def test_a_word_sets_a_global(word, name, expected):
+    settings = script_globals()
+    utils.override_globals(settings, [word])
+    assert settings[name] == expected and type(settings[name]) is type(expected)
+    assert {key: value for key, value in settings.items() if key != name} == {
+        key: value for key, value in script_globals().items() if key != name
+    }
+
+
+def test_several_words_are_set_and_no_word_changes_nothing():
+    settings = script_globals()
+    utils.override_globals(settings, [])
+    assert settings == script_globals()
+    utils.override_globals(settings, ["EPOCHS=3", "DATA_DIR=x", "EPOCHS=4"])
+    assert (settings["EPOCHS"], settings["DATA_DIR"]) == (4, "x")  # the last word wins
+
+
+@pytest.mark.parametrize(
+    ("word", "wanted"),
+    [
+        ("EPOCHS=1.5", "EPOCHS must be int"),
+        ("EPOCHS=many", "EPOCHS must be int"),
+        ("EPOCHS=True", "EPOCHS must be int"),
+        ("LEARNING_RATE=fast", "LEARNING_RATE must be float"),
+        ("RESUME=1", "RESUME must be bool"),
+        ("RESUME=yes", "RESUME must be bool"),
+        ("IMAGE_SETS=train", "IMAGE_SETS must be list"),
+        ("IMAGE_SETS=[('2007','train'", "IMAGE_SETS must be list"),
+        ("EPOCHS", "'EPOCHS' is not of the form NAME=value"),
+        ("--epochs", "'--epochs' is not of the form NAME=value"),
+    ],
+)
+def test_a_wrong_word_ends_in_a_sentence(word, wanted):
+    settings = script_globals()
+    with pytest.raises(SystemExit) as stop:
+        utils.override_globals(settings, [word])
+    assert str(stop.value.code).startswith("train.py: ") and wanted in stop.value.code
+    assert settings == script_globals()
+
+
+@pytest.mark.parametrize("name", ["EPOCH", "epochs", "_HIDDEN", "helper", "__file__"])
+def test_an_unknown_name_is_an_error_that_lists_the_known_ones(name):
+    with pytest.raises(SystemExit) as stop:
+        utils.override_globals(script_globals(), [f"{name}=3"])
+    message, _, known = stop.value.code.partition("; the known ones are ")
+    assert repr(name) in message
+    assert known.split(", ") == ["DATA_DIR", "IMAGE_SETS", "SIZES", "EPOCHS", "LEARNING_RATE", "RESUME", "MAX_HOURS"]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["EPOCHS=3", "--help"]])
+def test_help_prints_the_docstring_and_the_globals_and_exits_well(words, capsys):
+    settings = script_globals()
+    with pytest.raises(SystemExit) as stop:
+        utils.override_globals(settings, words)
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("Trains something.")
+    for line in ("EPOCHS = 10", "DATA_DIR = 'data'", "IMAGE_SETS = [('2007', 'train')]", "MAX_HOURS = None"):
+        assert f"  {line}\n" in printed
+    assert "_HIDDEN" not in printed and "helper" not in printed
+
+
+@pytest.mark.parametrize("error", [ValueError("a.xml: broken"), FileNotFoundError("a.xml: broken")])
+def test_bad_input_ends_in_its_sentence_and_other_errors_stay_tracebacks(error):
+    with pytest.raises(SystemExit) as stop, utils.plain_errors():
+        raise error
+    assert stop.value.code == "error: a.xml: broken"
+    with pytest.raises(KeyError), utils.plain_errors():
+        raise KeyError("a mistake in the program")
+
+
+def test_a_seed_fixes_the_random_numbers_of_torch_numpy_and_python():
+    import random
+
+    def draw():
+        return torch.rand(1).item(), np.random.random(), random.random()  # noqa: NPY002 - the global state is what is tested
+
+    utils.set_seed(5)
+    first = draw()
+    assert draw() != first
+    utils.set_seed(5)
+    assert draw() == first
+
+
+# ---------------------------------------------------------------- device and precision
+
+
+def test_precision_by_name():
+    cpu = torch.device("cpu")
+    expected = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    assert {name: utils.pick_precision(name, cpu) for name in expected} == expected
+    with pytest.raises(ValueError, match="PRECISION must be .*\"auto\".* not 'fp8'"):
+        utils.pick_precision("fp8", cpu)
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_automatic_precision_on_a_cpu_is_bfloat16_only_where_it_is_native(monkeypatch, native, expected):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    assert utils.pick_precision("auto", torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_automatic_precision_on_a_gpu_is_float16_where_bfloat16_is_emulated(monkeypatch, native, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    assert utils.pick_precision("auto", torch.device("cuda")) == expected
+
+
+def test_automatic_device_is_the_gpu_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert utils.pick_device() == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert utils.pick_device("auto") == torch.device("cuda") and utils.pick_device("cpu") == torch.device("cpu")
+
+
+# ---------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "expected"),
+    [
+        ("constant", 0, 2.0),
+        ("constant", 99, 2.0),
+        ("steps", 9, 2.0),  # drops at 10 and 20: a tenth from each of them on
+        ("steps", 10, 0.2),
+        ("steps", 19, 0.2),
+        ("steps", 20, 0.02),
+        ("polynomial", 0, 2.0),
+        ("polynomial", 50, 2.0 / 16),  # (1 - 50/100)^4
+        ("polynomial", 75, 2.0 / 256),  # (1 - 75/100)^4
+        ("polynomial", 100, 0.0),
+        ("cosine", 0, 2.0),
+        ("cosine", 25, 1 + math.sqrt(0.5)),  # 2 (1 + cos 45 degrees) / 2
+        ("cosine", 50, 1.0),
+        ("cosine", 100, 0.0),
+    ],
+)
+def test_learning_rate_schedules_by_hand(schedule, step, expected):
+    assert utils.learning_rate_at(step, 100, 2.0, schedule, drops=(10, 20)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_exponent_of_the_polynomial_is_an_argument():
+    assert utils.learning_rate_at(75, 100, 1.0, "polynomial", power=0.5) == pytest.approx(0.5)  # the root of 1/4
+
+
+@pytest.mark.parametrize("schedule", ["constant", "steps", "polynomial", "cosine"])
+def test_burn_in_grows_with_the_fourth_power_then_the_schedule_goes_on(schedule):
+    def rate(step, **options):
+        return utils.learning_rate_at(step, 100, 2.0, schedule, drops=(50,), **options)
+
+    # a burn-in of 4: the steps 0 .. 3 have (1/4)^4, (2/4)^4, (3/4)^4 and the whole of the rate
+    assert [rate(step, burn_in=4) for step in range(4)] == pytest.approx([2 / 256, 2 / 16, 2 * 81 / 256, 2])
+    assert [rate(step, burn_in=4) for step in (4, 60)] == [rate(step) for step in (4, 60)]
+
+
+@pytest.mark.parametrize("step", [0, 20])
+def test_another_schedule_is_an_error_also_during_the_burn_in(step):
+    with pytest.raises(ValueError, match="LR_SCHEDULE must be .* not 'stepz'"):
+        utils.learning_rate_at(step, 100, 1.0, "stepz", burn_in=10)
+
+
+def test_weight_decay_is_on_kernels_only():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1, bias=False), nn.Linear(2, 5))
+    decayed, others = utils.parameter_groups(model, 5e-4)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (5e-4, 0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert [names[id(parameter)] for parameter in decayed["params"]] == ["0.weight", "2.weight", "3.weight"]
+    assert [names[id(parameter)] for parameter in others["params"]] == ["0.bias", "1.weight", "1.bias", "3.bias"]
+
+
+def test_frozen_parameters_are_in_no_group():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1))
+    model[0].requires_grad_(False)
+    decayed, others = utils.parameter_groups(model, 5e-4)
+    assert len(decayed["params"]) == 1 and decayed["params"][0] is model[1].weight
+    assert len(others["params"]) == 1 and others["params"][0] is model[1].bias
+
+
+@pytest.mark.parametrize(("batches", "momentum"), [(0, 1.0), (10, 0.5), (90, 0.1), (990, 0.01), (80_000, 0.01)])
+def test_batch_norm_learns_its_statistics_faster_at_the_start(batches, momentum):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.BatchNorm2d(4, momentum=0.3)), nn.BatchNorm2d(4))
+    utils.warm_batch_norm(model, batches)  # 10 / (batches + 10), at least .01
+    assert [model[1][0].momentum, model[2].momentum] == pytest.approx([momentum, momentum])
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def some_state() -> dict:
+    """A state such as the training scripts save, with an optimiser that has taken a step."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": None,
+        "epoch": 3,
+        "best": 0.5,
+        "settings": {"DATA_DIR": "data", "IMAGE_SETS": [("2007", "train")]},
+        "classes": ["cat", "dog"],
+        "anchors": [(1.5, 2.0)],
+    }
+
+
+def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
+    file = tmp_path / "runs" / "new" / "model.pt"  # folders are made as needed
+    state = some_state()
+    utils.save_checkpoint(file, **state)
+    loaded = utils.load_checkpoint(file)
+    assert loaded.keys() == state.keys()
+    torch.testing.assert_close(loaded["model"], state["model"], atol=0, rtol=0)
+    torch.testing.assert_close(loaded["optimizer"]["state"], state["optimizer"]["state"], atol=0, rtol=0)
+    assert loaded["optimizer"]["param_groups"] == state["optimizer"]["param_groups"]
+    plain = [key for key in state if key not in ("model", "optimizer")]
+    assert {key: loaded[key] for key in plain} == {key: state[key] for key in plain}
+    assert os.listdir(file.parent) == ["model.pt"]
+
+
+def test_a_new_checkpoint_takes_the_place_of_the_old_one(tmp_path):
+    for epoch in (1, 2):
+        utils.save_checkpoint(tmp_path / "model.pt", epoch=epoch)
+    assert utils.load_checkpoint(tmp_path / "model.pt") == {"epoch": 2}
+    assert os.listdir(tmp_path) == ["model.pt"]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(28, "No space left on device"), OSError),
+        (OSError(), OSError),  # an error without a text of its own
+        (RuntimeError("[enforce fail at inline_container.cc] unexpected pos 64 vs 0"), OSError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+    ids=["disk_full", "no_text", "torch", "interrupted"],
+)
+def test_a_write_that_fails_half_way_keeps_the_old_checkpoint_and_leaves_no_other_file(tmp_path, monkeypatch, error, expected):
+    file = tmp_path / "model.pt"
+    utils.save_checkpoint(file, epoch=1)
+    written = []
+
+    def half(state, target):
+        written.append(str(target))
+        with open(target, "wb") as stream:
+            stream.write(b"PK half of it")
+        raise error
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(expected, match=re.escape(f"{file}: could not be written") if expected is OSError else None):
+        utils.save_checkpoint(file, epoch=2)
+    assert written and written != [str(file)]
+    assert utils.load_checkpoint(file) == {"epoch": 1}
+    assert os.listdir(tmp_path) == ["model.pt"]
+
+
+class MakesFolder:
+    """Makes a folder when it is unpickled: harmless, but any code could stand there."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("writer", ["pickle", "torch"])
+def test_a_file_that_would_run_code_is_refused_and_does_not_run(tmp_path, writer):
+    file, folder = tmp_path / "bad.pt", tmp_path / "was_here"
+    with open(file, "wb") as stream:
+        (pickle.dump if writer == "pickle" else torch.save)({"model": MakesFolder(folder)}, stream)
+    with pytest.raises(ValueError, match=r"bad\.pt: .*not loaded"):
+        utils.load_checkpoint(file)
+    assert not folder.exists()
+    with open(file, "rb") as stream:  # the file does run code where it is let
+        pickle.load(stream) if writer == "pickle" else torch.load(stream, weights_only=False)
+    assert folder.exists()
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_checkpoint_is_named(tmp_path, share):
+    file = tmp_path / "cut.pt"
+    utils.save_checkpoint(file, **some_state())
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(ValueError, match=r"cut\.pt: "):
+        utils.load_checkpoint(file)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"epoch,loss\n1,2\n", b"\x00" * 1000, b"\x80\x02}", b"\x80\x02X\xff\xff\xff", bytes(range(256)), pickle.dumps([1, 2])],
+    ids=["empty", "text", "zeros", "half_a_pickle", "cut_length", "bytes", "a_list"],
+)
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
+    (tmp_path / "odd.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"odd\.pt: .*not a checkpoint|odd\.pt: damaged"):
+        utils.load_checkpoint(tmp_path / "odd.pt")
+
+
+def test_a_tensor_alone_is_no_checkpoint(tmp_path):
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    with pytest.raises(ValueError, match=r"tensor\.pt: not a checkpoint .*Tensor"):
+        utils.load_checkpoint(tmp_path / "tensor.pt")
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    for missing in (tmp_path / "none.pt", tmp_path):  # a folder is no checkpoint either
+        with pytest.raises(FileNotFoundError, match=re.escape(f"{missing}: no such checkpoint")):
+            utils.load_checkpoint(missing)
+
+
+# ---------------------------------------------------------------- log and charts
+
+
+def read_csv(file) -> list[list[str]]:
+    with open(file, newline="") as stream:
+        return list(csv.reader(stream))
+
+
+def test_metrics_are_a_header_and_a_row_an_epoch(tmp_path):
+    file = tmp_path / "runs" / "metrics.csv"
+    utils.append_metrics(file, {"epoch": 1, "learning_rate": 0.001, "total": 12.3456789, "val_map": ""})
+    utils.append_metrics(file, {"epoch": 2, "learning_rate": 0.001, "total": 9.0, "val_map": 0.25})
+    assert read_csv(file) == [
+        ["epoch", "learning_rate", "total", "val_map"],
+        ["1", "0.001", "12.3457", ""],
+        ["2", "0.001", "9", "0.25"],
+    ]
+    assert os.listdir(file.parent) == ["metrics.csv"]
+
+
+def test_a_repeated_epoch_takes_the_place_of_its_row_and_of_later_ones(tmp_path):
+    file = tmp_path / "metrics.csv"
+    for epoch in (1, 2, 3, 10):
+        utils.append_metrics(file, {"epoch": epoch, "total": float(epoch)})
+    utils.append_metrics(file, {"epoch": 2, "total": 7.5})  # resumed from epoch 1
+    assert read_csv(file) == [["epoch", "total"], ["1", "1"], ["2", "7.5"]]
+
+
+def test_metrics_may_get_and_lose_columns(tmp_path):
+    file = tmp_path / "metrics.csv"
+    utils.append_metrics(file, {"epoch": 1, "old": 1.0, "total": 2.0})
+    utils.append_metrics(file, {"epoch": 2, "total": 3.0, "new": 4.0})
+    assert read_csv(file) == [["epoch", "total", "new"], ["1", "2", ""], ["2", "3", "4"]]
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_charts_are_a_readable_picture(tmp_path, epochs):
+    for epoch in range(1, epochs + 1):
+        row = {"epoch": epoch, "learning_rate": 0.001, "coord": 100.0 / epoch**4, "total": 3.0, "images_per_second": 9.0}
+        utils.append_metrics(tmp_path / "metrics.csv", {**row, "train_map": "", "val_map": 0.1 * epoch if epoch > 1 else ""})
+    utils.draw_charts(tmp_path / "metrics.csv", tmp_path / "charts.png")
+    with Image.open(tmp_path / "charts.png") as picture:
+        pixels = np.asarray(picture.convert("L"))
+        assert picture.format == "PNG" and min(picture.size) > 300
+    assert pixels.min() < 100 < pixels.max()  # something is drawn on it
+    assert sorted(os.listdir(tmp_path)) == ["charts.png", "metrics.csv"]
+
+
+# ---------------------------------------------------------------- drawing
+
+
+def test_a_box_is_drawn_along_its_edges_in_the_colour_of_its_class():
+    image = np.zeros((120, 100, 3), np.uint8)
+    picture = utils.draw_boxes(image, torch.tensor([[20.0, 40.0, 80.0, 90.0]]), ["dog"], torch.tensor([3]))
+    colour = utils.class_colour(3)
+    assert picture.size == (100, 120) and not image.any()  # the array given stays as it was
+    for x, y in ((20, 65), (80, 65), (50, 90), (50, 40), (20, 90), (80, 40)):
+        assert picture.getpixel((x, y)) == colour, (x, y)
+    for x, y in ((18, 65), (82, 65), (50, 92), (50, 65), (23, 65), (50, 87)):  # outside and inside
+        assert picture.getpixel((x, y)) == (0, 0, 0), (x, y)
+
+
+def test_the_label_stands_above_its_box_or_inside_where_there_is_no_room():
+    for top, labelled, plain in ((40, slice(26, 39), slice(45, 60)), (0, slice(3, 14), slice(25, 60))):
+        pixels = np.asarray(utils.draw_boxes(np.zeros((120, 100, 3), np.uint8), [[20, top, 80, 90]], ["dog"], [3]))
+        assert (pixels[labelled, 24:40] == utils.class_colour(3)).all(axis=2).any()
+        assert not pixels[plain, 24:70].any()
+
+
+def test_no_boxes_leave_the_picture_as_it_is():
+    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    assert np.array_equal(np.asarray(utils.draw_boxes(image, torch.empty(0, 4), [], [])), image)
+
+
+def test_boxes_that_leave_the_picture_or_have_no_extent_are_drawn_without_an_error():
+    picture = utils.draw_boxes(np.zeros((40, 60, 3), np.uint8), [[-9, -9, 99, 99], [30, 20, 30.2, 20.2]], ["a", "b"], [0, 19])
+    assert picture.getpixel((30, 20)) == utils.class_colour(19)
+
+
+def test_every_class_has_a_bright_colour_of_its_own():
+    colours = np.array([utils.class_colour(index) for index in range(20)])
+    distances = np.linalg.norm(colours[:, None] - colours[None], axis=-1) + 1000 * np.eye(20)
+    assert distances.min() > 15 and colours.max(axis=1).min() > 200
+
+
+# ---------------------------------------------------------------- finding images
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """photos/: two images and a text file; photos/more/: one image."""
+    (tmp_path / "photos" / "more").mkdir(parents=True)
+    for name in ("b.jpg", "a.PNG", "notes.txt", "more/c.jpeg"):
+        (tmp_path / "photos" / name).write_bytes(b"")
+    return tmp_path / "photos"
+
+
+def test_a_file_a_folder_and_a_glob_give_sorted_image_files(folder):
+    def found(pattern):
+        return [os.path.relpath(file, folder) for file in utils.find_images(str(pattern))]
+
+    assert found(folder / "b.jpg") == ["b.jpg"]
+    assert found(folder) == ["a.PNG", "b.jpg"]
+    assert found(folder / "*") == ["a.PNG", "b.jpg"]
+    assert found(folder / "*.jpg") == ["b.jpg"]
+    assert found(folder / "**" / "*.jp*g") == ["b.jpg", "more/c.jpeg"]
+
+
+def test_patterns_may_be_relative(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert utils.find_images("b.jpg") == ["b.jpg"]
+    assert utils.find_images("*.jpg") == ["b.jpg"]
+    assert utils.find_images(".") == ["a.PNG", "b.jpg"]
+    monkeypatch.chdir(folder / "more")
+    assert [os.path.basename(file) for file in utils.find_images("../*.jpg")] == ["b.jpg"]
+
+
+@pytest.mark.parametrize("name", ["nothing.jpg", "*.bmp", "*.txt", "empty"])
+def test_no_image_is_an_error_that_repeats_the_pattern(folder, name):
+    (folder / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{folder / name}: no image file there")):
+        utils.find_images(str(folder / name))

@@ -65,7 +65,7 @@ def train_one_epoch(model, loader, optimizer, scaler, rates, subdivisions, smoot
         labels = labels.to(device, non_blocking=True)
         step, part = divmod(batch, subdivisions)
         if part == 0:
-            utils.warm_batch_norm(model, batches_seen + batch)
+            darknet_model.warm_batch_norm(model, batches_seen + batch)
             for group in optimizer.param_groups:
                 group["lr"] = rates[step]
             optimizer.zero_grad(set_to_none=True)
@@ -154,7 +154,7 @@ def train(rank, world, device):
     model = darknet_model.Darknet19(len(train_set.classes)).to(device, memory_format=torch.channels_last)
     if RESUME_WEIGHTS:
         darknet_model.load_classifier(model, RESUME_WEIGHTS)
-    groups = utils.parameter_groups(model, WEIGHT_DECAY)
+    groups = darknet_model.parameter_groups(model, WEIGHT_DECAY)
     optimizer = torch.optim.SGD(groups, LEARNING_RATE, momentum=MOMENTUM, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     first_epoch, images_seen, best = 0, 0, -1.0

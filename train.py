@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import darknet_model
 import model as yolov2
 import utils
 from dataset import VOC_CLASSES, VOCDataset, epoch_batches
@@ -83,7 +84,7 @@ def train_one_epoch(model, loader, loss_function, optimizer, scaler, rates, subd
         targets = targets.to(device, non_blocking=True)
         step, part = divmod(batch, subdivisions)
         if part == 0:
-            utils.warm_batch_norm(model, images_seen // len(images))
+            darknet_model.warm_batch_norm(model, images_seen // len(images))
             for group in optimizer.param_groups:
                 group["lr"] = rates[step]
             optimizer.zero_grad(set_to_none=True)
@@ -157,7 +158,7 @@ def main():
     loss_function = YoloLoss(anchors, LAMBDA_COORD, LAMBDA_OBJECT, LAMBDA_NO_OBJECT, LAMBDA_CLASS, IGNORE_THRESHOLD, EQUATION).to(
         device
     )
-    groups = utils.parameter_groups(model, WEIGHT_DECAY)
+    groups = darknet_model.parameter_groups(model, WEIGHT_DECAY)
     if OPTIMIZER == "sgd":
         optimizer = torch.optim.SGD(groups, LEARNING_RATE, momentum=MOMENTUM, fused=True)
     elif OPTIMIZER == "adam":

@@ -376,14 +376,6 @@ def detect_dataset(
 # ---------------------------------------------------------------- training
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Optimiser groups: decay on the convolution kernels only, none on biases and batch norm (src/convolutional_layer.c)."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    kernels = [parameter for parameter in parameters if parameter.ndim > 1]
-    others = [parameter for parameter in parameters if parameter.ndim <= 1]
-    return [{"params": kernels, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-
-
 def learning_rate_at(
     step: int, total_steps: int, learning_rate: float, schedule: str, burn_in: int = 0, power: float = 4.0, drops: tuple = ()
 ) -> float:
@@ -403,17 +395,6 @@ def learning_rate_at(
     if schedule == "polynomial":
         return learning_rate * (1 - step / total_steps) ** power
     return learning_rate * (1 + math.cos(math.pi * step / total_steps)) / 2
-
-
-def warm_batch_norm(model: nn.Module, batches_seen: int) -> None:
-    """Sets the momentum of every batch norm's running statistics: Darknet's .01, but more in the first 1000 batches.
-
-    With .01 alone the statistics need some 500 batches to forget their start, and a run of 100 would be validated with cold ones.
-    10 / (batches + 10) averages over about the last tenth of the run instead, and reaches .01 at 990 batches.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = max(0.01, 10 / (batches_seen + 10))
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import darknet_model
 import detect
 import detect_txt
 import test as test_script
@@ -93,7 +94,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(optimizer):
         model = YOLOv2(num_classes=4)
         model.train = lambda mode=True, model=model: torch.nn.Module.train(model, False)  # keeps batch norm out of it
         kind = torch.optim.SGD if optimizer == "sgd" else torch.optim.AdamW
-        step = kind(utils.parameter_groups(model, 5e-4), 1e-3)
+        step = kind(darknet_model.parameter_groups(model, 5e-4), 1e-3)
         loader = [(images[i : i + 2 // parts], targets[i : i + 2 // parts]) for i in range(0, 2, 2 // parts)]
         loss_function = train.YoloLoss(ANCHORS)
         scaler = torch.amp.GradScaler("cpu", enabled=False)

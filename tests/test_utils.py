@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import darknet_model
 import utils
 
 # ---------------------------------------------------------------- settings of a script
@@ -224,7 +225,7 @@ def test_another_schedule_is_an_error_also_during_the_burn_in(step):
 
 def test_weight_decay_is_on_kernels_only():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1, bias=False), nn.Linear(2, 5))
-    decayed, others = utils.parameter_groups(model, 5e-4)
+    decayed, others = darknet_model.parameter_groups(model, 5e-4)
     assert (decayed["weight_decay"], others["weight_decay"]) == (5e-4, 0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert [names[id(parameter)] for parameter in decayed["params"]] == ["0.weight", "2.weight", "3.weight"]
@@ -234,7 +235,7 @@ def test_weight_decay_is_on_kernels_only():
 def test_frozen_parameters_are_in_no_group():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1))
     model[0].requires_grad_(False)
-    decayed, others = utils.parameter_groups(model, 5e-4)
+    decayed, others = darknet_model.parameter_groups(model, 5e-4)
     assert len(decayed["params"]) == 1 and decayed["params"][0] is model[1].weight
     assert len(others["params"]) == 1 and others["params"][0] is model[1].bias
 
@@ -242,7 +243,7 @@ def test_frozen_parameters_are_in_no_group():
 @pytest.mark.parametrize(("batches", "momentum"), [(0, 1.0), (10, 0.5), (90, 0.1), (990, 0.01), (80_000, 0.01)])
 def test_batch_norm_learns_its_statistics_faster_at_the_start(batches, momentum):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.BatchNorm2d(4, momentum=0.3)), nn.BatchNorm2d(4))
-    utils.warm_batch_norm(model, batches)  # 10 / (batches + 10), at least .01
+    darknet_model.warm_batch_norm(model, batches)  # 10 / (batches + 10), at least .01
     assert [model[1][0].momentum, model[2].momentum] == pytest.approx([momentum, momentum])
 
 

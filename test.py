@@ -81,7 +81,7 @@ def draw_curves(rows, curves, file):
     height = math.ceil(len(rows) / width)
     figure, axes = plt.subplots(height, width, figsize=(2.6 * width, 2.4 * height), squeeze=False, layout="constrained")
     for axis, row, (precisions, recalls) in zip(axes.flat, rows, curves, strict=False):
-        axis.plot(recalls, precisions, drawstyle="steps-pre")
+        axis.plot([0, *recalls], [*precisions[:1], *precisions] or [0], drawstyle="steps-pre")
         score = "no truths" if math.isnan(row["ap_all"]) else f"{row['ap_all']:.3f}"
         axis.set_title(f"{row['class']}: {score}", fontsize=9)
         axis.set(xlim=(0, 1.02), ylim=(0, 1.05))

@@ -132,7 +132,7 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     first_epoch, images_seen, best = 0, 0, -1.0
     if RESUME:
-        state = utils.load_checkpoint(CHECKPOINT)
+        state = utils.load_checkpoint(CHECKPOINT, keys=("model", "optimizer", "scaler", "epoch", "images_seen", "best"))
         first_epoch, images_seen, best = state["epoch"], state["images_seen"], state["best"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -187,7 +187,7 @@ def main():
         utils.save_checkpoint(CHECKPOINT, **state, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
         utils.append_metrics(f"{stem}_metrics.csv", row)
         utils.draw_charts(f"{stem}_metrics.csv", f"{stem}_charts.png")
-        print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+        print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
 
 
 if __name__ == "__main__":

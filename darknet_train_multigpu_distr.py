@@ -161,7 +161,7 @@ def train(rank, world, device):
     # torchrun starts all processes anew when one has crashed (--max-restarts): go on where the last checkpoint is
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and os.path.isfile(CHECKPOINT)
     if RESUME or restarted:
-        state = utils.load_checkpoint(CHECKPOINT)
+        state = utils.load_checkpoint(CHECKPOINT, keys=("model", "optimizer", "scaler", "epoch", "images_seen", "best"))
         first_epoch, images_seen, best = state["epoch"], state["images_seen"], state["best"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -229,7 +229,7 @@ def train(rank, world, device):
         utils.save_checkpoint(CHECKPOINT, **state, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
         utils.append_metrics(f"{stem}_metrics.csv", row)
         utils.draw_charts(f"{stem}_metrics.csv", f"{stem}_charts.png")
-        print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+        print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -124,10 +124,7 @@ def load_detector(
     naming the file.
     """
     if os.fspath(file).endswith((".pt", ".pth")):
-        state = utils.load_checkpoint(file, "cpu")
-        missing = [key for key in ("model", "classes", "anchors", "image_size") if key not in state]
-        if missing:
-            raise ValueError(f"{file}: not a checkpoint of train.py (it has no {', '.join(missing)})")
+        state = utils.load_checkpoint(file, "cpu", keys=("model", "classes", "anchors", "image_size"))
         classes, anchors, image_size = list(state["classes"]), state["anchors"], state["image_size"]
         model = YOLOv2(len(classes), len(anchors))
         try:

@@ -126,6 +126,7 @@ def main():
         writer = csv.DictWriter(stream, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
+        writer.writerow({"class": "mAP", **dict(zip(COLUMNS[4:7], means[size], strict=True))})
     draw_curves(rows, curves, f"{OUTPUT}_curves.png")
     print(f"wrote {OUTPUT}.csv and {OUTPUT}_curves.png")
 

@@ -170,7 +170,7 @@ def main():
 
     first_epoch, images_seen, best = 0, 0, -1.0
     if RESUME:
-        state = utils.load_checkpoint(CHECKPOINT)
+        state = utils.load_checkpoint(CHECKPOINT, keys=("model", "optimizer", "scaler", "epoch", "images_seen", "best", "rng"))
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
@@ -228,13 +228,8 @@ def main():
         )
         utils.append_metrics(f"{stem}_metrics.csv", row)
         utils.draw_charts(f"{stem}_metrics.csv", f"{stem}_charts.png")
-        print(
-            "  ".join(
-                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                for name, value in row.items()
-                if value != ""
-            )
-        )
+        shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items() if value != ""}
+        print("  ".join(f"{name} {value}" for name, value in shown.items()), flush=True)
 
 
 if __name__ == "__main__":

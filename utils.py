@@ -429,10 +429,11 @@ def save_checkpoint(file: str | os.PathLike, **state) -> None:
         torch.save(state, temporary)
 
 
-def load_checkpoint(file: str | os.PathLike, device: str | torch.device = "cpu") -> dict:
+def load_checkpoint(file: str | os.PathLike, device: str | torch.device = "cpu", keys: tuple = ()) -> dict:
     """Reads a file of save_checkpoint; code hidden in a foreign pickle is refused, not run.
 
-    Raises FileNotFoundError or ValueError, naming the file, where it is missing, damaged or not a checkpoint.
+    Raises FileNotFoundError or ValueError, naming the file, where it is missing, damaged, not a checkpoint, or without one of
+    the `keys` that its reader needs.
     """
     if not os.path.isfile(file):
         raise FileNotFoundError(f"{file}: no such checkpoint; train first, or set CHECKPOINT")
@@ -446,6 +447,8 @@ def load_checkpoint(file: str | os.PathLike, device: str | torch.device = "cpu")
         raise ValueError(f"{file}: damaged or not a checkpoint ({first_line(error)[:80]})") from None
     if not isinstance(state, dict):
         raise ValueError(f"{file}: not a checkpoint of this repository (holds {type(state).__name__})")
+    if missing := [key for key in keys if key not in state]:
+        raise ValueError(f"{file}: not a checkpoint that serves here (it has no {', '.join(missing)})")
     return state
 
 

@@ -82,6 +82,12 @@ def test_training_goes_on_from_a_checkpoint(trained, tmp_path, monkeypatch):
     assert utils.load_checkpoint(tmp_path / "yolov2.pt")["images_seen"] == 20  # 16 from before
 
 
+def test_the_best_checkpoint_alone_does_not_resume(trained, tmp_path, monkeypatch):
+    set_small_training(monkeypatch, tmp_path, RESUME=True, CHECKPOINT=str(trained / "yolov2_best.pt"))
+    with pytest.raises(ValueError, match="yolov2_best.pt.*optimizer"):
+        train.main()
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_accumulated_gradients_equal_those_of_the_whole_batch(optimizer):
     """Two parts of one image each give the step of a batch of two (batch norm in eval mode, since it sees a part)."""
@@ -285,7 +291,9 @@ def test_detect_txt_gives_back_the_numbers_of_test(trained, tmp_path, monkeypatc
     dataset = VOCDataset(SAMPLE, [("2007", "tiny")], ANCHORS, 64)
     difficult = [[i, *row] for i in range(len(dataset)) for row in dataset.ground_truth(i)[0].tolist() if row[1]]
     assert difficult  # the list has some, and the default form leaves them out
-    expected = [float(row["ap_all"]) for row in read_rows(tmp_path / "test.csv")]
+    *rows, mean = read_rows(tmp_path / "test.csv")
+    expected = [float(row["ap_all"]) for row in rows]
+    assert mean["class"] == "mAP" and float(mean["ap_all"]) == pytest.approx(np.nanmean(expected))
     found = utils.average_precision(exact, [*truths, *difficult], 20).numpy()
     assert np.nanmax(expected) > 0
     np.testing.assert_allclose(found, expected, atol=1e-6)

@@ -332,7 +332,7 @@ def average_precision(
 
 def mean_average_precision(average_precisions: Tensor) -> float:
     """The mean over the classes that have ground truth; NaN where none has."""
-    return float(torch.nanmean(torch.as_tensor(average_precisions)))
+    return float(torch.nanmean(torch.as_tensor(average_precisions, dtype=torch.float64)))
 
 
 @torch.no_grad()

@@ -182,18 +182,12 @@ def save_darknet_weights(model: nn.Module, file: str | os.PathLike, images_seen:
     """
     if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         raise ValueError("a fused model has no batch norms left to write; save the model it was made from")
-    temporary = f"{os.fspath(file)}.tmp{os.getpid()}"
-    try:
-        with open(temporary, "wb") as stream:
-            np.array([0, 2, 0], "<i4").tofile(stream)
-            np.array([images_seen], "<i8").tofile(stream)
-            for tensors in darknet_tensors(model):
-                for tensor in tensors:
-                    tensor.detach().float().cpu().contiguous().numpy().astype("<f4", copy=False).tofile(stream)
-        os.replace(temporary, file)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    with utils.whole_file(file) as temporary, open(temporary, "wb") as stream:
+        np.array([0, 2, 0], "<i4").tofile(stream)
+        np.array([images_seen], "<i8").tofile(stream)
+        for tensors in darknet_tensors(model):
+            for tensor in tensors:
+                tensor.detach().float().cpu().contiguous().numpy().astype("<f4", copy=False).tofile(stream)
 
 
 def load_classifier(model: Darknet19, file: str | os.PathLike) -> None:

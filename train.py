@@ -223,9 +223,9 @@ def main():
         if improved:
             utils.save_checkpoint(f"{stem}_best.pt", **state)
         rng = {"python": random.getstate(), "torch": torch.get_rng_state()}
-        utils.save_checkpoint(
-            CHECKPOINT, **state, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=0, rng=rng, settings={}
-        )
+        training = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": (epoch + 1) * steps}
+        settings = {name: value for name, value in globals().items() if name.isupper()}
+        utils.save_checkpoint(CHECKPOINT, **state, **training, rng=rng, settings=settings)
         utils.append_metrics(f"{stem}_metrics.csv", row)
         utils.draw_charts(f"{stem}_metrics.csv", f"{stem}_charts.png")
         shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items() if value != ""}

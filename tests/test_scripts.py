@@ -67,6 +67,7 @@ def test_training_writes_checkpoints_metrics_and_charts(trained):
     state = utils.load_checkpoint(trained / "yolov2.pt")
     assert (state["classes"], state["image_size"], state["epoch"], state["images_seen"]) == (list(VOC_CLASSES), 64, 4, 16)
     assert set(state["model"]) == set(YOLOv2().state_dict())
+    assert state["step"] == 8 and state["settings"]["EPOCHS"] == 4 and state["settings"]["MULTI_SCALE"] == [32, 64]
     assert (trained / "yolov2_best.pt").is_file()
     with Image.open(trained / "yolov2_charts.png") as chart:
         assert min(chart.size) > 300

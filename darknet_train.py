@@ -9,9 +9,11 @@ darknet_train_multigpu.py and darknet_train_multigpu_distr.py are the same scrip
 """
 
 import contextlib
+import math
 import os
 import sys
 import time
+import zlib
 
 import torch
 from torch.nn import functional as F
@@ -26,6 +28,7 @@ from dataset import epoch_batches, imagenet_dataset
 DATA_DIR = "data_samples/imagenet"  # holds train/<wnid>/ and val/<wnid>/
 IMAGE_SIZE = 64  # pixels; 224 in the paper, 448 in its second stage
 NUM_WORKERS = 2  # processes that load images
+BROKEN_IMAGES = "stop"  # or "skip": another image takes the place of one that cannot be read, and a file lists it
 # optimiser
 BATCH_SIZE = 6  # images an optimiser step; 128 in darknet19.cfg
 SUBDIVISIONS = 1  # parts that a batch is worked through in (gradient accumulation)
@@ -42,20 +45,40 @@ BURN_IN = 0  # optimiser steps with a rising rate; 1000 in darknet19.cfg
 # run
 CHECKPOINT = "runs/darknet19.pt"
 RESUME = False  # go on from CHECKPOINT
+SAVE_EVERY_MINUTES = 30.0  # inside long epochs
+MAX_HOURS = 0.0  # save and stop after so long, for the time limit of a queue; 0 for none
 RESUME_WEIGHTS = ""  # a checkpoint or Darknet file whose weights a new run starts from, as for the 448 px stage
 SEED = 0
 DEVICE = "auto"  # "cuda", "cuda:1", "cpu"
 PRECISION = "auto"  # "fp32", "bf16", "fp16"; auto: half where the device computes it natively
 COMPILE = False  # torch.compile, worth its minutes of start-up on a GPU
 
+# RESUME refuses a change of the first and does not mind one of the second; any other change is logged
+_FIXED = ("IMAGE_SIZE", "BATCH_SIZE", "SUBDIVISIONS", "MOMENTUM", "WEIGHT_DECAY", "SEED", "classes", "training images")
+_FREE = (
+    "DATA_DIR",
+    "NUM_WORKERS",
+    "CHECKPOINT",
+    "RESUME",
+    "RESUME_WEIGHTS",
+    "SAVE_EVERY_MINUTES",
+    "MAX_HOURS",
+    "DEVICE",
+    "COMPILE",
+)
 
-def train_one_epoch(model, loader, optimizer, scaler, rates, subdivisions, smoothing, device, dtype, batches_seen):
-    """One pass over the loader; `rates` holds the learning rate of each optimiser step -> sums of loss, right, images.
 
-    Raises ValueError before a step with a loss that is not finite, naming the batch.
+def train_one_epoch(
+    model, loader, optimizer, scaler, rates, subdivisions, smoothing, device, dtype, batches_seen, sums, should_pause
+):
+    """One pass over the loader, or its beginning: it ends after an optimiser step when should_pause() says so.
+
+    `rates` holds the learning rate of each step; loss, right answers and images are added to `sums`, which stays on the device.
+    -> optimiser steps taken. Raises FloatingPointError(batch) where a loss is not finite; the weights are still those before it.
     """
     model.train()
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right answers, images
+    steps = 0
+    first_bad = torch.full((), -1, device=device)  # the first batch whose loss is not finite
     for batch, (images, labels) in enumerate(loader):
         images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
         labels = labels.to(device, non_blocking=True)
@@ -73,33 +96,44 @@ def train_one_epoch(model, loader, optimizer, scaler, rates, subdivisions, smoot
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 logits = model(images)
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
-            if not torch.isfinite(loss):
-                raise ValueError(
-                    f"the loss is not finite in batch {batch} of this epoch; the last checkpoint is intact. "
-                    f"Lower LEARNING_RATE, lengthen BURN_IN, or try PRECISION=fp32"
-                )
             scaler.scale(loss / subdivisions).backward()
         right = (logits.argmax(dim=1) == labels).sum()
-        sums += torch.stack([loss.detach() * len(images), right, torch.tensor(len(images), device=device)])
+        sums += torch.stack([loss.detach() * len(images), right, torch.full_like(right, len(images))])
+        first_bad = torch.where(torch.isfinite(loss) | (first_bad >= 0), first_bad, batch)
+
         if last:
+            optimizer.found_inf = (first_bad >= 0).float()  # where it is 1 the fused optimisers leave the weights alone ...
             scaler.step(optimizer)
             scaler.update()
-    return sums
+            steps += 1
+            if should_pause():
+                break
+        # ... so that a GPU, which would have to be waited for, need not be asked in every batch
+        if (device.type == "cpu" or batch % 10 == 9) and first_bad >= 0:
+            break
+    if first_bad >= 0:
+        raise FloatingPointError(int(first_bad))
+    return steps
 
 
 @torch.no_grad()
-def validate(model, loader, device, dtype):
-    """One pass over the loader -> sums of loss, images whose class was guessed first, among the first five, images."""
+def validate(model, loader, device, dtype, stop):
+    """One pass over the loader -> sums of loss, images whose class was guessed first, among the first five, images.
+
+    It ends early as soon as `stop` (see utils.catch_stop_signals) is not empty.
+    """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     for images, labels in loader:
+        if stop:
+            break
         images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
         labels = labels.to(device, non_blocking=True)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(images).float()
         loss = F.cross_entropy(logits, labels, reduction="sum")
         guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (N, 5)
-        sums += torch.stack([loss, guesses[:, 0].sum(), guesses.sum(), torch.tensor(len(images), device=device)])
+        sums += torch.stack([loss, guesses[:, 0].sum(), guesses.sum(), guesses.new_full((), len(images), dtype=torch.long)])
     return sums
 
 
@@ -108,6 +142,8 @@ def main():
     utils.set_seed(SEED)
     device = utils.pick_device(DEVICE)
     dtype = utils.pick_precision(PRECISION, device)
+    stop = utils.catch_stop_signals()
+    deadline = time.monotonic() + 3600 * MAX_HOURS if MAX_HOURS > 0 else math.inf
     stem = os.path.splitext(CHECKPOINT)[0]
     if BATCH_SIZE % SUBDIVISIONS:
         raise ValueError(f"BATCH_SIZE {BATCH_SIZE} must be a multiple of SUBDIVISIONS {SUBDIVISIONS}")
@@ -119,71 +155,137 @@ def main():
     if train_set.classes != val_set.classes:
         odd = sorted(set(train_set.classes) ^ set(val_set.classes))
         raise ValueError(f"{DATA_DIR}: train/ and val/ have different class folders ({', '.join(odd[:5])}); both need all of them")
+    if BROKEN_IMAGES == "skip":
+        train_set.broken_list = val_set.broken_list = f"{stem}_broken.txt"
+    elif BROKEN_IMAGES != "stop":
+        raise ValueError(f'BROKEN_IMAGES must be "stop" or "skip", not {BROKEN_IMAGES!r}')
     options = {"num_workers": NUM_WORKERS, "persistent_workers": NUM_WORKERS > 0, "pin_memory": device.type == "cuda"}
+    options["worker_init_fn"] = utils.leave_signals_to_the_parent
     batches = []  # filled anew each epoch; the loader's workers live through all of them
     train_loader = DataLoader(train_set, batch_sampler=batches, **options)
     val_loader = DataLoader(val_set, part_size, **options)
 
     # model, optimiser
     model = darknet_model.Darknet19(len(train_set.classes)).to(device, memory_format=torch.channels_last)
-    if RESUME_WEIGHTS:
+    if RESUME_WEIGHTS and not RESUME:
         darknet_model.load_classifier(model, RESUME_WEIGHTS)
     groups = darknet_model.parameter_groups(model, WEIGHT_DECAY)
     optimizer = torch.optim.SGD(groups, LEARNING_RATE, momentum=MOMENTUM, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    first_epoch, images_seen, best = 0, 0, -1.0
+    wrapped = torch.compile(model) if COMPILE else model
+
+    # where the run stands: finished epochs, optimiser steps, and what the current epoch has added up
+    epoch, step, images_seen, best = 0, 0, 0, -1.0
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right answers, images
+    names = "\n".join(os.path.basename(file) for file, _ in train_set.samples)
+    settings = utils.script_settings(globals()) | {"classes": train_set.classes}
+    settings["training images"] = f"{len(train_set)} images with the checksum {zlib.crc32(names.encode()):08x} of their names"
     if RESUME:
-        state = utils.load_checkpoint(CHECKPOINT, keys=("model", "optimizer", "scaler", "epoch", "images_seen", "best"))
-        first_epoch, images_seen, best = state["epoch"], state["images_seen"], state["best"]
+        keys = ("model", "optimizer", "scaler", "epoch", "step", "images_seen", "best", "sums", "rng", "settings")
+        state = utils.load_checkpoint(CHECKPOINT, keys=keys)
+        utils.compare_settings(CHECKPOINT, state["settings"], settings, _FIXED, _FREE)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        print(f"going on from {CHECKPOINT} after epoch {first_epoch}")
-    wrapped = torch.compile(model) if COMPILE else model
+        utils.restore_random_states(state["rng"])
+        epoch, step, images_seen, best = state["epoch"], state["step"], state["images_seen"], state["best"]
+        sums += state["sums"].to(device)
+        print(f"going on from {CHECKPOINT} after epoch {epoch}, step {step}", flush=True)
 
-    steps = max(1, len(train_set) // BATCH_SIZE)  # optimiser steps an epoch
+    def network():
+        return {
+            "model": model.state_dict(),
+            "classes": train_set.classes,
+            "image_size": IMAGE_SIZE,
+            "images_seen": images_seen,
+            "best": best,
+        }
+
+    def save():
+        utils.save_checkpoint(
+            CHECKPOINT,
+            **network(),
+            epoch=epoch,
+            step=step,
+            sums=sums.cpu(),
+            optimizer=optimizer.state_dict(),
+            scheduler={"name": LR_SCHEDULE, "learning_rate": optimizer.param_groups[0]["lr"]},  # a function of the step alone
+            scaler=scaler.state_dict(),
+            rng=utils.random_states(),
+            settings=settings,
+        )
+
+    def should_pause():
+        return bool(stop) or time.monotonic() >= pause_at
+
+    steps = len(train_set) // BATCH_SIZE or int(SUBDIVISIONS == 1)  # optimiser steps an epoch; a small set is one batch
+    if steps == 0:
+        raise ValueError(f"{len(train_set)} images do not fill the {SUBDIVISIONS} parts of a batch; lower SUBDIVISIONS")
     print(f"{len(train_set)} training and {len(val_set)} validation images of {len(train_set.classes)} classes on {device}")
-    for epoch in range(first_epoch, EPOCHS):
-        batches[:] = epoch_batches(len(train_set), part_size, epoch, SEED, [IMAGE_SIZE])[: steps * SUBDIVISIONS]
+    while epoch < EPOCHS:
+        all_batches = epoch_batches(len(train_set), part_size, epoch, SEED, [IMAGE_SIZE])[: steps * SUBDIVISIONS]
         drops = [drop * steps for drop in LR_DROPS]
         rates = [
-            utils.learning_rate_at(epoch * steps + step, EPOCHS * steps, LEARNING_RATE, LR_SCHEDULE, BURN_IN, LR_POWER, drops)
-            for step in range(steps)
+            utils.learning_rate_at(epoch * steps + number, EPOCHS * steps, LEARNING_RATE, LR_SCHEDULE, BURN_IN, LR_POWER, drops)
+            for number in range(steps)
         ]
-        start = time.perf_counter()
-        bar = tqdm(train_loader, desc=f"epoch {epoch + 1}", unit="batch", leave=False, disable=None)
-        batches_seen = epoch * steps * SUBDIVISIONS
-        sums = train_one_epoch(wrapped, bar, optimizer, scaler, rates, SUBDIVISIONS, LABEL_SMOOTHING, device, dtype, batches_seen)
-        speed = float(sums[2]) / (time.perf_counter() - start)
-        images_seen += int(sums[2])
-        val_sums = validate(wrapped, val_loader, device, dtype)
+        # the epoch, or what is left of it, in parts: between them the run is saved, and ends where it has to
+        seconds, images_before = 0.0, float(sums[2])
+        while step < (epoch + 1) * steps and not stop:
+            if seconds > 0:
+                save()
+            done = step - epoch * steps
+            batches[:] = all_batches[done * SUBDIVISIONS :]
+            start = time.monotonic()
+            pause_at = min(deadline, start + 60 * SAVE_EVERY_MINUTES)
+            bar = tqdm(train_loader, desc=f"epoch {epoch + 1}", unit="batch", leave=False, disable=None)
+            try:
+                step += train_one_epoch(
+                    wrapped, bar, optimizer, scaler, rates[done:], SUBDIVISIONS, LABEL_SMOOTHING, device, dtype,
+                    step * SUBDIVISIONS, sums, should_pause,
+                )  # fmt: skip
+            except FloatingPointError as error:
+                batch = error.args[0]
+                files = ", ".join(train_set.samples[index][0] for index, *_ in batches[batch])
+                raise ValueError(
+                    f"the loss is not finite in epoch {epoch + 1}, step {step + batch // SUBDIVISIONS + 1}, images {files}; "
+                    f"the last checkpoint is intact. Lower LEARNING_RATE, lengthen BURN_IN, or try PRECISION=fp32"
+                ) from None
+            finally:
+                bar.close()
+            seconds += time.monotonic() - start
+            if time.monotonic() >= deadline:
+                stop.append("MAX_HOURS")
 
+        val_sums = validate(model, val_loader, device, dtype, stop)
+        if stop:
+            save()
+            print(f"stopped by {stop[0]} in epoch {epoch + 1} after step {step}; RESUME=True goes on from {CHECKPOINT}")
+            return
+
+        epoch += 1
+        images_seen += int(sums[2])
         row = {
-            "epoch": epoch + 1,
+            "epoch": epoch,
             "learning_rate": rates[-1],
             "loss": float(sums[0] / sums[2]),
             "val_loss": float(val_sums[0] / val_sums[3]),
-            "images_per_second": speed,
+            "images_per_second": (float(sums[2]) - images_before) / seconds if seconds else "",
             "train_top1": float(sums[1] / sums[2]),
             "val_top1": float(val_sums[1] / val_sums[3]),
             "val_top5": float(val_sums[2] / val_sums[3]),
         }
+        sums.zero_()
         improved = row["val_top1"] >= best
         best = max(best, row["val_top1"])
-        state = {
-            "model": model.state_dict(),
-            "classes": train_set.classes,
-            "image_size": IMAGE_SIZE,
-            "epoch": epoch + 1,
-            "images_seen": images_seen,
-            "best": best,
-        }
         if improved:
-            utils.save_checkpoint(f"{stem}_best.pt", **state)
-        utils.save_checkpoint(CHECKPOINT, **state, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-        utils.append_metrics(f"{stem}_metrics.csv", row)
+            utils.save_checkpoint(f"{stem}_best.pt", **network(), epoch=epoch)
+        utils.append_metrics(f"{stem}_metrics.csv", row)  # before the checkpoint: a row that is there twice takes its own place
+        save()
         utils.draw_charts(f"{stem}_metrics.csv", f"{stem}_charts.png")
-        print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
+        print("  ".join(f"{name} {value:.4g}" for name, value in row.items() if value != ""), flush=True)
+    if BROKEN_IMAGES == "skip" and os.path.isfile(train_set.broken_list):
+        print(f"images that could not be read stand in {train_set.broken_list}")
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def read_csv_list(file: str) -> list[tuple[str, str]]:
             row = [cell.strip() for cell in row]
             if not any(row) or (number == 1 and row == ["image", "label"]):
                 continue
-            if len(row) != 2 or not row[1].lower().endswith((".xml", ".txt")):
+            if len(row) != 2 or not row[1].lower().endswith((".xml", ".txt")) or not "".join(row).isprintable():
                 raise ValueError(
                     f"{file}, line {number}: expected image,label with a .xml or .txt label, found {','.join(row)[:80]!r}"
                 )
@@ -250,6 +250,24 @@ def shape_iou(sizes: np.ndarray, anchors: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- the data set
 
 
+def read_or_next(samples: list[tuple], index: int, broken_list: str) -> tuple[np.ndarray, int]:
+    """The image of samples[index] and its index; where it cannot be read and broken_list names a file, it is listed there and the
+    next readable one is taken, so that a run of days does not end at one bad sector. Raises as utils.read_image otherwise."""
+    for _ in range(len(samples)):
+        try:
+            return utils.read_image(samples[index][0]), index
+        except (OSError, ValueError) as error:
+            if not broken_list:
+                raise
+            os.makedirs(os.path.dirname(os.path.abspath(broken_list)), exist_ok=True)
+            with open(broken_list, "a+") as stream:  # the loader's workers share it
+                stream.seek(0)
+                if f"{error}\n" not in stream:
+                    stream.write(f"{error}\n")
+            index = (index + 1) % len(samples)
+    raise ValueError(f"none of the {len(samples)} images can be read; {broken_list} lists them")
+
+
 class VOCDataset(Dataset):
     """Images and encoded targets of VOC image sets or of csv lists (see list_samples).
 
@@ -265,6 +283,7 @@ class VOCDataset(Dataset):
         self.samples = list_samples(root, image_sets)
         self.rows = [read_labels(image_file, label_file, self.classes) for image_file, label_file in self.samples]
         self.transforms = {}  # one per image size
+        self.broken_list = ""  # a file: an image that cannot be read is listed there and the next one taken instead
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -280,7 +299,7 @@ class VOCDataset(Dataset):
             self.transforms[size] = train_transform(size) if self.augment else test_transform(size)
         if self.augment and seed is not None:
             self.transforms[size].set_random_seed(seed)
-        image = utils.read_image(self.samples[index][0])
+        image, index = read_or_next(self.samples, index, self.broken_list)
         rows = self.rows[index][self.rows[index][:, 1] == 0]  # without the difficult ones
         height, width = image.shape[:2]
         boxes = np.concatenate(
@@ -300,6 +319,13 @@ class VOCDataset(Dataset):
     def original_size(self, index: int) -> tuple[int, int]:
         """Width and height of the image file in pixels."""
         return utils.image_size(self.samples[index][0])
+
+
+def drop_broken_images(dataset: VOCDataset, broken_list: str) -> None:
+    """Lists the images of a data set to evaluate on that cannot be read, and takes them off it: no other can stand in for them."""
+    for index in reversed(range(len(dataset))):
+        if read_or_next(dataset.samples, index, broken_list)[1] != index:
+            del dataset.samples[index], dataset.rows[index]
 
 
 def epoch_batches(
@@ -357,8 +383,9 @@ class ImageNetFolder(ImageFolder):
     """torchvision's ImageFolder for keys as VOCDataset takes them -> image (3, size, size) float32 in 0..1, class index."""
 
     def __init__(self, folder: str, image_size: int, augment: bool):
-        super().__init__(folder, loader=utils.read_image)
+        super().__init__(folder)
         self.image_size, self.augment, self.transforms = image_size, augment, {}
+        self.broken_list = ""  # as in VOCDataset
 
     def __getitem__(self, key: int | tuple[int, int, int]) -> tuple[Tensor, int]:
         index, size, seed = key if isinstance(key, tuple) else (key, self.image_size, None)
@@ -374,8 +401,8 @@ class ImageNetFolder(ImageFolder):
             )
         if self.augment and seed is not None:
             self.transforms[size].set_random_seed(seed)
-        file, label = self.samples[index]
-        return to_tensor(self.transforms[size](image=self.loader(file))["image"]), label
+        image, index = read_or_next(self.samples, index, self.broken_list)
+        return to_tensor(self.transforms[size](image=image)["image"]), self.samples[index][1]
 
 
 def imagenet_dataset(root: str | os.PathLike, split: str, image_size: int, augment: bool) -> ImageNetFolder:

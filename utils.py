@@ -9,11 +9,14 @@ import ast
 import contextlib
 import csv
 import ctypes
+import json
 import math
 import os
 import pickle
 import random
+import signal
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -27,13 +30,18 @@ from torchvision.ops import batched_nms, box_convert
 # ---------------------------------------------------------------- settings of a script
 
 
+def script_settings(script_globals: dict) -> dict:
+    """The UPPER_CASE globals of a script (torch.nn.functional's F is none of them)."""
+    return {name: value for name, value in script_globals.items() if name.isupper() and len(name) > 1 and name[0] != "_"}
+
+
 def override_globals(script_globals: dict, words: list[str]) -> None:
     """Sets a script's UPPER_CASE globals from NAME=value words of its command line; `--help` prints them and exits.
 
     A value is read as a Python literal, or as plain text where the default is text. It must have the default's type (a whole
     number is fine for a float; None, as a default or as a value, goes with anything). Exits with one sentence otherwise.
     """
-    known = {name: value for name, value in script_globals.items() if name.isupper() and not name.startswith("_")}
+    known = script_settings(script_globals)
     script = os.path.basename(script_globals.get("__file__", "script"))
     if any(word in ("--help", "-h") for word in words):
         print((script_globals.get("__doc__") or "").strip())
@@ -67,6 +75,8 @@ def plain_errors():
     """Around a script's main(): bad input ends in its one sentence and exit status 1 instead of a traceback."""
     try:
         yield
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (OSError, ValueError) as error:  # of a loader's worker, the last line of a whole traceback
         sys.exit(f"error: {(str(error).strip().splitlines() or [''])[-1].removeprefix('ValueError: ')}")
 
@@ -76,6 +86,58 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries that still use the global state
     torch.manual_seed(seed)
+
+
+def random_states() -> dict:
+    """The states of all random number generators as plain values, for a checkpoint."""
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest], "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def restore_random_states(states: dict) -> None:
+    """Sets what random_states gave; on another number of GPUs theirs stay as they are."""
+    random.setstate(states["python"])
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, np.array(keys, np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(states["torch"].cpu())
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+
+
+# ---------------------------------------------------------------- stopping and going on
+
+
+def catch_stop_signals() -> list[str]:
+    """From now on SIGTERM and the first SIGINT (Ctrl-C) only add their name to the list that is returned, so that a training can
+    finish its step and save; a second SIGINT raises KeyboardInterrupt at once."""
+    stop = []
+
+    def note(number, frame):
+        if number == signal.SIGINT and "SIGINT" in stop:
+            raise KeyboardInterrupt
+        stop.append(signal.Signals(number).name)
+
+    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+        signal.signal(signal.SIGINT, note)
+        signal.signal(signal.SIGTERM, note)
+    return stop
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    """worker_init_fn of a DataLoader: Ctrl-C and a queue's SIGTERM reach all processes of a run; its main one alone decides."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def compare_settings(file: str | os.PathLike, saved: dict, now: dict, fixed: tuple, free: tuple, tell: bool = True) -> None:
+    """What a resumed run changes: one of `fixed` is refused (ValueError, naming all of them), any other but `free` is printed."""
+    changed = [name for name in now if name in saved and json.dumps(saved[name]) != json.dumps(now[name])]
+    if refused := [f"{name} was {saved[name]!r:.200} and is {now[name]!r:.200}" for name in changed if name in fixed]:
+        raise ValueError(f"{file}: a resumed run must keep {'; '.join(refused)}; set it back, or start a new run from its weights")
+    for name in changed:
+        if tell and name not in free:
+            print(f"changed since {file} was written: {name} {saved[name]!r} -> {now[name]!r}")
 
 
 # ---------------------------------------------------------------- device and precision
@@ -344,18 +406,23 @@ def detect_dataset(
     num_workers: int,
     confidence_threshold: float = 0.005,
     nms_iou_threshold: float = 0.45,
+    stop: list | tuple = (),
 ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
     """Runs a model over a VOCDataset -> detections (D, 7), ground truths (G, 7), both as average_precision takes them with the
-    position in the data set as image index, and the seconds spent on loading, network and post-processing.
+    position in the data set as image index, and the seconds spent on loading, network and post-processing. It ends early as soon
+    as `stop` (see catch_stop_signals) is not empty.
 
     .005 and .45 are Darknet's (examples/detector.c, validate_detector).
     """
     parameter = next(model.parameters())
-    loader = torch.utils.data.DataLoader(dataset, batch_size, num_workers=num_workers, pin_memory=parameter.is_cuda)
+    options = {"num_workers": num_workers, "pin_memory": parameter.is_cuda, "worker_init_fn": leave_signals_to_the_parent}
+    loader = torch.utils.data.DataLoader(dataset, batch_size, **options)
     seconds = {"loading": 0.0, "network": 0.0, "post-processing": 0.0}
     detections, truths, index = [np.empty((0, 7))], [np.empty((0, 7))], 0
     clock = time.perf_counter()
     for images, _ in loader:
+        if stop:
+            break
         seconds["loading"] += (loaded := time.perf_counter()) - clock
         predictions = model(images.to(parameter.device, non_blocking=True)).float().cpu()
         seconds["network"] += (computed := time.perf_counter()) - loaded

@@ -54,7 +54,7 @@ def test_each_script_trains_and_its_checkpoint_serves_the_others(script, tmp_pat
 
     for other in SCRIPTS:
         if other is not script:
-            set_small(monkeypatch, other, tmp_path, EPOCHS=2, RESUME=True)
+            set_small(monkeypatch, other, tmp_path, EPOCHS=2, RESUME=True, SUBDIVISIONS=2)
             other.main()
             assert "after epoch 1" in capsys.readouterr().out
             break

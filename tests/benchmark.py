@@ -1,0 +1,559 @@
+"""Measures speed and memory of every part, side by side with what people would use instead, on the machine it runs on.
+
+    python tests/benchmark.py                                 all parts, some ten minutes on two cores
+    python tests/benchmark.py "PARTS=['inference']" "BATCHES=[1]"
+
+Prints a table a part: medians, ratios to the first line, spread, peak memory. Whole networks compete in processes of their own,
+which take turns, so that a slow minute of the machine hits all alike and no contestant's memory settings touch another's.
+Alternatives that are not installed are named and left out (`pip install onnxruntime onnx onnxscript openvino torchmetrics`; none
+is needed by the repository). "growth" draws `images/benchmark_growth.png`. It is a script, not a test: times depend on the machine.
+"""
+
+import datetime
+import io
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules; the folder of this file is there already
+
+import darknet_model
+import dataset
+import train
+import utils
+from loss import YoloLoss
+from model import ANCHORS, YOLOv2, load_detector
+
+# what to measure
+PARTS = ["inference", "training", "loss", "data", "postprocessing", "ap", "memory", "growth"]
+IMAGE_SIZE = 416  # pixels
+BATCHES = [1, 8]  # images, for inference
+TRAINING_BATCHES = [2, 8]  # images
+GROWTH_SIZES = list(range(288, 609, 64))  # pixels, at batch 1
+GROWTH_BATCHES = [1, 2, 4, 8, 16]  # images, at IMAGE_SIZE
+CHECKPOINT = "runs/yolov2.pt"  # a trained detector, whose outputs are post-processed
+# how
+ROUNDS = 7  # turns of each contestant
+DEVICE = "cpu"  # "cuda": PyTorch's contestants alone make sense then
+FIGURE = "images/benchmark_growth.png"
+
+# ---------------------------------------------------------------- contestants: each prepares itself and returns one step
+
+
+def eager_inference(weights, batch, size, device):
+    """What most re-implementations do: the network as it was trained, float32."""
+    model = YOLOv2().to(device).eval()
+    darknet_model.load_darknet_weights(model, weights)
+    images = some_images(batch, size).to(device)
+
+    @torch.inference_mode()
+    def step():
+        return model(images).cpu().numpy()
+
+    return step
+
+
+def our_inference(weights, batch, size, device, precision, compiled):
+    """What test.py, detect.py and detect_txt.py do."""
+    utils.keep_freed_memory()
+    model, *_ = load_detector(weights, dataset.VOC_CLASSES, torch.device(device), precision, compiled)
+    images = some_images(batch, size).to(device)
+
+    @torch.no_grad()
+    def step():
+        return model(images).float().cpu().numpy()
+
+    return step
+
+
+def opencv_inference(weights, batch, size, device):
+    from test_darknet_parity import yolov2_cfg
+
+    cv2.setNumThreads(torch.get_num_threads())
+    cfg = f"{weights}.{size}.{batch}.{os.getpid()}.cfg"
+    Path(cfg).write_text(yolov2_cfg(size, size))
+    network = cv2.dnn.readNetFromDarknet(cfg, weights)
+    images = some_images(batch, size).numpy()
+
+    def step():
+        network.setInput(images)
+        return darknet_order(network.forward())
+
+    return step
+
+
+def onnxruntime_inference(weights, batch, size, device):
+    import onnx  # noqa: F401 - the exporter needs it
+    import onnxruntime
+
+    model = YOLOv2().eval()
+    darknet_model.load_darknet_weights(model, weights)
+    images = some_images(batch, size)
+    file = f"{weights}.{size}.{batch}.onnx"
+    torch.onnx.export(model, (images,), file, dynamo=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda: session.run(None, {name: images.numpy()})[0]
+
+
+def openvino_inference(weights, batch, size, device, precision):
+    import openvino
+
+    model = YOLOv2().eval()
+    darknet_model.load_darknet_weights(model, weights)
+    images = some_images(batch, size)
+    options = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    converted = openvino.convert_model(model, example_input=images, input=[list(images.shape)])
+    request = openvino.compile_model(converted, "CPU", options).create_infer_request()
+    return lambda: request.infer([images.numpy()])[0].copy()
+
+
+def eager_training(batch, size, device):
+    """A plain training step: float32, memory as it comes, PyTorch's SGD as it comes."""
+    model = YOLOv2().to(device).train()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9, weight_decay=5e-4)
+    loss_function = YoloLoss(ANCHORS).to(device)
+    images, targets = some_images(batch, size).to(device), some_targets(batch, size).to(device)
+
+    def step():
+        optimizer.zero_grad()
+        total = loss_function(model(images), targets)["total"]
+        total.backward()
+        optimizer.step()
+        return np.array([total.item()])
+
+    return step
+
+
+def our_training(batch, size, device, precision):
+    """train.py's own loop over one batch."""
+    utils.keep_freed_memory()
+    device = torch.device(device)
+    dtype = utils.pick_precision(precision, device)
+    model = YOLOv2().to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(darknet_model.parameter_groups(model, 5e-4), 1e-4, momentum=0.9, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    loss_function = YoloLoss(ANCHORS).to(device)
+    loader = [(some_images(batch, size), some_targets(batch, size))]
+
+    def step():
+        sums = torch.zeros(len(train.LOSS_TERMS), device=device)
+        train.train_one_epoch(
+            model, loader, loss_function, optimizer, scaler, [1e-4], 1, 0.0, device, dtype, 20_000, sums, lambda: False
+        )
+        return sums.cpu().numpy()
+
+    return step
+
+
+def some_images(batch, size):
+    return torch.from_numpy(np.random.default_rng(0).random((batch, 3, size, size), dtype=np.float32))
+
+
+def some_targets(batch, size, seed=0):
+    """Targets of 3 to 10 objects an image."""
+    rng, targets = np.random.default_rng(seed), []
+    for _ in range(batch):
+        count = rng.integers(3, 11)
+        boxes = np.concatenate([rng.uniform(0.1, 0.9, (count, 2)), rng.uniform(0.05, 0.6, (count, 2))], axis=1)
+        targets.append(dataset.encode_targets(boxes, rng.integers(20, size=count), ANCHORS, size // 32, size // 32))
+    return torch.stack(targets)
+
+
+def darknet_order(outputs):
+    """Darknet's (N, A*(5+C), S_h, S_w) -> ours (N, A, S_h, S_w, 5+C)."""
+    n, channels, s_h, s_w = outputs.shape
+    return outputs.reshape(n, 5, channels // 5, s_h, s_w).transpose(0, 1, 3, 4, 2)
+
+
+# ---------------------------------------------------------------- the race
+
+
+def contend(connection, prepare, arguments):
+    """A contestant's process: prepares, then takes one timed step whenever it is asked to, and tells its peak memory at last."""
+    try:
+        with open(os.devnull, "w") as nowhere:
+            sys.stdout = nowhere
+            step = prepare(*arguments)
+            step()
+    except ImportError as error:
+        connection.send(f"{error.name} is not installed")
+        return
+    except Exception as error:
+        connection.send(f"failed ({utils.first_line(error)[:90]})")
+        return
+    connection.send(None)
+    output = None
+    while connection.recv():
+        step()  # its weights come back into the caches
+        start = time.perf_counter()
+        output = step()
+        connection.send(time.perf_counter() - start)
+    connection.send((output, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+
+
+def race(title, contestants, rounds, compare=True):
+    """contestants: name -> (prepare, arguments). Prints the table and returns name -> median milliseconds."""
+    context = multiprocessing.get_context("spawn")
+    running, left_out = {}, {}
+    for name, (prepare, arguments) in contestants.items():
+        ours, theirs = context.Pipe()
+        process = context.Process(target=contend, args=(theirs, prepare, arguments), daemon=True)
+        process.start()
+        theirs.close()
+        try:
+            problem = ours.recv()
+        except EOFError:
+            problem = "its process died"
+        if problem:
+            left_out[name] = problem
+        else:
+            running[name] = ours
+    times = {name: [] for name in running}
+    for _ in range(rounds):
+        for name, connection in running.items():
+            connection.send(True)
+            times[name].append(1000 * connection.recv())
+    print(f"\n{title}: median of {rounds}, interleaved")
+    print(f"{'':34s} {'ms':>9s} {'spread':>15s} {'x first':>8s} {'peak MB':>8s}" + (f" {'off by':>8s}" if compare else ""))
+    medians, reference = {}, None
+    for name, connection in running.items():
+        connection.send(False)
+        output, memory = connection.recv()
+        reference = output if reference is None else reference
+        medians[name] = statistics.median(times[name])
+        spread = f"{min(times[name]):.0f}..{max(times[name]):.0f}"
+        line = f"{name:34s} {medians[name]:9.1f} {spread:>15s} {next(iter(medians.values())) / medians[name]:8.2f} {memory:8.0f}"
+        if compare:  # distance of the outputs, relative to their size
+            line += f" {np.linalg.norm(output - reference) / np.linalg.norm(reference):8.1e}"
+        print(line, flush=True)
+    for name, problem in left_out.items():
+        print(f"{name:34s} left out: {problem}")
+    return medians
+
+
+def take_turns(title, unit, steps, rounds, per_step=1.0, rate=False):
+    """steps: name -> function, timed in this process in turns; prints medians of milliseconds, or with `rate` units a second."""
+    for step in steps.values():
+        step()
+    times = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            times[name].append(time.perf_counter() - start)
+    print(f"\n{title}: median of {rounds}, interleaved, {torch.get_num_threads()} threads")
+    medians = {name: statistics.median(values) / per_step for name, values in times.items()}
+    print(f"{'':44s} {unit:>12s} {'x first':>8s}")
+    for name, median in medians.items():
+        print(f"{name:44s} {1 / median if rate else 1000 * median:12.2f} {next(iter(medians.values())) / median:8.2f}", flush=True)
+    return medians
+
+
+# ---------------------------------------------------------------- the parts
+
+
+def inference(weights):
+    for batch in BATCHES:
+        common = (weights, batch, IMAGE_SIZE, DEVICE)
+        contestants = {
+            "plain PyTorch, eager fp32": (eager_inference, common),
+            "OpenCV DNN fp32": (opencv_inference, common),
+            "ONNX Runtime fp32": (onnxruntime_inference, common),
+            "OpenVINO fp32": (openvino_inference, (*common, "f32")),
+            "OpenVINO bf16": (openvino_inference, (*common, "bf16")),
+            "ours, PRECISION=fp32": (our_inference, (*common, "fp32", False)),
+            "ours (the default)": (our_inference, (*common, "auto", False)),
+            "ours, COMPILE=True": (our_inference, (*common, "auto", True)),
+        }
+        race(f"Inference at {IMAGE_SIZE} px, batch {batch}", contestants, ROUNDS)
+
+
+def training(weights):
+    for batch in TRAINING_BATCHES:
+        common = (batch, IMAGE_SIZE, DEVICE)
+        contestants = {
+            "plain PyTorch, eager fp32": (eager_training, common),
+            "train.py, PRECISION=fp32": (our_training, (*common, "fp32")),
+            "train.py (the default)": (our_training, (*common, "auto")),
+        }
+        race(f"Training step at {IMAGE_SIZE} px, batch {batch}", contestants, ROUNDS, compare=False)
+
+
+def loss(weights):
+    predictions = torch.randn(16, 5, 13, 13, 25, generator=torch.Generator().manual_seed(0))
+    targets = some_targets(16, 416)
+
+    def forward_and_backward(equation, images_seen):
+        loss_function, leaf = YoloLoss(ANCHORS, equation=equation), predictions.clone().requires_grad_()
+        return lambda: torch.autograd.grad(loss_function(leaf, targets, images_seen)["total"], leaf)
+
+    steps = {
+        "darknet": forward_and_backward("darknet", 20_000),
+        "darknet, in the prior phase": forward_and_backward("darknet", 0),
+        "yolov1": forward_and_backward("yolov1", 20_000),
+    }
+    take_turns("Loss, forward and backward at (16, 5, 13, 13, 25), 3 to 10 objects an image", "ms", steps, 20 * ROUNDS)
+
+
+def data(weights):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder, count = Path(weights).parent / "voc", 20
+    photograph_files(folder, count)
+    rng = dataset.VOCDataset(folder, [("2007", "train")], ANCHORS, IMAGE_SIZE, augment=True)
+    files = [sample[0] for sample in rng.samples]
+    chain = dataset.albumentations.Compose(
+        [
+            dataset.albumentations.Affine(scale=(0.8, 1.2), translate_percent=(-0.2, 0.2), p=1.0),
+            dataset.albumentations.HueSaturationValue(p=1.0),
+            dataset.albumentations.Resize(IMAGE_SIZE, IMAGE_SIZE),
+        ],
+        bbox_params=dataset.albumentations.BboxParams(format="albumentations"),
+    )
+    boxes = np.array([[0.2, 0.2, 0.6, 0.7, 3.0], [0.5, 0.4, 0.9, 0.9, 7.0]])
+    steps = {
+        "decode alone, Pillow": lambda: [np.asarray(Image.open(file)) for file in files],
+        "decode alone, OpenCV": lambda: [cv2.imread(file) for file in files],
+        "decode + Affine + HSV + Resize, in that order": lambda: [
+            chain(image=cv2.cvtColor(cv2.imread(file), cv2.COLOR_BGR2RGB), bboxes=boxes) for file in files
+        ],
+        "VOCDataset, augmented and encoded": lambda: [rng[(index, IMAGE_SIZE, index)] for index in range(count)],
+    }
+    size = sum(os.path.getsize(file) for file in files) / count / 1000
+    take_turns(f"Data, one core, JPEG of 500 x 375 ({size:.0f} kB) to {IMAGE_SIZE} px", "images/s", steps, ROUNDS, count, rate=True)
+
+    # the classifier's loader: Darknet's crops from ImageNet-sized files
+    root = Path(__file__).parents[1] / "data_samples" / "imagenet"
+    pictures = dataset.imagenet_dataset(root, "train", 224, augment=True)
+    files = [file for file, _ in pictures.samples]
+    steps = {
+        "decode alone, Pillow": lambda: [utils.read_image(file) for file in files],
+        "imagenet_dataset, augmented": lambda: [pictures[(index, 224, index)] for index in range(len(files))],
+    }
+    take_turns("ImageNet data, one core, the sample's images to 224 px", "images/s", steps, ROUNDS, len(files), rate=True)
+    torch.set_num_threads(threads)
+
+
+def photograph_files(folder, count):
+    """A VOC folder of `count` JPEGs of 500 x 375 and about 70 kB, cut from the sample's photographs, each with two objects."""
+    source = Path(__file__).parents[1] / "data_samples" / "voc" / "VOC2007"
+    target = folder / "VOC2007"
+    for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (target / name).mkdir(parents=True, exist_ok=True)
+    photographs = sorted((source / "JPEGImages").glob("*.jpg"))[:count]
+    for file in photographs:
+        image = Image.open(file).convert("RGB").resize((500, 375))
+        for quality in range(95, 30, -1):
+            buffer = io.BytesIO()
+            image.save(buffer, "JPEG", quality=quality)
+            if buffer.tell() <= 70_000:
+                break
+        (target / "JPEGImages" / file.name).write_bytes(buffer.getvalue())
+        objects = "".join(
+            f"<object><name>{name}</name><bndbox><xmin>{x1}</xmin><ymin>{y1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
+            for name, x1, y1, x2, y2 in (("boat", 100, 80, 300, 260), ("cat", 250, 150, 450, 340))
+        )
+        (target / "Annotations" / f"{file.stem}.xml").write_text(f"<annotation>{objects}</annotation>")
+    (target / "ImageSets" / "Main" / "train.txt").write_text("\n".join(file.stem for file in photographs))
+
+
+def postprocessing(weights):
+    def one_class_at_a_time(outputs):
+        """The obvious way: a loop over images and classes."""
+        boxes, objectness, probabilities = utils.decode_predictions(outputs, ANCHORS)
+        corners = torchvision.ops.box_convert(boxes, "cxcywh", "xyxy")
+        for image in range(len(outputs)):
+            scores = objectness[image, :, None] * probabilities[image]
+            for c in range(scores.shape[1]):
+                likely = scores[:, c] > 0.005
+                torchvision.ops.nms(corners[image][likely], scores[likely, c], 0.45)
+
+    if os.path.isfile(CHECKPOINT):
+        model, classes, anchors, size = load_detector(CHECKPOINT, dataset.VOC_CLASSES, torch.device("cpu"), "fp32")
+        root = Path(__file__).parents[1] / "data_samples" / "voc"
+        photographs = dataset.VOCDataset(root, [("2007", "train")], anchors, IMAGE_SIZE)
+        with torch.no_grad():
+            outputs = model(torch.stack([photographs[index][0] for index in range(8)]))
+        found = sum(map(len, utils.postprocess(outputs, anchors, 0.005, 0.45)))
+        steps = {
+            "a loop over images and classes": lambda: one_class_at_a_time(outputs),
+            "ours": lambda: utils.postprocess(outputs, anchors, 0.005, 0.45),
+        }
+        title = f"Post-processing of {CHECKPOINT}'s outputs, batch 8 at {IMAGE_SIZE} px, threshold .005, {found} detections"
+        take_turns(title, "ms", steps, 5 * ROUNDS)
+    else:
+        print(f"\nPost-processing of a trained model's outputs left out: no {CHECKPOINT} (python train.py makes one)")
+
+    steps = {}
+    for size in (416, 608, 864, 1216):  # each has twice the boxes of the one before
+        outputs = torch.randn(1, 5, size // 32, size // 32, 25, generator=torch.Generator().manual_seed(0))
+        outputs[..., 4] -= 3
+        boxes, objectness, probabilities = utils.decode_predictions(outputs, ANCHORS)
+        candidates = int((objectness[..., None] * probabilities > 0.005).sum())
+        steps[f"{candidates} candidates"] = lambda outputs=outputs: utils.postprocess(outputs, ANCHORS, 0.005, 0.45)
+    take_turns("Growth of post-processing, random outputs of one image", "ms", steps, 3 * ROUNDS)
+
+
+def ap(weights):
+    images, objects, classes = 4952, 12_000, 20
+    for count, rounds in ((50_000, 5), (500_000, 3)):
+        rng = np.random.default_rng(0)
+        truths = np.column_stack([rng.integers(images, size=objects), rng.integers(classes, size=objects), np.zeros(objects)])
+        corners = rng.uniform(1, 300, (objects, 2))
+        truths = np.concatenate([truths, corners, corners + rng.uniform(20, 200, (objects, 2))], axis=1)
+        hits = truths[rng.integers(objects, size=count // 5), :]
+        found = np.column_stack([hits[:, 0], hits[:, 1], rng.random(len(hits)), hits[:, 3:] + rng.normal(0, 5, (len(hits), 4))])
+        corners = rng.uniform(1, 300, (count - len(hits), 2))
+        noise = np.column_stack([rng.integers(images, size=len(corners)), rng.integers(classes, size=len(corners))])
+        noise = np.concatenate(
+            [noise, rng.random((len(corners), 1)), corners, corners + rng.uniform(20, 200, corners.shape)], axis=1
+        )
+        detections = np.concatenate([found, noise])
+        steps = {"ours": lambda d=detections, t=truths: utils.average_precision(d, t, classes)}
+        try:
+            from torchmetrics.detection import MeanAveragePrecision
+
+            steps["torchmetrics (pycocotools)"] = lambda d=detections, t=truths: torchmetrics_ap(MeanAveragePrecision, d, t, images)
+            steps["torchmetrics (pycocotools)"]()
+        except ImportError as error:
+            steps.pop("torchmetrics (pycocotools)", None)
+            print(f"\ntorchmetrics left out: {utils.first_line(error)}")
+        take_turns(f"Average precision of {count:,} detections, {images} images, {objects:,} truths", "ms", steps, rounds)
+
+
+def torchmetrics_ap(metric_class, detections, truths, images):
+    """The same figures by torchmetrics at IoU .5 alone."""
+
+    def split(rows):
+        order = np.argsort(rows[:, 0], kind="stable")
+        ends = np.searchsorted(rows[order, 0], np.arange(images + 1))
+        return [torch.from_numpy(rows[order[ends[i] : ends[i + 1]]]) for i in range(images)]
+
+    metric = metric_class(iou_thresholds=[0.5], max_detection_thresholds=[1, 10, 10_000])
+    predicted = [{"boxes": rows[:, 3:], "scores": rows[:, 2], "labels": rows[:, 1].long()} for rows in split(detections)]
+    expected = [{"boxes": rows[:, 3:], "labels": rows[:, 1].long()} for rows in split(truths)]
+    metric.update(predicted, expected)
+    return metric.compute()
+
+
+def memory(weights):
+    """Memory of 200 training steps, and of loading a checkpoint; peaks of single steps stand in the tables above."""
+    context = multiprocessing.get_context("spawn")
+    for target, arguments in ((measure_growth, (200, DEVICE)), (measure_loading, (weights,))):
+        process = context.Process(target=target, args=arguments)
+        process.start()
+        process.join()
+
+
+def resident():
+    """Megabytes that this process holds in memory now."""
+    with open("/proc/self/statm") as stream:
+        return int(stream.read().split()[1]) * resource.getpagesize() / 2**20
+
+
+def measure_growth(steps, device):
+    step, held = our_training(2, 128, device, "auto"), {}
+    for number in range(1, steps + 1):
+        step()
+        if number in (20, 100, steps):
+            held[number] = resident()
+    print("\nMemory of a training, batch 2 at 128 px: " + ", ".join(f"{mb:.0f} MB after {n} steps" for n, mb in held.items()))
+
+
+def measure_loading(weights):
+    file = f"{weights}.pt"
+    model = YOLOv2()
+    utils.save_checkpoint(file, model=model.state_dict(), classes=list(dataset.VOC_CLASSES), anchors=ANCHORS, image_size=416)
+    for name in (file, weights):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        start = time.perf_counter()
+        if name.endswith(".pt"):
+            model.load_state_dict(utils.load_checkpoint(name, keys=("model",))["model"])
+        else:
+            darknet_model.load_darknet_weights(model, name)
+        seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(f"Loading {os.path.getsize(name) / 1e6:.0f} MB of {name[-8:]}: {seconds:.2f} s, peak rose by {after - before:.0f} MB")
+
+
+def growth(weights):
+    """Time of the default inference against image size and batch size, as a table and a figure."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    sizes = {f"{size} px, batch 1": (our_inference, (weights, 1, size, DEVICE, "auto", False)) for size in GROWTH_SIZES}
+    batches = {
+        f"{IMAGE_SIZE} px, batch {batch}": (our_inference, (weights, batch, IMAGE_SIZE, DEVICE, "auto", False))
+        for batch in GROWTH_BATCHES
+    }
+    by_size = race("Growth with the image size", sizes, ROUNDS, compare=False)
+    by_batch = race("Growth with the batch", batches, ROUNDS, compare=False)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    times = list(by_size.values())
+    pixels = [size**2 for size in GROWTH_SIZES]
+    left.plot(GROWTH_SIZES, times, marker="o", label="measured")
+    left.plot(GROWTH_SIZES, [times[-1] * p / pixels[-1] for p in pixels], "--", color="grey", label="proportional to the pixels")
+    left.set(title="batch 1", xlabel="image size, pixels", ylabel="ms", ylim=(0, None))
+    times = list(by_batch.values())
+    right.plot(GROWTH_BATCHES, [t / b for t, b in zip(times, GROWTH_BATCHES, strict=True)], marker="o")
+    right.set(title=f"{IMAGE_SIZE} x {IMAGE_SIZE} pixels", xlabel="images in a batch", ylabel="ms an image", ylim=(0, None))
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    left.legend()
+    figure.suptitle(f"Inference as test.py does it; {machine()}", fontsize=9)
+    figure.savefig(FIGURE, dpi=90)
+    print(f"wrote {FIGURE}")
+
+
+def machine():
+    """The machine in a line."""
+    name = platform.processor() or platform.machine()
+    if os.path.isfile("/proc/cpuinfo"):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    if DEVICE != "cpu":
+        name = torch.cuda.get_device_name(DEVICE)
+    native = "native" if torch.cpu._is_avx512_bf16_supported() else "not native"
+    return (
+        f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, "
+        f"bfloat16 {native}, PyTorch {torch.__version__}, {datetime.date.today()}"
+    )
+
+
+def main():
+    parts = {part.__name__: part for part in (inference, training, loss, data, postprocessing, ap, memory, growth)}
+    if unknown := [name for name in PARTS if name not in parts]:
+        raise ValueError(f"PARTS knows no {', '.join(unknown)}; it takes {', '.join(parts)}")
+    print(machine())
+    with tempfile.TemporaryDirectory() as folder:
+        weights = os.path.join(folder, "random.weights")
+        torch.manual_seed(0)
+        darknet_model.save_darknet_weights(YOLOv2(), weights)  # the same weights for all
+        for name in PARTS:
+            parts[name](weights)
+
+
+if __name__ == "__main__":
+    utils.override_globals(globals(), sys.argv[1:])
+    with utils.plain_errors():
+        main()

@@ -110,13 +110,16 @@ def restore_random_states(states: dict) -> None:
 
 def catch_stop_signals() -> list[str]:
     """From now on SIGTERM and the first SIGINT (Ctrl-C) only add their name to the list that is returned, so that a training can
-    finish its step and save; a second SIGINT raises KeyboardInterrupt at once."""
-    stop = []
+    finish its step and save; a second SIGINT, a second or more later, raises KeyboardInterrupt at once."""
+    stop, seconds = [], []
 
     def note(number, frame):
-        if number == signal.SIGINT and "SIGINT" in stop:
+        # not sooner: torchrun passes on to its processes a Ctrl-C that the terminal has sent them already
+        if number == signal.SIGINT and seconds and time.monotonic() - seconds[0] > 1:
             raise KeyboardInterrupt
         stop.append(signal.Signals(number).name)
+        if number == signal.SIGINT:
+            seconds.append(time.monotonic())
 
     if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
         signal.signal(signal.SIGINT, note)
@@ -125,9 +128,18 @@ def catch_stop_signals() -> list[str]:
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """worker_init_fn of a DataLoader: Ctrl-C and a queue's SIGTERM reach all processes of a run; its main one alone decides."""
+    """worker_init_fn of a DataLoader: Ctrl-C and a queue's SIGTERM reach all processes of a run, and its main one alone decides; of
+    SIGTERMs a worker obeys those of its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # tells who sent a signal; not on macOS
+
+        def obey():
+            while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+                pass
+            os._exit(0)
+
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=obey, daemon=True).start()
 
 
 def compare_settings(file: str | os.PathLike, saved: dict, now: dict, fixed: tuple, free: tuple, tell: bool = True) -> None:

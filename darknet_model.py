@@ -87,8 +87,11 @@ def warm_batch_norm(model: nn.Module, batches_seen: int) -> None:
     """Sets the momentum of every batch norm's running statistics: Darknet's .01, but more in the first 1000 batches.
 
     With .01 alone the statistics need some 500 batches to forget their start, and a run of 100 would be validated with cold ones.
-    10 / (batches + 10) averages over about the last tenth of the run instead, and reaches .01 at 990 batches.
+    10 / (batches + 10) averages over about the last tenth of the run instead, and reaches .01 at 990 batches. A compiled
+    model keeps .01: the momentum is a constant of its code, which would have to be made anew for each batch.
     """
+    if any(name.endswith("_orig_mod") for name, _ in model.named_modules()):  # what torch.compile calls the model it wraps
+        return
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = max(0.01, 10 / (batches_seen + 10))

@@ -138,6 +138,9 @@ def load_detector(
             raise ValueError(f"{file}: holds a backbone only and detects nothing; give it to train.py as PRETRAINED")
     model = fuse(model).to(device, utils.pick_precision(precision, device), memory_format=torch.channels_last)
     if compiled:
-        # freezing: the weights become constants, laid out as each kernel likes them best
-        model = torch.compile(model, options={"freezing": True})
+        # freezing: the weights become constants, laid out as each kernel likes them best. As an option of compile() it is lost.
+        from torch._inductor import config as inductor  # only here: it takes a second to import
+
+        inductor.freezing = True
+        model = torch.compile(model)
     return model, classes, anchors, image_size

@@ -436,7 +436,7 @@ def detect_dataset(
         if stop:
             break
         seconds["loading"] += (loaded := time.perf_counter()) - clock
-        predictions = model(images.to(parameter.device, non_blocking=True)).float().cpu()
+        predictions = model(images.to(parameter.device, parameter.dtype, non_blocking=True)).float().cpu()
         seconds["network"] += (computed := time.perf_counter()) - loaded
         for found in postprocess(predictions, anchors, confidence_threshold, nms_iou_threshold):
             found = found.double().numpy()

@@ -9,6 +9,7 @@ Alternatives that are not installed are named and left out (`pip install onnxrun
 is needed by the repository). "growth" draws `images/benchmark_growth.png`. It is a script, not a test: times depend on the machine.
 """
 
+import contextlib
 import datetime
 import io
 import multiprocessing
@@ -19,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import cv2
@@ -56,11 +58,11 @@ def eager_inference(weights, batch, size, device):
     """What most re-implementations do: the network as it was trained, float32."""
     model = YOLOv2().to(device).eval()
     darknet_model.load_darknet_weights(model, weights)
-    images = some_images(batch, size).to(device)
+    images = some_images(batch, size)
 
     @torch.inference_mode()
     def step():
-        return model(images).cpu().numpy()
+        return model(images.to(device)).cpu().numpy()
 
     return step
 
@@ -69,11 +71,11 @@ def our_inference(weights, batch, size, device, precision, compiled):
     """What test.py, detect.py and detect_txt.py do."""
     utils.keep_freed_memory()
     model, *_ = load_detector(weights, dataset.VOC_CLASSES, torch.device(device), precision, compiled)
-    images = some_images(batch, size).to(device)
+    images, parameter = some_images(batch, size), next(model.parameters())
 
     @torch.no_grad()
     def step():
-        return model(images).float().cpu().numpy()
+        return model(images.to(parameter.device, parameter.dtype)).float().cpu().numpy()
 
     return step
 
@@ -190,8 +192,8 @@ def darknet_order(outputs):
 def contend(connection, prepare, arguments):
     """A contestant's process: prepares, then takes one timed step whenever it is asked to, and tells its peak memory at last."""
     try:
-        with open(os.devnull, "w") as nowhere:
-            sys.stdout = nowhere
+        warnings.simplefilter("ignore")
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             step = prepare(*arguments)
             step()
     except ImportError as error:

@@ -95,6 +95,16 @@ def test_an_uneven_batch_is_one_sentence(tmp_path, monkeypatch):
         darknet_train_multigpu_distr.train(0, 2, torch.device("cpu"))
 
 
+def test_more_processes_than_gpus_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(utils, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="process 1 has no GPU: --nproc_per_node may be 1"):
+        darknet_train_multigpu_distr.main()
+
+
 def test_bad_folders_and_checkpoints_are_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="train"):
         imagenet_dataset(tmp_path, "train", 64, augment=False)

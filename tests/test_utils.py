@@ -247,6 +247,12 @@ def test_batch_norm_learns_its_statistics_faster_at_the_start(batches, momentum)
     assert [model[1][0].momentum, model[2].momentum] == pytest.approx([momentum, momentum])
 
 
+def test_a_compiled_model_keeps_darknets_momentum():
+    model = darknet_model.Darknet19(2)
+    darknet_model.warm_batch_norm(torch.compile(model), 0)
+    assert {module.momentum for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)} == {0.01}
+
+
 # ---------------------------------------------------------------- checkpoints
 
 

@@ -179,13 +179,16 @@ class DarknetColour(albumentations.ImageOnlyTransform):
             return scale if self.py_random.random() < 0.5 else 1 / scale
 
         shift = self.py_random.uniform(-self.hue, self.hue)
-        return {"shift": shift, "factors": (1.0, factor(self.saturation), factor(self.exposure), 1.0)}
+        return {"shift": shift, "factors": (factor(self.saturation), factor(self.exposure))}
 
     def apply(self, image: np.ndarray, shift: float, factors: tuple, **params) -> np.ndarray:
-        hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)  # "full": the circle of hues has 256 steps, so that uint8 wraps around it
-        hsv[..., 0] += np.uint8(round(shift * 256) % 256)
-        hsv = cv2.multiply(hsv, factors)  # saturates at 255
-        return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+        # "full": the circle of hues has 256 steps, so that uint8 wraps around it
+        hue, saturation, value = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL))
+        hue += np.uint8(round(shift * 256) % 256)
+        saturation, value = (  # clipped at 255; plane by plane, five times as fast as one call for all three
+            cv2.convertScaleAbs(plane, alpha=factor) for plane, factor in zip((saturation, value), factors, strict=True)
+        )
+        return cv2.cvtColor(cv2.merge([hue, saturation, value]), cv2.COLOR_HSV2RGB_FULL)
 
 
 def train_transform(image_size: int) -> albumentations.Compose:
@@ -201,7 +204,13 @@ def train_transform(image_size: int) -> albumentations.Compose:
             albumentations.HorizontalFlip(p=0.5),
             DarknetColour(hue=0.1, saturation=1.5, exposure=1.5),
         ],
-        bbox_params=albumentations.BboxParams(format="albumentations", min_visibility=0.1, clip=True, filter_invalid_bboxes=True),
+        bbox_params=albumentations.BboxParams(
+            format="albumentations",
+            min_visibility=0.1,
+            clip=True,
+            filter_invalid_bboxes=True,
+            check_each_transform=False,  # the check at the end gives the same boxes for less
+        ),
     )
 
 

@@ -62,7 +62,9 @@ class YoloLoss(nn.Module):
         predictions = predictions.reshape(n, m, channels)  # (N, M, 5+C)
         targets = targets.reshape(n, m, 6).to(predictions.dtype)  # (N, M, 6)
 
-        all_t_xy, all_t_wh, all_t_o, _ = predictions.split([2, 2, 1, channels - 5], dim=-1)  # of all M slots
+        # t_x, t_y, t_w, t_h, t_o of all M slots, as planes: faster to work on than every 25th number
+        all_t_xy, all_t_wh, all_t_o = predictions[..., :5].movedim(-1, 0).contiguous().split([2, 2, 1])  # (2 or 1, N, M)
+        all_sigma_xy = torch.sigmoid(all_t_xy)
 
         # The anchor and the cell of each of the M slots: p_w, p_h and c_x, c_y of the paper.
         p_wh = anchors[:, None, None, :].expand(a, s_h, s_w, 2).reshape(m, 2)  # (M, 2)
@@ -121,21 +123,21 @@ class YoloLoss(nn.Module):
         background = 1 - objectness  # (N, M)
         if self.equation == "darknet":  # unless the box lies well on some object of the image: that is no mistake
             with torch.no_grad():
-                all_xy = torch.sigmoid(all_t_xy) + c_xy  # (N, M, 2)
-                all_wh = p_wh * torch.exp(all_t_wh)
+                all_xy = (all_sigma_xy + c_xy.T[:, None]).movedim(0, -1)  # (N, M, 2)
+                all_wh = (p_wh.T[:, None] * torch.exp(all_t_wh)).movedim(0, -1)
                 iou = intersection_over_union(
                     all_xy[:, None], all_wh[:, None], truth_xy[:, :, None], truth_wh[:, :, None]
                 )  # (N, K, M)
                 lies_well = ((iou > self.ignore_threshold) & (held[..., None] > 0)).any(dim=1)  # (N, M)
                 background = background * ~lies_well
-        no_object = half * self.lambda_no_object * (torch.sigmoid(all_t_o[..., 0]) ** 2 * background).sum()
+        no_object = half * self.lambda_no_object * (torch.sigmoid(all_t_o[0]) ** 2 * background).sum()
 
         # ---- prior: 1/2 .01 [(sigma(t_x) - .5)^2 + (sigma(t_y) - .5)^2 + t_w^2 + t_h^2] in all slots without an object, at
         # the start of training: until it knows better, a box is its anchor in the middle of its cell.
         prior = predictions.new_zeros(())
         if self.equation == "darknet" and images_seen is not None and images_seen < PRIOR_IMAGES:
-            offset = (torch.sigmoid(all_t_xy) - 0.5) ** 2 + all_t_wh**2  # (N, M, 2)
-            prior = 0.5 * PRIOR_WEIGHT * (offset.sum(dim=-1) * (1 - objectness)).sum()
+            offset = (all_sigma_xy - 0.5) ** 2 + all_t_wh**2  # (2, N, M)
+            prior = 0.5 * PRIOR_WEIGHT * (offset * (1 - objectness)).sum()
 
         # The sum over the boxes is divided by the number of images, never by the number of boxes.
         terms = {"coord": coord, "object": objects, "no_object": no_object, "class": classes, "prior": prior}

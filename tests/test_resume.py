@@ -379,7 +379,7 @@ def start_torchrun(folder, *words, options=()):
 
 def finish(process):
     out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err[-3000:]
+    assert process.returncode == 0, err[-9000:]
     return out
 
 

@@ -93,7 +93,7 @@ def warm_batch_norm(model: nn.Module, batches_seen: int) -> None:
     if any(name.endswith("_orig_mod") for name, _ in model.named_modules()):  # what torch.compile calls the model it wraps
         return
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
             module.momentum = max(0.01, 10 / (batches_seen + 10))
 
 

@@ -16,6 +16,7 @@ import zlib
 
 import torch
 from torch.nn import functional as F
+from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -63,7 +64,6 @@ _FREE = (
     "SAVE_EVERY_MINUTES",
     "MAX_HOURS",
     "DEVICE",
-    "COMPILE",
 )
 
 
@@ -73,11 +73,12 @@ def train_one_epoch(
     """One pass over the loader, or its beginning: it ends after an optimiser step when should_pause() says so.
 
     `rates` holds the learning rate of each step; loss, right answers and images are added to `sums`, which stays on the device.
-    -> optimiser steps taken. Raises FloatingPointError(batch) where a loss is not finite; the weights are still those before it.
+    -> optimiser steps taken. Raises FloatingPointError(batch) where a loss or its gradient is not finite; the weights are still
+    those before it. The processes of DistributedDataParallel have one gradient in common, so that all of them stop.
     """
     model.train()
     steps = 0
-    first_bad = torch.full((), -1, device=device)  # the first batch whose loss is not finite
+    first_bad = torch.full((), -1, device=device)  # the first batch whose loss or gradient is not finite
     for batch, (images, labels) in enumerate(loader):
         images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
         labels = labels.to(device, non_blocking=True)
@@ -98,7 +99,10 @@ def train_one_epoch(
             scaler.scale(loss / subdivisions).backward()
         right = (logits.argmax(dim=1) == labels).sum()
         sums += torch.stack([loss.detach() * len(images), right, torch.full_like(right, len(images))])
-        first_bad = torch.where(torch.isfinite(loss) | (first_bad >= 0), first_bad, batch)
+        finite = torch.isfinite(loss)
+        if last and not scaler.is_enabled():  # a GradScaler looks for infinite gradients itself: it lowers its scale and goes on
+            finite &= torch.isfinite(get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+        first_bad = torch.where(finite | (first_bad >= 0), first_bad, batch)
 
         if last:
             optimizer.found_inf = (first_bad >= 0).float()  # where it is 1 the fused optimisers leave the weights alone ...
@@ -107,9 +111,9 @@ def train_one_epoch(
             steps += 1
             if should_pause():
                 break
-        # ... so that a GPU, which would have to be waited for, need not be asked in every batch
-        if (device.type == "cpu" or batch % 10 == 9) and first_bad >= 0:
-            break
+            # ... so that a GPU, which would have to be waited for, need not be asked in every step
+            if (device.type == "cpu" or step % 10 == 9) and first_bad >= 0:
+                break
     if first_bad >= 0:
         raise FloatingPointError(int(first_bad))
     return steps
@@ -182,7 +186,7 @@ def main():
     epoch, step, images_seen, best = 0, 0, 0, -1.0
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right answers, images
     names = "\n".join(os.path.basename(file) for file, _ in train_set.samples)
-    settings = utils.script_settings(globals()) | {"classes": train_set.classes}
+    settings = utils.script_settings(globals()) | {"classes": train_set.classes, "PRECISION": str(dtype)}
     settings["training images"] = f"{len(train_set)} images with the checksum {zlib.crc32(names.encode()):08x} of their names"
     if RESUME:
         keys = ("model", "optimizer", "scaler", "epoch", "step", "images_seen", "best", "sums", "rng", "settings")
@@ -190,7 +194,8 @@ def main():
         utils.compare_settings(CHECKPOINT, state["settings"], settings, _FIXED, _FREE)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run was not in fp16
+            scaler.load_state_dict(state["scaler"])
         utils.restore_random_states(state["rng"])
         epoch, step, images_seen, best = state["epoch"], state["step"], state["images_seen"], state["best"]
         sums += state["sums"].to(device)
@@ -224,7 +229,7 @@ def main():
 
     steps = len(train_set) // BATCH_SIZE or int(SUBDIVISIONS == 1)  # optimiser steps an epoch; a small set is one batch
     if steps == 0:
-        raise ValueError(f"{len(train_set)} images do not fill the {SUBDIVISIONS} parts of a batch; lower SUBDIVISIONS")
+        raise ValueError(f"{len(train_set)} images do not fill a batch; lower BATCH_SIZE or SUBDIVISIONS")
     print(f"{len(train_set)} training and {len(val_set)} validation images of {len(train_set.classes)} classes on {device}")
     while epoch < EPOCHS:
         all_batches = epoch_batches(len(train_set), part_size, epoch, SEED, [IMAGE_SIZE])[: steps * SUBDIVISIONS]
@@ -252,8 +257,8 @@ def main():
                 batch = error.args[0]
                 files = ", ".join(train_set.samples[index][0] for index, *_ in batches[batch])
                 raise ValueError(
-                    f"the loss is not finite in epoch {epoch + 1}, step {step + batch // SUBDIVISIONS + 1}, images {files}; "
-                    f"the last checkpoint is intact. Lower LEARNING_RATE, lengthen BURN_IN, or try PRECISION=fp32"
+                    f"the loss or its gradient is not finite in epoch {epoch + 1}, step {step + batch // SUBDIVISIONS + 1}, "
+                    f"images {files}; the last checkpoint is intact. Lower LEARNING_RATE, lengthen BURN_IN, or try PRECISION=fp32"
                 ) from None
             finally:
                 bar.close()

@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node=4 darknet_train_multigpu_distr.py DATA_DIR=/data/imagenet NUM_WORKERS=8 IMAGE_SIZE=224 ...
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv-backend=c10d --rdzv-endpoint=HOST:29400 darknet_train_multigpu_distr.py ...
-    torchrun --nproc_per_node=4 --max-restarts=3 ...            a crashed run comes back from its last checkpoint
+    torchrun --nproc_per_node=4 --max-restarts=3 ...            a crashed run comes back from its last checkpoint (one machine; on
+                                                                several, start all of them again with RESUME=True)
     python darknet_train_multigpu_distr.py                      one process
 
 BATCH_SIZE is that of all processes together. nccl on GPUs, gloo on CPUs. The first process alone prints and writes, the same files
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
@@ -69,7 +71,6 @@ _FREE = (
     "SAVE_EVERY_MINUTES",
     "MAX_HOURS",
     "DEVICE",
-    "COMPILE",
 )
 
 
@@ -79,11 +80,12 @@ def train_one_epoch(
     """One pass over the loader, or its beginning: it ends after an optimiser step when should_pause() says so.
 
     `rates` holds the learning rate of each step; loss, right answers and images are added to `sums`, which stays on the device.
-    -> optimiser steps taken. Raises FloatingPointError(batch) where a loss is not finite; the weights are still those before it.
+    -> optimiser steps taken. Raises FloatingPointError(batch) where a loss or its gradient is not finite; the weights are still
+    those before it. The processes of DistributedDataParallel have one gradient in common, so that all of them stop.
     """
     model.train()
     steps = 0
-    first_bad = torch.full((), -1, device=device)  # the first batch whose loss is not finite
+    first_bad = torch.full((), -1, device=device)  # the first batch whose loss or gradient is not finite
     for batch, (images, labels) in enumerate(loader):
         images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
         labels = labels.to(device, non_blocking=True)
@@ -104,7 +106,10 @@ def train_one_epoch(
             scaler.scale(loss / subdivisions).backward()
         right = (logits.argmax(dim=1) == labels).sum()
         sums += torch.stack([loss.detach() * len(images), right, torch.full_like(right, len(images))])
-        first_bad = torch.where(torch.isfinite(loss) | (first_bad >= 0), first_bad, batch)
+        finite = torch.isfinite(loss)
+        if last and not scaler.is_enabled():  # a GradScaler looks for infinite gradients itself: it lowers its scale and goes on
+            finite &= torch.isfinite(get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+        first_bad = torch.where(finite | (first_bad >= 0), first_bad, batch)
 
         if last:
             optimizer.found_inf = (first_bad >= 0).float()  # where it is 1 the fused optimisers leave the weights alone ...
@@ -113,9 +118,9 @@ def train_one_epoch(
             steps += 1
             if should_pause():
                 break
-        # ... so that a GPU, which would have to be waited for, need not be asked in every batch
-        if (device.type == "cpu" or batch % 10 == 9) and first_bad >= 0:
-            break
+            # ... so that a GPU, which would have to be waited for, need not be asked in every step
+            if (device.type == "cpu" or step % 10 == 9) and first_bad >= 0:
+                break
     if first_bad >= 0:
         raise FloatingPointError(int(first_bad))
     return steps
@@ -208,7 +213,7 @@ def train(rank, world, device):
     epoch, step, images_seen, best = 0, 0, 0, -1.0
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right answers, images
     names = "\n".join(os.path.basename(file) for file, _ in train_set.samples)
-    settings = utils.script_settings(globals()) | {"classes": train_set.classes}
+    settings = utils.script_settings(globals()) | {"classes": train_set.classes, "PRECISION": str(dtype)}
     settings["training images"] = f"{len(train_set)} images with the checksum {zlib.crc32(names.encode()):08x} of their names"
     # torchrun starts all processes anew when one has crashed (--max-restarts): go on where the last checkpoint is
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and os.path.isfile(CHECKPOINT)
@@ -218,7 +223,8 @@ def train(rank, world, device):
         utils.compare_settings(CHECKPOINT, state["settings"], settings, _FIXED, _FREE, tell=rank == 0)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run was not in fp16
+            scaler.load_state_dict(state["scaler"])
         utils.restore_random_states(state["rng"])
         epoch, step, images_seen, best = state["epoch"], state["step"], state["images_seen"], state["best"]
         sums += state["sums"].to(device)
@@ -271,12 +277,14 @@ def train(rank, world, device):
         if stopped:
             stop[:] = told or ["another process"]
 
-    steps = len(train_set) // BATCH_SIZE or int(SUBDIVISIONS == 1)  # optimiser steps an epoch; a small set is one batch
+    steps = len(train_set) // BATCH_SIZE or int(SUBDIVISIONS == world == 1)  # optimiser steps an epoch; a small set is one batch
     if steps == 0:
-        raise ValueError(f"{len(train_set)} images do not fill the {SUBDIVISIONS} parts of a batch; lower SUBDIVISIONS")
+        raise ValueError(f"{len(train_set)} images do not fill a batch; lower BATCH_SIZE or SUBDIVISIONS")
     if rank == 0:
         print(f"{world} processes")
         print(f"{len(train_set)} training and {len(val_set)} validation images of {len(train_set.classes)} classes on {device}")
+    if world > 1 and step == 0:
+        save()  # so that a restart cannot take an older run's file for this one's
     while epoch < EPOCHS:
         all_batches = epoch_batches(len(train_set), part_size, epoch, SEED, [IMAGE_SIZE])[: steps * SUBDIVISIONS]
         # all processes draw the same batches, and each takes every world-th image of each
@@ -306,8 +314,8 @@ def train(rank, world, device):
                 batch = error.args[0]
                 files = ", ".join(train_set.samples[index][0] for index, *_ in batches[batch])
                 raise ValueError(
-                    f"the loss is not finite in epoch {epoch + 1}, step {step + batch // SUBDIVISIONS + 1}, images {files}; "
-                    f"the last checkpoint is intact. Lower LEARNING_RATE, lengthen BURN_IN, or try PRECISION=fp32"
+                    f"the loss or its gradient is not finite in epoch {epoch + 1}, step {step + batch // SUBDIVISIONS + 1}, "
+                    f"images {files}; the last checkpoint is intact. Lower LEARNING_RATE, lengthen BURN_IN, or try PRECISION=fp32"
                 ) from None
             finally:
                 bar.close()
@@ -319,7 +327,10 @@ def train(rank, world, device):
             sums += own_sums  # of all processes
             share_stop()
 
-        val_sums = validate(model, val_loader, device, dtype, stop)
+        if world > 1:  # each process has averaged its own images: all validate with what the first one will save
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+        val_sums = validate(model, val_loader, device, dtype, told)
         share_stop()
         if world > 1:
             dist.all_reduce(val_sums)

@@ -342,7 +342,7 @@ def epoch_batches(
 ) -> list[list[tuple[int, int, int]]]:
     """The batches of one training epoch as lists of VOCDataset keys (index, image size, augmentation seed), freshly shuffled.
 
-    Every `batches_per_size` batches of the run a new size is drawn (YOLO9000 sec. 2, multi-scale training). All is a function of
+    Every `batches_per_size` batches of the epoch a new size is drawn (YOLO9000 sec. 2, multi-scale training). All is a function of
     seed and epoch alone, whatever the number of workers. An incomplete last batch is left out where there is a complete one.
     """
     rng = np.random.default_rng([seed, epoch])
@@ -351,8 +351,7 @@ def epoch_batches(
     number = max(1, len(order) // batch_size)
     batches = []
     for batch in range(number):
-        block = (epoch * number + batch) // batches_per_size
-        size = int(np.random.default_rng([seed, 1, block]).choice(image_sizes))
+        size = int(np.random.default_rng([seed, epoch, 1, batch // batches_per_size]).choice(image_sizes))
         part = slice(batch * batch_size, (batch + 1) * batch_size)
         batches.append([(int(index), size, int(s)) for index, s in zip(order[part], seeds[part], strict=True)])
     return batches

@@ -80,6 +80,7 @@ class YoloLoss(nn.Module):
         held, slots = objectness.topk(k, dim=1)  # (N, K), held is 1 for an object and 0 for padding
         truth = targets.gather(1, slots[..., None].expand(n, k, 6))  # (N, K, 6)
         responsible = predictions.gather(1, slots[..., None].expand(n, k, channels))  # (N, K, 5+C)
+        responsible = torch.where(held[..., None] > 0, responsible, 0.0)  # no number of the padding can spoil a gradient
         p_wh_responsible, c_xy_responsible = p_wh[slots], c_xy[slots]  # (N, K, 2)
         truth_xy = truth[..., 1:3] + c_xy_responsible  # centres in grid cells
         truth_wh = torch.where(held[..., None] > 0, truth[..., 3:5], 1.0)  # sizes in grid cells; 1 in padding avoids log(0)
@@ -107,7 +108,8 @@ class YoloLoss(nn.Module):
         else:
             # ---- coord: lambda_coord [(b_x - x)^2 + (b_y - y)^2 + (sqrt(b_w) - sqrt(w))^2 + (sqrt(b_h) - sqrt(h))^2]
             # in grid cells: rows 1 and 2 of the equation; the roots let the same error weigh more in a small box.
-            error = (b_xy - truth_xy) ** 2 + (torch.sqrt(b_wh) - torch.sqrt(truth_wh)) ** 2  # (N, K, 2)
+            root = torch.sqrt(b_wh.clamp(min=1e-12))  # the slope of a root at 0 has no end
+            error = (b_xy - truth_xy) ** 2 + (root - torch.sqrt(truth_wh)) ** 2  # (N, K, 2)
             coord = self.lambda_coord * (error.sum(dim=-1) * held).sum()
             half = 1.0
 

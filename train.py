@@ -15,7 +15,7 @@ import time
 import zlib
 
 import torch
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -79,8 +79,8 @@ _FIXED = (
     "MOMENTUM", "WEIGHT_DECAY", "SEED", "training images",
 )  # fmt: skip
 _FREE = (
-    "DATA_DIR", "IMAGE_SETS", "VAL_IMAGE_SETS", "NUM_WORKERS", "PRETRAINED", "EVAL_EVERY", "EVAL_THRESHOLD", "EVAL_TRAIN_IMAGES",
-    "CHECKPOINT", "RESUME", "SAVE_EVERY_MINUTES", "MAX_HOURS", "DEVICE", "COMPILE",
+    "DATA_DIR", "IMAGE_SETS", "NUM_WORKERS", "PRETRAINED", "EVAL_EVERY", "CHECKPOINT", "RESUME", "SAVE_EVERY_MINUTES", "MAX_HOURS",
+    "DEVICE",
 )  # fmt: skip
 LOSS_TERMS = ("coord", "object", "no_object", "class", "prior", "total")
 
@@ -91,11 +91,12 @@ def train_one_epoch(
     """One pass over the loader, or its beginning: it ends after an optimiser step when should_pause() says so.
 
     `rates` holds the learning rate of each step; each loss term is added to `sums`, which stays on the device. -> optimiser steps
-    taken, images seen. Raises FloatingPointError(batch, terms) where a loss is not finite; the weights are still those before it.
+    taken, images seen. Raises FloatingPointError(batch, terms) where a loss or its gradient is not finite; the weights are still
+    those before it.
     """
     model.train()
     steps = 0
-    first_bad = torch.full((), -1, device=device)  # the first batch whose loss is not finite
+    first_bad = torch.full((), -1, device=device)  # the first batch whose loss or gradient is not finite
     bar = tqdm(loader, unit="batch", leave=False, disable=None)
     for batch, (images, targets) in enumerate(bar):
         images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
@@ -113,12 +114,17 @@ def train_one_epoch(
         scaler.scale(terms["total"] / subdivisions).backward()
         images_seen += len(images)
         sums += torch.stack([terms[name].detach() for name in LOSS_TERMS])
-        first_bad = torch.where(torch.isfinite(terms["total"]) | (first_bad >= 0), first_bad, batch)
+        finite = torch.isfinite(terms["total"])
+        if part == subdivisions - 1:
+            scaler.unscale_(optimizer)
+            norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            if clip_norm > 0:
+                clip_grads_with_norm_(model.parameters(), clip_norm, norm)
+            if not scaler.is_enabled():  # a GradScaler looks for infinite gradients itself: it lowers its scale and goes on
+                finite &= torch.isfinite(norm)
+        first_bad = torch.where(finite | (first_bad >= 0), first_bad, batch)
 
         if part == subdivisions - 1:
-            if clip_norm > 0:
-                scaler.unscale_(optimizer)
-                clip_grad_norm_(model.parameters(), clip_norm)
             optimizer.found_inf = (first_bad >= 0).float()  # where it is 1 the fused optimisers leave the weights alone ...
             scaler.step(optimizer)
             scaler.update()
@@ -134,7 +140,7 @@ def train_one_epoch(
     bar.close()
     if first_bad >= 0:
         bad_terms = [name for name, value in zip(LOSS_TERMS, sums.tolist(), strict=True) if not math.isfinite(value)]
-        raise FloatingPointError(int(first_bad), ", ".join(bad_terms))
+        raise FloatingPointError(int(first_bad), ", ".join(bad_terms) or "its gradient")
     return steps, images_seen
 
 
@@ -206,17 +212,20 @@ def main():
     epoch, step, images_seen, best = 0, 0, 0, -1.0
     sums = torch.zeros(len(LOSS_TERMS), dtype=torch.float64, device=device)
     names = "\n".join(os.path.basename(file) for file, _ in train_set.samples)
-    settings = utils.script_settings(globals())
+    settings = utils.script_settings(globals()) | {"PRECISION": str(dtype)}
     settings["training images"] = f"{len(train_set)} images with the checksum {zlib.crc32(names.encode()):08x} of their names"
     if RESUME:
         keys = ("model", "optimizer", "scaler", "epoch", "step", "images_seen", "best", "sums", "rng", "settings")
         state = utils.load_checkpoint(CHECKPOINT, keys=keys)
-        utils.compare_settings(CHECKPOINT, state["settings"], settings, _FIXED, _FREE)
+        changed = utils.compare_settings(CHECKPOINT, state["settings"], settings, _FIXED, _FREE)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run was not in fp16
+            scaler.load_state_dict(state["scaler"])
         utils.restore_random_states(state["rng"])
         epoch, step, images_seen, best = state["epoch"], state["step"], state["images_seen"], state["best"]
+        if {"VAL_IMAGE_SETS", "EVAL_THRESHOLD", "EVAL_TRAIN_IMAGES"} & set(changed):
+            best = -1.0  # it was measured in another way
         sums += state["sums"].to(device)
         print(f"going on from {CHECKPOINT} after epoch {epoch}, step {step}")
 

@@ -142,14 +142,16 @@ def leave_signals_to_the_parent(worker: int) -> None:
         threading.Thread(target=obey, daemon=True).start()
 
 
-def compare_settings(file: str | os.PathLike, saved: dict, now: dict, fixed: tuple, free: tuple, tell: bool = True) -> None:
-    """What a resumed run changes: one of `fixed` is refused (ValueError, naming all of them), any other but `free` is printed."""
+def compare_settings(file: str | os.PathLike, saved: dict, now: dict, fixed: tuple, free: tuple, tell: bool = True) -> list[str]:
+    """The names of what a resumed run changes: one of `fixed` is refused (ValueError, naming all of them), any other but `free` is
+    printed."""
     changed = [name for name in now if name in saved and json.dumps(saved[name]) != json.dumps(now[name])]
     if refused := [f"{name} was {saved[name]!r:.200} and is {now[name]!r:.200}" for name in changed if name in fixed]:
         raise ValueError(f"{file}: a resumed run must keep {'; '.join(refused)}; set it back, or start a new run from its weights")
     for name in changed:
         if tell and name not in free:
             print(f"changed since {file} was written: {name} {saved[name]!r} -> {now[name]!r}")
+    return changed
 
 
 # ---------------------------------------------------------------- device and precision

@@ -195,6 +195,19 @@ def test_half_precision_outputs_are_worked_out_in_full():
     assert found["total"].dtype == torch.float32 and found["total"] == expected["total"]
 
 
+@pytest.mark.parametrize("equation", ["darknet", "yolov1"])
+def test_boxes_without_extent_or_end_leave_the_gradient_finite(equation):
+    """Sizes that underflow where an object is, and overflow in an image without objects, whose rows are padding."""
+    targets = torch.zeros(2, 5, 3, 3, 6)
+    targets[0, 2, 1, 1] = torch.tensor([1, 0.5, 0.5, 2.0, 2.0, 3])
+    predictions = torch.zeros(2, 5, 3, 3, 25)
+    predictions[0, ..., 2:4], predictions[1, ..., 2:4] = -200.0, 200.0
+    predictions.requires_grad_()
+    losses = YoloLoss(ANCHORS, equation=equation)(predictions, targets)
+    losses["total"].backward()
+    assert torch.isfinite(losses["total"]) and torch.isfinite(predictions.grad).all()
+
+
 def test_wrong_arguments_are_refused():
     predictions, targets = random_batch()
     with pytest.raises(ValueError, match="yolov3"):

@@ -188,6 +188,13 @@ def test_an_older_checkpoint_is_refused_by_what_it_lacks(tmp_path, monkeypatch):
         run(monkeypatch, train, tmp_path, RESUME=True)
 
 
+def test_the_best_value_is_forgotten_where_it_was_measured_in_another_way(uninterrupted, tmp_path, monkeypatch, capsys):
+    utils.save_checkpoint(tmp_path / "run.pt", **uninterrupted[train][0] | {"best": 0.99})
+    state = run(monkeypatch, train, tmp_path, RESUME=True, EPOCHS=3, EVAL_THRESHOLD=0.1)
+    assert "EVAL_THRESHOLD 0.4 -> 0.1" in capsys.readouterr().out
+    assert 0 <= state["best"] < 0.99 and (tmp_path / "run_best.pt").exists()
+
+
 # ---------------------------------------------------------------- losses that are not finite, images that cannot be read
 
 
@@ -200,6 +207,26 @@ def test_a_loss_that_is_not_finite_names_its_images_and_keeps_the_checkpoint(scr
         run(monkeypatch, script, tmp_path, RESUME=True, EPOCHS=3)
     assert str(error.value).lower().count(".jp") == getattr(script, "BATCH_SIZE")  # noqa: B009
     assert (tmp_path / "run.pt").read_bytes() == before
+
+
+def test_a_gradient_that_is_not_finite_counts_like_a_loss():
+    """The loss is 0, its gradient is not: the slope of a square root at 0."""
+    model = train.yolov2.YOLOv2(num_classes=2)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+
+    def loss_function(predictions, targets, images_seen):
+        zero = torch.sqrt(predictions.sum() * 0)
+        return dict.fromkeys(train.LOSS_TERMS, zero)
+
+    optimizer = torch.optim.SGD(darknet_model.parameter_groups(model, 5e-4), 0.1, fused=True)
+    batch, cpu = (torch.rand(2, 3, 32, 32), torch.zeros(2, 5, 1, 1, 6)), torch.device("cpu")
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    with pytest.raises(FloatingPointError) as error:
+        train.train_one_epoch(
+            model, [batch], loss_function, optimizer, scaler, [0.1], 1, 0.0, cpu, torch.float32, 0, torch.zeros(6), lambda: False
+        )
+    assert error.value.args == (0, "its gradient")
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -430,6 +457,14 @@ def test_ctrl_c_ends_all_processes_with_a_checkpoint(tmp_path):
     assert "stopped by SIGINT" in out, err[-3000:]
     assert group_members(process.pid) == []
     assert utils.load_checkpoint(tmp_path / "run.pt")["step"] >= 1
+
+
+def test_a_loss_that_is_not_finite_stops_all_processes_with_its_sentence(tmp_path):
+    """A rate that throws the weights to infinity; none of the two is left waiting for the other."""
+    process = start_torchrun(tmp_path, "EPOCHS=50", "LEARNING_RATE=1e30", "BATCH_SIZE=8", "SUBDIVISIONS=2")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert err.count("is not finite in epoch") == 2, err[-3000:]
 
 
 def gradients_of_a_process(rank, folder):

@@ -195,6 +195,7 @@ def main():
         utils.restore_random_states(state["rng"])
         epoch, step, images_seen, best = state["epoch"], state["step"], state["images_seen"], state["best"]
         sums += state["sums"].to(device)
+        del state  # or its copy of the weights would stay in memory
         print(f"going on from {CHECKPOINT} after epoch {epoch}, step {step}", flush=True)
 
     def network():

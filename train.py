@@ -227,6 +227,7 @@ def main():
         if {"VAL_IMAGE_SETS", "EVAL_THRESHOLD", "EVAL_TRAIN_IMAGES"} & set(changed):
             best = -1.0  # it was measured in another way
         sums += state["sums"].to(device)
+        del state  # or its copy of the weights would stay in memory
         print(f"going on from {CHECKPOINT} after epoch {epoch}, step {step}")
 
     def save():

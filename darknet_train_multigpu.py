@@ -174,12 +174,16 @@ def main():
         darknet_model.load_classifier(model, RESUME_WEIGHTS)
     groups = darknet_model.parameter_groups(model, WEIGHT_DECAY)
     optimizer = torch.optim.SGD(groups, LEARNING_RATE, momentum=MOMENTUM, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     # DataParallel: the batch is cut into one piece a GPU, so it must have one for each; batch norm sees the pieces, and the
     # running statistics are those of the first GPU. Without GPUs it hands everything on to the model.
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    if gpus > 1 and dtype == torch.bfloat16:
+        dtype = torch.float16  # what autocast takes in the threads of DataParallel, which do not see another choice
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if gpus and part_size % gpus:
         raise ValueError(f"{part_size} images (BATCH_SIZE / SUBDIVISIONS) cannot be shared evenly by {gpus} GPUs")
+    if gpus > 1 and COMPILE:
+        raise ValueError("COMPILE serves one GPU: DataParallel's copies would run the first one's code; use the _distr script")
     wrapped = torch.nn.DataParallel(torch.compile(model) if COMPILE else model)
 
     # where the run stands: finished epochs, optimiser steps, and what the current epoch has added up

@@ -121,15 +121,15 @@ def train_one_epoch(
 
 
 @torch.no_grad()
-def validate(model, loader, device, dtype, stop):
+def validate(model, loader, device, dtype, should_stop):
     """One pass over the loader -> sums of loss, images whose class was guessed first, among the first five, images.
 
-    It ends early as soon as `stop` (see utils.catch_stop_signals) is not empty.
+    It ends early as soon as should_stop() says so.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     for images, labels in loader:
-        if stop:
+        if should_stop():
             break
         images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
         labels = labels.to(device, non_blocking=True)
@@ -221,8 +221,13 @@ def main():
             settings=settings,
         )
 
+    def should_stop():
+        if time.monotonic() >= deadline and not stop:
+            stop.append("MAX_HOURS")
+        return bool(stop)
+
     def should_pause():
-        return bool(stop) or time.monotonic() >= pause_at
+        return should_stop() or time.monotonic() >= pause_at
 
     steps = len(train_set) // BATCH_SIZE or int(SUBDIVISIONS == 1)  # optimiser steps an epoch; a small set is one batch
     if steps == 0:
@@ -243,7 +248,7 @@ def main():
             done = step - epoch * steps
             batches[:] = all_batches[done * SUBDIVISIONS :]
             start = time.monotonic()
-            pause_at = min(deadline, start + 60 * SAVE_EVERY_MINUTES)
+            pause_at = start + 60 * SAVE_EVERY_MINUTES
             bar = tqdm(train_loader, desc=f"epoch {epoch + 1}", unit="batch", leave=False, disable=None)
             try:
                 step += train_one_epoch(
@@ -260,10 +265,8 @@ def main():
             finally:
                 bar.close()
             seconds += time.monotonic() - start
-            if time.monotonic() >= deadline:
-                stop.append("MAX_HOURS")
 
-        val_sums = validate(model, val_loader, device, dtype, stop)
+        val_sums = validate(model, val_loader, device, dtype, should_stop)
         if stop:
             save()
             print(f"stopped by {stop[0]} in epoch {epoch + 1} after step {step}; RESUME=True goes on from {CHECKPOINT}")

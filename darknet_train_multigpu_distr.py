@@ -127,15 +127,15 @@ def train_one_epoch(
 
 
 @torch.no_grad()
-def validate(model, loader, device, dtype, stop):
+def validate(model, loader, device, dtype, should_stop):
     """One pass over the loader -> sums of loss, images whose class was guessed first, among the first five, images.
 
-    It ends early as soon as `stop` (see utils.catch_stop_signals) is not empty.
+    It ends early as soon as should_stop() says so.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     for images, labels in loader:
-        if stop:
+        if should_stop():
             break
         images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
         labels = labels.to(device, non_blocking=True)
@@ -265,8 +265,13 @@ def train(rank, world, device):
 
     signals = dist.new_group(backend="gloo") if world > 1 else None  # on the processors, so that no GPU has to be waited for
 
+    def should_stop():
+        if time.monotonic() >= deadline and not told:
+            told.append("MAX_HOURS")
+        return bool(told)
+
     def should_pause():  # all processes must end at the same step, so they tell each other whether one of them has to
-        pause = torch.tensor(float(bool(told) or time.monotonic() >= pause_at))
+        pause = torch.tensor(float(should_stop() or time.monotonic() >= pause_at))
         if world > 1:
             dist.all_reduce(pause, dist.ReduceOp.MAX, signals)
         return bool(pause)
@@ -303,7 +308,7 @@ def train(rank, world, device):
             done = step - epoch * steps
             batches[:] = all_batches[done * SUBDIVISIONS :]
             start = time.monotonic()
-            pause_at = min(deadline, start + 60 * SAVE_EVERY_MINUTES)
+            pause_at = start + 60 * SAVE_EVERY_MINUTES
             bar = tqdm(train_loader, desc=f"epoch {epoch + 1}", unit="batch", leave=False, disable=None if rank == 0 else True)
             own_sums = torch.zeros_like(sums)
             try:
@@ -321,8 +326,6 @@ def train(rank, world, device):
             finally:
                 bar.close()
             seconds += time.monotonic() - start
-            if time.monotonic() >= deadline:
-                told.append("MAX_HOURS")
             if world > 1:
                 dist.all_reduce(own_sums)
             sums += own_sums  # of all processes
@@ -331,7 +334,7 @@ def train(rank, world, device):
         if world > 1:  # each process has averaged its own images: all validate with what the first one will save
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
-        val_sums = validate(model, val_loader, device, dtype, told)
+        val_sums = validate(model, val_loader, device, dtype, should_stop)
         share_stop()
         if world > 1:
             dist.all_reduce(val_sums)

@@ -144,12 +144,14 @@ def train_one_epoch(
     return steps, images_seen
 
 
-def validate(model, dataset, anchors, batch_size, num_workers, threshold, dtype, stop=()):
+def validate(model, dataset, anchors, batch_size, num_workers, threshold, dtype, should_stop):
     """mAP@0.5 (all points) over a data set, of the detections from `threshold` on -> mAP, number of detections, of truths."""
     model.eval()
     device = next(model.parameters()).device
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        detections, truths, _ = utils.detect_dataset(model, dataset, anchors, batch_size, num_workers, threshold, stop=stop)
+        detections, truths, _ = utils.detect_dataset(
+            model, dataset, anchors, batch_size, num_workers, threshold, should_stop=should_stop
+        )
     precisions = utils.average_precision(detections, truths, len(dataset.classes))
     return utils.mean_average_precision(precisions), len(detections), len(truths)
 
@@ -254,8 +256,13 @@ def main():
             "best": best,
         }
 
+    def should_stop():
+        if time.monotonic() >= deadline and not stop:
+            stop.append("MAX_HOURS")
+        return bool(stop)
+
     def should_pause():
-        return bool(stop) or time.monotonic() >= pause_at
+        return should_stop() or time.monotonic() >= pause_at
 
     part_size = BATCH_SIZE // SUBDIVISIONS
     steps = len(epoch_batches(len(train_set), part_size, 0, SEED, [IMAGE_SIZE], repeat=REPEAT)) // SUBDIVISIONS
@@ -284,7 +291,7 @@ def main():
             done = step - epoch * steps
             batches[:] = all_batches[done * SUBDIVISIONS :]
             start = time.monotonic()
-            pause_at = min(deadline, start + 60 * SAVE_EVERY_MINUTES)
+            pause_at = start + 60 * SAVE_EVERY_MINUTES
             try:
                 taken, images_seen = train_one_epoch(
                     wrapped, loader, loss_function, optimizer, scaler, rates[done:], SUBDIVISIONS, CLIP_NORM, device, dtype,
@@ -300,8 +307,6 @@ def main():
                 ) from None
             step += taken
             seconds += time.monotonic() - start
-            if time.monotonic() >= deadline:
-                stop.append("MAX_HOURS")
 
         means = dict(zip(LOSS_TERMS, (sums / (steps * SUBDIVISIONS)).tolist(), strict=True))
         speed = (images_seen - seen_before) / seconds if seconds else ""
@@ -310,7 +315,7 @@ def main():
             for name, eval_set in eval_sets.items():
                 if not stop:
                     row[name], found, truths = validate(
-                        model, eval_set, anchors, part_size, NUM_WORKERS, EVAL_THRESHOLD, dtype, stop
+                        model, eval_set, anchors, part_size, NUM_WORKERS, EVAL_THRESHOLD, dtype, should_stop
                     )
                     if row[name] == 0:  # the commonest question of all: is anything found at all?
                         print(f"{name} is 0: {found} detections at {EVAL_THRESHOLD} for {truths} ground truths")

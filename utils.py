@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -420,11 +421,11 @@ def detect_dataset(
     num_workers: int,
     confidence_threshold: float = 0.005,
     nms_iou_threshold: float = 0.45,
-    stop: list | tuple = (),
+    should_stop: Callable[[], bool] = bool,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
     """Runs a model over a VOCDataset -> detections (D, 7), ground truths (G, 7), both as average_precision takes them with the
     position in the data set as image index, and the seconds spent on loading, network and post-processing. It ends early as soon
-    as `stop` (see catch_stop_signals) is not empty.
+    as should_stop() says so.
 
     .005 and .45 are Darknet's (examples/detector.c, validate_detector).
     """
@@ -435,7 +436,7 @@ def detect_dataset(
     detections, truths, index = [np.empty((0, 7))], [np.empty((0, 7))], 0
     clock = time.perf_counter()
     for images, _ in loader:
-        if stop:
+        if should_stop():
             break
         seconds["loading"] += (loaded := time.perf_counter()) - clock
         predictions = model(images.to(parameter.device, parameter.dtype, non_blocking=True)).float().cpu()

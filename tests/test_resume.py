@@ -130,6 +130,25 @@ def test_a_time_limit_saves_and_ends_the_run(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run_metrics.csv").exists()  # a row stands for a whole epoch
 
 
+def test_a_time_limit_that_falls_into_a_validation_ends_it(uninterrupted, tmp_path, monkeypatch, capsys):
+    whole, rows = uninterrupted[train]
+    clock = time.monotonic
+
+    def detect_dataset(*arguments, original=utils.detect_dataset, **options):
+        monkeypatch.setattr(time, "monotonic", lambda: clock() + 7200)
+        return original(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "detect_dataset", detect_dataset)
+        state = run(monkeypatch, train, tmp_path, MAX_HOURS=1.0)
+    assert state["step"] == whole["step"] and state["epoch"] == 1
+    assert "stopped by MAX_HOURS in epoch 2 after step 8" in capsys.readouterr().out
+    monkeypatch.setattr(time, "monotonic", clock)
+    resumed = run(monkeypatch, train, tmp_path, RESUME=True)
+    assert_equal(whole["model"], resumed["model"])
+    assert metrics(tmp_path) == rows
+
+
 def test_a_checkpoint_holds_what_the_contract_names(uninterrupted):
     names = "model optimizer scheduler scaler epoch step images_seen best rng settings classes anchors image_size"
     assert set(names.split()) <= uninterrupted[train][0].keys()

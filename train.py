@@ -102,6 +102,7 @@ def train_one_epoch(
         images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
         targets = targets.to(device, non_blocking=True)
         step, part = divmod(batch, subdivisions)
+        last = part == subdivisions - 1
         if part == 0:
             darknet_model.warm_batch_norm(model, images_seen // len(images))
             for group in optimizer.param_groups:
@@ -115,7 +116,7 @@ def train_one_epoch(
         images_seen += len(images)
         sums += torch.stack([terms[name].detach() for name in LOSS_TERMS])
         finite = torch.isfinite(terms["total"])
-        if part == subdivisions - 1:
+        if last:
             scaler.unscale_(optimizer)
             norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
             if clip_norm > 0:
@@ -124,7 +125,7 @@ def train_one_epoch(
                 finite &= torch.isfinite(norm)
         first_bad = torch.where(finite | (first_bad >= 0), first_bad, batch)
 
-        if part == subdivisions - 1:
+        if last:
             optimizer.found_inf = (first_bad >= 0).float()  # where it is 1 the fused optimisers leave the weights alone ...
             scaler.step(optimizer)
             scaler.update()

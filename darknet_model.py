@@ -207,7 +207,9 @@ def load_classifier(model: Darknet19, file: str | os.PathLike) -> None:
     classes, expected = len(state["classifier.bias"]), len(ours["classifier.bias"])
     if classes != expected:
         raise ValueError(
-            f"{file}: was trained on {classes} classes, not {expected}; to keep its backbone alone, write that to a Darknet file: "
-            f"save_darknet_weights(torch.nn.Sequential(model.features), 'backbone.conv.23')"
+            f"{file}: was trained on {classes} classes, not {expected}. To keep its backbone alone, write that to a Darknet file "
+            f"and start with RESUME_WEIGHTS=backbone.conv.23: "
+            f'python -c "import darknet_model as d; m = d.Darknet19({classes}); d.load_classifier(m, {os.fspath(file)!r}); '
+            f"d.save_darknet_weights(m.features, 'backbone.conv.23')\""
         )
     model.load_state_dict(state)

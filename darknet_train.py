@@ -75,7 +75,8 @@ def train_one_epoch(
 
     `rates` holds the learning rate of each step; loss, right answers and images are added to `sums`, which stays on the device.
     -> optimiser steps taken. Raises FloatingPointError(batch) where a loss or its gradient is not finite; the weights are still
-    those before it. The processes of DistributedDataParallel have one gradient in common, so that all of them stop.
+    those before it. The processes of DistributedDataParallel have one gradient in common, so that all of them stop; in fp16, where
+    infinite gradients are usual, the one with the loss stops, and torchrun ends the others.
     """
     model.train()
     steps = 0
@@ -124,7 +125,7 @@ def train_one_epoch(
 def validate(model, loader, device, dtype, should_stop):
     """One pass over the loader -> sums of loss, images whose class was guessed first, among the first five, images.
 
-    It ends early as soon as should_stop() says so.
+    Images that could not be read have the label -100 and count nowhere. It ends early as soon as should_stop() says so.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)
@@ -137,7 +138,7 @@ def validate(model, loader, device, dtype, should_stop):
             logits = model(images).float()
         loss = F.cross_entropy(logits, labels, reduction="sum")
         guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (N, 5)
-        sums += torch.stack([loss, guesses[:, 0].sum(), guesses.sum(), guesses.new_full((), len(images), dtype=torch.long)])
+        sums += torch.stack([loss, guesses[:, 0].sum(), guesses.sum(), (labels >= 0).sum()])
     return sums
 
 
@@ -175,6 +176,8 @@ def main():
         darknet_model.load_classifier(model, RESUME_WEIGHTS)
     groups = darknet_model.parameter_groups(model, WEIGHT_DECAY)
     optimizer = torch.optim.SGD(groups, LEARNING_RATE, momentum=MOMENTUM, fused=True)
+    for parameter in model.parameters():  # torch would leave it uninitialised where fp16's first step overflows and is skipped
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     wrapped = torch.compile(model) if COMPILE else model
 
@@ -260,13 +263,14 @@ def main():
                 files = ", ".join(train_set.samples[index][0] for index, *_ in batches[batch])
                 raise ValueError(
                     f"the loss or its gradient is not finite in epoch {epoch + 1}, step {step + batch // SUBDIVISIONS + 1}, "
-                    f"images {files}; the last checkpoint is intact. Lower LEARNING_RATE, lengthen BURN_IN, or try PRECISION=fp32"
+                    f"images {files}; the checkpoint is intact. Lower LEARNING_RATE, lengthen BURN_IN, or try PRECISION=fp32"
                 ) from None
             finally:
                 bar.close()
             seconds += time.monotonic() - start
 
-        val_sums = validate(model, val_loader, device, dtype, should_stop)
+        if not stop:
+            val_sums = validate(model, val_loader, device, dtype, should_stop)
         if stop:
             save()
             print(f"stopped by {stop[0]} in epoch {epoch + 1} after step {step}; RESUME=True goes on from {CHECKPOINT}")

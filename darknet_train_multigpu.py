@@ -74,7 +74,8 @@ def train_one_epoch(
 
     `rates` holds the learning rate of each step; loss, right answers and images are added to `sums`, which stays on the device.
     -> optimiser steps taken. Raises FloatingPointError(batch) where a loss or its gradient is not finite; the weights are still
-    those before it. The processes of DistributedDataParallel have one gradient in common, so that all of them stop.
+    those before it. The processes of DistributedDataParallel have one gradient in common, so that all of them stop; in fp16, where
+    infinite gradients are usual, the one with the loss stops, and torchrun ends the others.
     """
     model.train()
     steps = 0
@@ -123,7 +124,7 @@ def train_one_epoch(
 def validate(model, loader, device, dtype, should_stop):
     """One pass over the loader -> sums of loss, images whose class was guessed first, among the first five, images.
 
-    It ends early as soon as should_stop() says so.
+    Images that could not be read have the label -100 and count nowhere. It ends early as soon as should_stop() says so.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)
@@ -136,7 +137,7 @@ def validate(model, loader, device, dtype, should_stop):
             logits = model(images).float()
         loss = F.cross_entropy(logits, labels, reduction="sum")
         guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (N, 5)
-        sums += torch.stack([loss, guesses[:, 0].sum(), guesses.sum(), guesses.new_full((), len(images), dtype=torch.long)])
+        sums += torch.stack([loss, guesses[:, 0].sum(), guesses.sum(), (labels >= 0).sum()])
     return sums
 
 
@@ -174,17 +175,24 @@ def main():
         darknet_model.load_classifier(model, RESUME_WEIGHTS)
     groups = darknet_model.parameter_groups(model, WEIGHT_DECAY)
     optimizer = torch.optim.SGD(groups, LEARNING_RATE, momentum=MOMENTUM, fused=True)
-    # DataParallel: the batch is cut into one piece a GPU, so it must have one for each; batch norm sees the pieces, and the
-    # running statistics are those of the first GPU. Without GPUs it hands everything on to the model.
+    for parameter in model.parameters():  # torch would leave it uninitialised where fp16's first step overflows and is skipped
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    # DataParallel: the batch is cut into equal pieces, one a GPU; batch norm sees the pieces, and the running statistics are
+    # those of the first GPU. Without GPUs it hands everything on to the model.
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.index:
+        raise ValueError(f"DEVICE={DEVICE}: DataParallel takes all visible GPUs; choose them with CUDA_VISIBLE_DEVICES")
     if gpus > 1 and dtype == torch.bfloat16:
         dtype = torch.float16  # what autocast takes in the threads of DataParallel, which do not see another choice
+        print("float16 instead of bfloat16, the only one of them that DataParallel's threads compute in")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if gpus and part_size % gpus:
         raise ValueError(f"{part_size} images (BATCH_SIZE / SUBDIVISIONS) cannot be shared evenly by {gpus} GPUs")
     if gpus > 1 and COMPILE:
         raise ValueError("COMPILE serves one GPU: DataParallel's copies would run the first one's code; use the _distr script")
-    wrapped = torch.nn.DataParallel(torch.compile(model) if COMPILE else model)
+    wrapped = torch.compile(model) if COMPILE else model
+    if gpus or not torch.cuda.is_available():  # with DEVICE=cpu it would take the GPUs all the same
+        wrapped = torch.nn.DataParallel(wrapped)
 
     # where the run stands: finished epochs, optimiser steps, and what the current epoch has added up
     epoch, step, images_seen, best = 0, 0, 0, -1.0
@@ -268,13 +276,14 @@ def main():
                 files = ", ".join(train_set.samples[index][0] for index, *_ in batches[batch])
                 raise ValueError(
                     f"the loss or its gradient is not finite in epoch {epoch + 1}, step {step + batch // SUBDIVISIONS + 1}, "
-                    f"images {files}; the last checkpoint is intact. Lower LEARNING_RATE, lengthen BURN_IN, or try PRECISION=fp32"
+                    f"images {files}; the checkpoint is intact. Lower LEARNING_RATE, lengthen BURN_IN, or try PRECISION=fp32"
                 ) from None
             finally:
                 bar.close()
             seconds += time.monotonic() - start
 
-        val_sums = validate(model, val_loader, device, dtype, should_stop)
+        if not stop:
+            val_sums = validate(model, val_loader, device, dtype, should_stop)
         if stop:
             save()
             print(f"stopped by {stop[0]} in epoch {epoch + 1} after step {step}; RESUME=True goes on from {CHECKPOINT}")

@@ -3,7 +3,8 @@
     torchrun --nproc_per_node=4 darknet_train_multigpu_distr.py DATA_DIR=/data/imagenet NUM_WORKERS=8 IMAGE_SIZE=224 ...
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv-backend=c10d --rdzv-endpoint=HOST:29400 darknet_train_multigpu_distr.py ...
     torchrun --nproc_per_node=4 --max-restarts=3 ...            a crashed run comes back from its last checkpoint (one machine; on
-                                                                several, start all of them again with RESUME=True)
+                                                                several, start all of them again with RESUME=True); MAX_HOURS
+                                                                counts from each start
     python darknet_train_multigpu_distr.py                      one process
 
 BATCH_SIZE is that of all processes together. nccl on GPUs, gloo on CPUs. The first process alone prints and writes, the same files
@@ -13,6 +14,7 @@ as darknet_train.py; their checkpoints are the same.
 import contextlib
 import math
 import os
+import socket
 import sys
 import time
 import zlib
@@ -81,7 +83,8 @@ def train_one_epoch(
 
     `rates` holds the learning rate of each step; loss, right answers and images are added to `sums`, which stays on the device.
     -> optimiser steps taken. Raises FloatingPointError(batch) where a loss or its gradient is not finite; the weights are still
-    those before it. The processes of DistributedDataParallel have one gradient in common, so that all of them stop.
+    those before it. The processes of DistributedDataParallel have one gradient in common, so that all of them stop; in fp16, where
+    infinite gradients are usual, the one with the loss stops, and torchrun ends the others.
     """
     model.train()
     steps = 0
@@ -130,7 +133,7 @@ def train_one_epoch(
 def validate(model, loader, device, dtype, should_stop):
     """One pass over the loader -> sums of loss, images whose class was guessed first, among the first five, images.
 
-    It ends early as soon as should_stop() says so.
+    Images that could not be read have the label -100 and count nowhere. It ends early as soon as should_stop() says so.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)
@@ -143,7 +146,7 @@ def validate(model, loader, device, dtype, should_stop):
             logits = model(images).float()
         loss = F.cross_entropy(logits, labels, reduction="sum")
         guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (N, 5)
-        sums += torch.stack([loss, guesses[:, 0].sum(), guesses.sum(), guesses.new_full((), len(images), dtype=torch.long)])
+        sums += torch.stack([loss, guesses[:, 0].sum(), guesses.sum(), (labels >= 0).sum()])
     return sums
 
 
@@ -152,7 +155,7 @@ def main():
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = utils.pick_device(DEVICE)
     if device.type == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", 0))
+        local = int(os.environ.get("LOCAL_RANK", device.index or 0))
         if local >= torch.cuda.device_count():
             raise ValueError(f"process {local} has no GPU: --nproc_per_node may be {torch.cuda.device_count()} at most here")
         device = torch.device("cuda", local)
@@ -207,6 +210,8 @@ def train(rank, world, device):
         darknet_model.load_classifier(model, RESUME_WEIGHTS)
     groups = darknet_model.parameter_groups(model, WEIGHT_DECAY)
     optimizer = torch.optim.SGD(groups, LEARNING_RATE, momentum=MOMENTUM, fused=True)
+    for parameter in model.parameters():  # torch would leave it uninitialised where fp16's first step overflows and is skipped
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     # where the run stands: finished epochs, optimiser steps, and what the current epoch has added up
@@ -215,9 +220,15 @@ def train(rank, world, device):
     names = "\n".join(os.path.basename(file) for file, _ in train_set.samples)
     settings = utils.script_settings(globals()) | {"classes": train_set.classes, "PRECISION": str(dtype)}
     settings["training images"] = f"{len(train_set)} images with the checksum {zlib.crc32(names.encode()):08x} of their names"
-    # torchrun starts all processes anew when one has crashed (--max-restarts): go on where the last checkpoint is
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and os.path.isfile(CHECKPOINT)
-    if RESUME or restarted:
+    # torchrun starts all processes anew when one has crashed (--max-restarts): they go on from the last checkpoint, if it is one
+    # that processes of the same torchrun have written, and not an older run's
+    launcher = f"{os.environ.get('TORCHELASTIC_RUN_ID')} {socket.gethostname()} {os.getppid()}"
+    restarted = [False]
+    if rank == 0 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and os.path.isfile(CHECKPOINT):
+        restarted = [utils.load_checkpoint(CHECKPOINT).get("launcher") == launcher]
+    if world > 1:
+        dist.broadcast_object_list(restarted)
+    if RESUME or restarted[0]:
         keys = ("model", "optimizer", "scaler", "epoch", "step", "images_seen", "best", "sums", "rng", "settings")
         state = utils.load_checkpoint(CHECKPOINT, keys=keys)
         utils.compare_settings(CHECKPOINT, state["settings"], settings, _FIXED, _FREE, tell=rank == 0)
@@ -231,6 +242,13 @@ def train(rank, world, device):
         del state  # or its copy of the weights would stay in memory
         if rank == 0:
             print(f"going on from {CHECKPOINT} after epoch {epoch}, step {step}", flush=True)
+    if world > 1:
+        starts = [None] * world
+        dist.all_gather_object(starts, step)
+        if len(set(starts)) > 1:
+            raise ValueError(
+                f"{CHECKPOINT}: the processes found different files (steps {starts}); put it in a folder that all share"
+            )
     wrapped = model
     if world > 1:  # averages the gradients of all processes during backward; `model` stays the plain one, to validate and save
         if SYNC_BATCH_NORM:
@@ -261,6 +279,7 @@ def train(rank, world, device):
             scaler=scaler.state_dict(),
             rng=utils.random_states(),
             settings=settings,
+            launcher=launcher,
         )
 
     signals = dist.new_group(backend="gloo") if world > 1 else None  # on the processors, so that no GPU has to be waited for
@@ -268,7 +287,7 @@ def train(rank, world, device):
     def should_stop():
         if time.monotonic() >= deadline and not told:
             told.append("MAX_HOURS")
-        return bool(told)
+        return bool(told or stop)
 
     def should_pause():  # all processes must end at the same step, so they tell each other whether one of them has to
         pause = torch.tensor(float(should_stop() or time.monotonic() >= pause_at))
@@ -289,8 +308,6 @@ def train(rank, world, device):
     if rank == 0:
         print(f"{world} processes")
         print(f"{len(train_set)} training and {len(val_set)} validation images of {len(train_set.classes)} classes on {device}")
-    if world > 1 and step == 0:
-        save()  # so that a restart cannot take an older run's file for this one's
     while epoch < EPOCHS:
         all_batches = epoch_batches(len(train_set), part_size, epoch, SEED, [IMAGE_SIZE])[: steps * SUBDIVISIONS]
         # all processes draw the same batches, and each takes every world-th image of each
@@ -321,7 +338,7 @@ def train(rank, world, device):
                 files = ", ".join(train_set.samples[index][0] for index, *_ in batches[batch])
                 raise ValueError(
                     f"the loss or its gradient is not finite in epoch {epoch + 1}, step {step + batch // SUBDIVISIONS + 1}, "
-                    f"images {files}; the last checkpoint is intact. Lower LEARNING_RATE, lengthen BURN_IN, or try PRECISION=fp32"
+                    f"images {files}; the checkpoint is intact. Lower LEARNING_RATE, lengthen BURN_IN, or try PRECISION=fp32"
                 ) from None
             finally:
                 bar.close()
@@ -331,13 +348,14 @@ def train(rank, world, device):
             sums += own_sums  # of all processes
             share_stop()
 
-        if world > 1:  # each process has averaged its own images: all validate with what the first one will save
-            for buffer in model.buffers():
-                dist.broadcast(buffer, 0)
-        val_sums = validate(model, val_loader, device, dtype, should_stop)
-        share_stop()
-        if world > 1:
-            dist.all_reduce(val_sums)
+        if not stop:
+            if world > 1:  # the last step has left other averages in each process: all validate with what the first one will save
+                for buffer in model.buffers():
+                    dist.broadcast(buffer, 0)
+            val_sums = validate(model, val_loader, device, dtype, should_stop)
+            if world > 1:
+                dist.all_reduce(val_sums)
+            share_stop()
         if stop:
             save()
             if rank == 0:

@@ -370,7 +370,8 @@ class DarknetCrop(albumentations.ImageOnlyTransform):
 
     def get_params_dependent_on_data(self, params: dict, data: dict) -> dict:
         height, width = params["shape"][:2]
-        aspect = self.py_random.uniform(self.aspect, 1 / self.aspect)
+        aspect = self.py_random.uniform(self.aspect, 1)
+        aspect = aspect if self.py_random.random() < 0.5 else 1 / aspect
         scale = self.py_random.uniform(*self.sides) / min(height, width * aspect)
         scale_x, scale_y = scale * aspect, scale
         # how far the middle of the square may lie from the middle of the image, in pixels of the scaled image
@@ -388,7 +389,10 @@ class DarknetCrop(albumentations.ImageOnlyTransform):
 
 
 class ImageNetFolder(ImageFolder):
-    """torchvision's ImageFolder for keys as VOCDataset takes them -> image (3, size, size) float32 in 0..1, class index."""
+    """torchvision's ImageFolder for keys as VOCDataset takes them -> image (3, size, size) float32 in 0..1, class index.
+
+    Where `broken_list` is set, training takes another image for one that cannot be read, and validation gives it the label -100.
+    """
 
     def __init__(self, folder: str, image_size: int, augment: bool):
         super().__init__(folder)
@@ -399,8 +403,8 @@ class ImageNetFolder(ImageFolder):
         index, size, seed = key if isinstance(key, tuple) else (key, self.image_size, None)
         if size not in self.transforms:
             self.transforms[size] = albumentations.Compose(
-                [  # darknet19.cfg: sides 128..448 for an input of 256
-                    DarknetCrop(size, (size // 2, size * 7 // 4)),
+                [  # darknet19.cfg: sides 128..448 for an input of 256; darknet19_448.cfg: up to 512, none below the input
+                    DarknetCrop(size, (size // 2, size * 7 // 4) if size < 448 else (size, size * 8 // 7)),
                     albumentations.HorizontalFlip(p=0.5),
                     DarknetColour(hue=0.1, saturation=4 / 3, exposure=4 / 3),
                 ]
@@ -409,8 +413,9 @@ class ImageNetFolder(ImageFolder):
             )
         if self.augment and seed is not None:
             self.transforms[size].set_random_seed(seed)
-        image, index = read_or_next(self.samples, index, self.broken_list)
-        return to_tensor(self.transforms[size](image=image)["image"]), self.samples[index][1]
+        image, taken = read_or_next(self.samples, index, self.broken_list)
+        label = self.samples[taken][1] if self.augment or taken == index else -100  # a neighbour must not count twice
+        return to_tensor(self.transforms[size](image=image)["image"]), label
 
 
 def imagenet_dataset(root: str | os.PathLike, split: str, image_size: int, augment: bool) -> ImageNetFolder:
@@ -424,8 +429,8 @@ def imagenet_dataset(root: str | os.PathLike, split: str, image_size: int, augme
         raise FileNotFoundError(f"{folder}: no such folder; DATA_DIR must hold train/ and val/ with a folder for each class")
     if not any(entry.is_dir() for entry in os.scandir(folder)):
         raise ValueError(
-            f"{folder}: its images are not in class folders; move each to {split}/<wnid>/, for ImageNet's flat val/ with the "
-            f"labels of the devkit's ILSVRC2012_validation_ground_truth.txt"
+            f"{folder}: its images are not in class folders; move each to {split}/<wnid>/. For ImageNet's flat val/, line n of the "
+            f"devkit's ILSVRC2012_validation_ground_truth.txt is the ILSVRC2012_ID of image n, and meta.mat names its wnid"
         )
     try:
         return ImageNetFolder(folder, image_size, augment)

@@ -204,6 +204,8 @@ def main():
     groups = darknet_model.parameter_groups(model, WEIGHT_DECAY)
     if OPTIMIZER == "sgd":
         optimizer = torch.optim.SGD(groups, LEARNING_RATE, momentum=MOMENTUM, fused=True)
+        for parameter in model.parameters():  # torch would leave it uninitialised where fp16's first step overflows and is skipped
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     elif OPTIMIZER == "adam":
         optimizer = torch.optim.AdamW(groups, LEARNING_RATE, fused=True)  # the decay apart from the moments
     else:
@@ -303,7 +305,7 @@ def main():
                 files = ", ".join(train_set.samples[index][0] for index, *_ in batches[batch])
                 raise ValueError(
                     f"the loss ({terms}) is not finite in epoch {epoch + 1}, step {step + batch // SUBDIVISIONS + 1}, "
-                    f"images {files}; the last checkpoint is intact. Lower LEARNING_RATE, lengthen BURN_IN, set CLIP_NORM, or "
+                    f"images {files}; the checkpoint is intact. Lower LEARNING_RATE, lengthen BURN_IN, set CLIP_NORM, or "
                     f"try PRECISION=fp32"
                 ) from None
             step += taken

@@ -147,8 +147,15 @@ def compare_settings(file: str | os.PathLike, saved: dict, now: dict, fixed: tup
     """The names of what a resumed run changes: one of `fixed` is refused (ValueError, naming all of them), any other but `free` is
     printed."""
     changed = [name for name in now if name in saved and json.dumps(saved[name]) != json.dumps(now[name])]
-    if refused := [f"{name} was {saved[name]!r:.200} and is {now[name]!r:.200}" for name in changed if name in fixed]:
-        raise ValueError(f"{file}: a resumed run must keep {'; '.join(refused)}; set it back, or start a new run from its weights")
+
+    def shown(value):
+        return repr(value) if len(repr(value)) <= 200 else f"{value!r:.200}... ({len(value)} in all)"
+
+    if refused := [f"{name} was {shown(saved[name])} and is {shown(now[name])}" for name in changed if name in fixed]:
+        raise ValueError(
+            f"{file}: a resumed run must keep {'; '.join(refused)}; set it back, or start a new run from its weights "
+            f"(RESUME_WEIGHTS, PRETRAINED)"
+        )
     for name in changed:
         if tell and name not in free:
             print(f"changed since {file} was written: {name} {saved[name]!r} -> {now[name]!r}")

@@ -3,6 +3,8 @@
 import ast
 import inspect
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,50 +44,101 @@ def test_the_globals_are_the_same_but_for_the_explained_ones():
     assert names[2] - names[0] == {"SYNC_BATCH_NORM"}
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_each_script_trains_and_its_checkpoint_serves_the_others(script, tmp_path, monkeypatch, capsys):
-    set_small(monkeypatch, script, tmp_path, SUBDIVISIONS=2)
-    script.main()
-    assert "epoch 1  learning_rate" in capsys.readouterr().out
-    for name in ("darknet19.pt", "darknet19_best.pt", "darknet19_metrics.csv", "darknet19_charts.png"):
-        assert (tmp_path / name).is_file()
-    state = utils.load_checkpoint(tmp_path / "darknet19.pt")
-    assert len(state["classes"]) == 5 and state["epoch"] == 1 and not any(name.startswith("module.") for name in state["model"])
+def test_the_scripts_train_the_same_weights_and_go_on_from_each_others_checkpoints(tmp_path, monkeypatch, capsys):
+    states = []
+    for script in SCRIPTS:
+        folder = tmp_path / script.__name__
+        set_small(monkeypatch, script, folder, SUBDIVISIONS=2)
+        script.main()
+        assert "epoch 1  learning_rate" in capsys.readouterr().out
+        for name in ("darknet19.pt", "darknet19_best.pt", "darknet19_metrics.csv", "darknet19_charts.png"):
+            assert (folder / name).is_file()
+        states.append(utils.load_checkpoint(folder / "darknet19.pt"))
+        assert len(states[-1]["classes"]) == 5 and states[-1]["epoch"] == 1
+        assert load_pretrained_backbone(YOLOv2(), folder / "darknet19_best.pt") == 18
+    for state in states[1:]:
+        assert all(torch.equal(tensor, state["model"][name]) for name, tensor in states[0]["model"].items())
 
-    for other in SCRIPTS:
-        if other is not script:
-            set_small(monkeypatch, other, tmp_path, EPOCHS=2, RESUME=True, SUBDIVISIONS=2)
-            other.main()
-            assert "after epoch 1" in capsys.readouterr().out
-            break
-    model = YOLOv2()
-    assert load_pretrained_backbone(model, tmp_path / "darknet19_best.pt") == 18
+    for script, other in zip(SCRIPTS, [*SCRIPTS[1:], SCRIPTS[0]], strict=True):
+        set_small(monkeypatch, other, tmp_path / script.__name__, EPOCHS=2, RESUME=True, SUBDIVISIONS=2)
+        other.main()
+        assert "after epoch 1" in capsys.readouterr().out
+        states.append(utils.load_checkpoint(tmp_path / script.__name__ / "darknet19.pt"))
+    for state in states[4:]:
+        assert all(torch.equal(tensor, state["model"][name]) for name, tensor in states[3]["model"].items())
 
 
-def test_a_second_stage_starts_from_the_weights_alone(tmp_path, monkeypatch, capsys):
+def test_a_second_stage_starts_from_the_weights_alone(tmp_path, monkeypatch):
     set_small(monkeypatch, darknet_train, tmp_path)
     darknet_train.main()
+    first = utils.load_checkpoint(tmp_path / "darknet19.pt")["model"]
     set_small(monkeypatch, darknet_train, tmp_path, IMAGE_SIZE=64, RESUME_WEIGHTS=str(tmp_path / "darknet19.pt"), LEARNING_RATE=0.0)
     darknet_train.main()
-    assert utils.load_checkpoint(tmp_path / "darknet19.pt")["epoch"] == 1
+    second = utils.load_checkpoint(tmp_path / "darknet19.pt")
+    assert second["epoch"] == 1
+    assert all(torch.equal(first[name], second["model"][name]) for name in first if name.endswith("weight"))
 
 
-def run_torchrun(folder, words, processes=2, options=()):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone", *options]
-    script = str(ROOT / "darknet_train_multigpu_distr.py")
-    return subprocess.run([*command, script, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+def test_float16_scales_its_gradients_and_skips_steps_that_overflow(tmp_path, monkeypatch):
+    set_small(monkeypatch, darknet_train, tmp_path, PRECISION="fp16", EPOCHS=2, BURN_IN=2)
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=2.0**40, enabled=enabled))
+    darknet_train.main()
+    state = utils.load_checkpoint(tmp_path / "darknet19.pt")
+    assert state["scaler"]["scale"] < 2.0**40  # steps were skipped
+    assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
 
 
-def test_two_processes_train_together_and_count_every_image_once(tmp_path):
-    """5 validation images and 2 processes: 3 + 2, none twice; 18 training images in 3 batches of 6."""
-    words = [f"DATA_DIR={SAMPLE}", "IMAGE_SIZE=32", "EPOCHS=1", "NUM_WORKERS=0", f"CHECKPOINT={tmp_path}/d.pt", "PRECISION=fp32"]
-    result = run_torchrun(tmp_path, words)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.count("epoch 1  learning_rate") == 1  # the first process alone prints
-    assert utils.load_checkpoint(tmp_path / "d.pt")["images_seen"] == 18
-    top1 = float((tmp_path / "d_metrics.csv").read_text().splitlines()[1].split(",")[-2])
-    assert min(abs(top1 - right / 5) for right in range(6)) < 1e-5  # a multiple of 1/5: 5 images were counted
+def count_validation_images(rank, world, folder):
+    """One process of a run -> the validation images that it counted and those that all of them did, into a file."""
+    torch.set_num_threads(1)
+    script, counts = darknet_train_multigpu_distr, []
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    values = {"DATA_DIR": str(SAMPLE), "IMAGE_SIZE": 32, "EPOCHS": 1, "NUM_WORKERS": 0, "PRECISION": "fp32"}
+    vars(script).update(values | {"CHECKPOINT": f"{folder}/d.pt"})
+
+    def validate(*arguments, original=script.validate):
+        sums = original(*arguments)
+        counts.append(int(sums[3]))
+        script.all_sums = sums  # added up in place by main()
+        return sums
+
+    script.validate = validate
+    script.train(rank, world, torch.device("cpu"))
+    Path(folder, f"{rank}.txt").write_text(f"{counts[0]} {int(script.all_sums[3])}")
+    torch.distributed.destroy_process_group()
+
+
+def test_three_processes_count_every_validation_image_once(tmp_path):
+    """5 images: 2 + 2 + 1."""
+    torch.multiprocessing.spawn(count_validation_images, (3, str(tmp_path)), nprocs=3)
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(3)] == ["2 5", "2 5", "1 5"]
+
+
+def test_a_broken_validation_image_counts_nowhere(tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    shutil.copytree(SAMPLE, data)
+    broken = next((data / "val").rglob("*.JPEG"))
+    broken.write_bytes(b"no image")
+    set_small(monkeypatch, darknet_train, tmp_path, DATA_DIR=str(data), BROKEN_IMAGES="skip")
+    seen = []
+
+    def validate(*arguments, original=darknet_train.validate):
+        seen.append(original(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(darknet_train, "validate", validate)
+    darknet_train.main()
+    assert int(seen[0][3]) == 4 and 0 < seen[0][0] < 100
+    assert broken.name in (tmp_path / "darknet19_broken.txt").read_text()
+
+
+def test_data_parallel_refuses_one_gpu_of_several(tmp_path, monkeypatch):
+    set_small(monkeypatch, darknet_train_multigpu, tmp_path)
+    monkeypatch.setattr(utils, "pick_device", lambda name: torch.device("cuda:1"))
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *arguments, **options: self)
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES"):
+        darknet_train_multigpu.main()
 
 
 def test_an_uneven_batch_is_one_sentence(tmp_path, monkeypatch):
@@ -124,8 +177,12 @@ def test_bad_folders_and_checkpoints_are_one_sentence(tmp_path, monkeypatch):
 
     utils.save_checkpoint(tmp_path / "three.pt", model=darknet_train.darknet_model.Darknet19(3).state_dict())
     set_small(monkeypatch, darknet_train, tmp_path, RESUME_WEIGHTS=str(tmp_path / "three.pt"))
-    with pytest.raises(ValueError, match="three.pt.*3 classes, not 5"):
+    with pytest.raises(ValueError, match="three.pt.*3 classes, not 5") as error:
         darknet_train.main()
+    words = shlex.split(str(error.value).partition("conv.23: ")[2])  # the command it names keeps the backbone
+    subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    set_small(monkeypatch, darknet_train, tmp_path, RESUME_WEIGHTS=str(tmp_path / "backbone.conv.23"))
+    darknet_train.main()
 
 
 def test_validation_takes_the_centre_square_and_training_is_seeded(tmp_path):

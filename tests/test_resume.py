@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from torch import nn
 
 import darknet_model
 import darknet_train
+import darknet_train_multigpu_distr
 import dataset
 import loss
 import train
@@ -432,7 +434,7 @@ def finish(process):
 def test_two_processes_that_were_stopped_end_with_the_same_bits(tmp_path):
     whole = start_torchrun(tmp_path / "whole", "EPOCHS=2")
     first = start_torchrun(tmp_path / "parts", "EPOCHS=1")
-    finish(whole)
+    assert finish(whole).count("epoch 1  learning_rate") == 1  # the first process alone prints
     finish(first)  # stopped at an epoch's end ...
     assert "stopped by MAX_HOURS" in finish(start_torchrun(tmp_path / "parts", "EPOCHS=2", "RESUME=True", "MAX_HOURS=1e-9"))
     state = utils.load_checkpoint(tmp_path / "parts" / "run.pt")
@@ -441,15 +443,18 @@ def test_two_processes_that_were_stopped_end_with_the_same_bits(tmp_path):
     one, other = (utils.load_checkpoint(tmp_path / name / "run.pt") for name in ("whole", "parts"))
     for name in ("model", "optimizer", "epoch", "step", "images_seen", "best", "sums"):
         assert_equal(one[name], other[name], name)
+    assert one["images_seen"] == 36  # 18 an epoch, in 3 batches of 6
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_killed_worker_is_restarted_and_the_run_completed(tmp_path):
-    process = start_torchrun(tmp_path, "EPOCHS=6", options=["--max-restarts=1"])
-    while not (tmp_path / "run.pt").exists():
+    (tmp_path / "run.pt").write_bytes(b"an older run's")  # neither read nor touched before this run's own first save
+    process = start_torchrun(tmp_path, "EPOCHS=8", options=["--max-restarts=1"])
+    while not (tmp_path / "run_metrics.csv").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
+    time.sleep(0.3)  # the row is written before the checkpoint
     trainers = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -460,9 +465,25 @@ def test_a_killed_worker_is_restarted_and_the_run_completed(tmp_path):
     assert len(trainers) >= 2
     os.kill(max(trainers), signal.SIGKILL)
     out = finish(process)
-    assert "going on from run.pt after epoch" in out
-    assert utils.load_checkpoint(tmp_path / "run.pt")["epoch"] == 6
-    assert [row[0] for row in metrics(tmp_path)[1:]] == [str(epoch) for epoch in range(1, 7)]
+    assert re.search(r"going on from run.pt after epoch [1-7],", out), out
+    assert utils.load_checkpoint(tmp_path / "run.pt")["epoch"] == 8
+    assert [row[0] for row in metrics(tmp_path)[1:]] == [str(epoch) for epoch in range(1, 9)]
+
+
+def test_a_restart_does_not_take_another_runs_checkpoint(tmp_path, monkeypatch, capsys):
+    values = {"NUM_WORKERS": 0, "DATA_DIR": str(SAMPLE / "imagenet"), "IMAGE_SIZE": 32, "EPOCHS": 1, "PRECISION": "fp32"}
+    for name, value in (values | {"CHECKPOINT": str(tmp_path / "run.pt")}).items():
+        monkeypatch.setattr(darknet_train_multigpu_distr, name, value)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
+    darknet_train_multigpu_distr.train(0, 1, torch.device("cpu"))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setattr(darknet_train_multigpu_distr, "EPOCHS", 2)
+    capsys.readouterr()
+    for launcher, goes_on in (("first", True), ("second", False)):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", launcher)
+        darknet_train_multigpu_distr.train(0, 1, torch.device("cpu"))
+        out = capsys.readouterr().out
+        assert ("going on from" in out) == goes_on and ("epoch 1  " in out) == (not goes_on) and "epoch 2  " in out
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -487,13 +508,18 @@ def test_a_loss_that_is_not_finite_stops_all_processes_with_its_sentence(tmp_pat
 
 
 def gradients_of_a_process(rank, folder):
+    """The gradients that the script's own loop hands to the optimiser, in one part and accumulated over two."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    model, images, labels = small_classifier()
-    wrapped = nn.parallel.DistributedDataParallel(model)
-    with wrapped.no_sync():  # accumulated: the first of two parts is not exchanged
-        nn.functional.cross_entropy(wrapped(images[rank:4:2]), labels[rank:4:2]).div(2).backward()
-    nn.functional.cross_entropy(wrapped(images[4 + rank :: 2]), labels[4 + rank :: 2]).div(2).backward()
-    torch.save([parameter.grad for parameter in model.parameters()], f"{folder}/{rank}.pt")
+    for subdivisions in (1, 2):
+        model, images, labels = small_classifier()
+        parts = list(zip(images.chunk(subdivisions), labels.chunk(subdivisions), strict=True))
+        loader = [(some_images[rank::2], some_labels[rank::2]) for some_images, some_labels in parts]
+        optimizer = torch.optim.SGD(model.parameters(), 0.0, fused=True)
+        darknet_train_multigpu_distr.train_one_epoch(
+            nn.parallel.DistributedDataParallel(model), loader, optimizer, torch.amp.GradScaler("cpu", enabled=False), [0.0],
+            subdivisions, 0.0, torch.device("cpu"), torch.float32, 0, torch.zeros(3, dtype=torch.float64), lambda: False,
+        )  # fmt: skip
+        torch.save([parameter.grad for parameter in model.parameters()], f"{folder}/{rank}{subdivisions}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -511,8 +537,8 @@ def test_gradients_of_two_processes_equal_those_of_the_whole_batch(tmp_path):
     torch.multiprocessing.spawn(gradients_of_a_process, (str(tmp_path),), nprocs=2)
     model, images, labels = small_classifier()
     nn.functional.cross_entropy(model(images), labels).backward()
-    for rank in range(2):
-        for parameter, gradient in zip(model.parameters(), torch.load(tmp_path / f"{rank}.pt"), strict=True):
+    for name in ("01", "11", "02", "12"):
+        for parameter, gradient in zip(model.parameters(), torch.load(tmp_path / f"{name}.pt"), strict=True):
             assert torch.allclose(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
 
 

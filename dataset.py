@@ -9,6 +9,7 @@ Letters: M boxes of an image, A anchors (5), S_h x S_w grid cells (13 x 13 at 41
 import csv
 import math
 import os
+import random
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -307,7 +308,8 @@ class VOCDataset(Dataset):
         if size not in self.transforms:
             self.transforms[size] = train_transform(size) if self.augment else test_transform(size)
         if self.augment and seed is not None:
-            self.transforms[size].set_random_seed(seed)
+            # one stream of numbers for all of them; set_random_seed would give each the same numbers, and flips would tell hues
+            self.transforms[size].set_random_state(np.random.default_rng(seed), random.Random(seed))
         image, index = read_or_next(self.samples, index, self.broken_list)
         rows = self.rows[index][self.rows[index][:, 1] == 0]  # without the difficult ones
         height, width = image.shape[:2]
@@ -412,7 +414,8 @@ class ImageNetFolder(ImageFolder):
                 else [albumentations.SmallestMaxSize(size), albumentations.CenterCrop(size, size)]
             )
         if self.augment and seed is not None:
-            self.transforms[size].set_random_seed(seed)
+            # one stream of numbers for all of them; set_random_seed would give each the same numbers, and flips would tell hues
+            self.transforms[size].set_random_state(np.random.default_rng(seed), random.Random(seed))
         image, taken = read_or_next(self.samples, index, self.broken_list)
         label = self.samples[taken][1] if self.augment or taken == index else -100  # a neighbour must not count twice
         return to_tensor(self.transforms[size](image=image)["image"]), label

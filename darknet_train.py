@@ -75,8 +75,8 @@ def train_one_epoch(
 
     `rates` holds the learning rate of each step; loss, right answers and images are added to `sums`, which stays on the device.
     -> optimiser steps taken. Raises FloatingPointError(batch) where a loss or its gradient is not finite; the weights are still
-    those before it. The processes of DistributedDataParallel have one gradient in common, so that all of them stop; in fp16, where
-    infinite gradients are usual, the one with the loss stops, and torchrun ends the others.
+    those before it (in fp16 on a GPU, up to nine steps later). The processes of DistributedDataParallel have one gradient in
+    common, so that all of them stop; in fp16 it may be the one with the loss alone, and torchrun ends the others.
     """
     model.train()
     steps = 0
@@ -114,8 +114,11 @@ def train_one_epoch(
             if should_pause():
                 break
             # ... so that a GPU, which would have to be waited for, need not be asked in every step
-            if (device.type == "cpu" or step % 10 == 9) and first_bad >= 0:
-                break
+            if device.type == "cpu" or step % 10 == 9:
+                if scaler.is_enabled() and scaler.get_scale() < 1:  # halved at each step: gradients stay infinite
+                    first_bad.fill_(batch)
+                if first_bad >= 0:
+                    break
     if first_bad >= 0:
         raise FloatingPointError(int(first_bad))
     return steps

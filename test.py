@@ -41,7 +41,7 @@ PRECISION = "auto"  # "fp32", "bf16", "fp16"; auto: half where the device comput
 COMPILE = False  # torch.compile with frozen weights; pays off from some thousand images on
 
 PAPER_MAP = {288: 69.0, 352: 73.7, 416: 76.8, 480: 77.8, 544: 78.6}  # VOC 2007 test, trained on 07+12; YOLO9000 Table 3
-COLUMNS = ("class", "truths", "difficult", "detections", "ap_11", "ap_all", f"ap_at_{FIXED_THRESHOLD}", "precision", "recall", "f1")
+COLUMNS = ("class", "truths", "difficult", "detections", "ap_11", "ap_all", "ap_at_fixed", "precision", "recall", "f1")
 
 
 def measure(detections, truths, classes, fixed_threshold):

@@ -294,7 +294,8 @@ def postprocess(predictions: Tensor, anchors, confidence_threshold: float, nms_i
         rows, classes = (confidence > confidence_threshold).nonzero(as_tuple=True)
         candidates = boxes[image][likely[rows]]
         scores = confidence[rows, classes]
-        keep = batched_nms(candidates, scores, classes, nms_iou_threshold)
+        # torchvision moves each class by the largest coordinate: one wild box must not take the digits of all the others
+        keep = batched_nms(candidates.clamp(-10, 10), scores, classes, nms_iou_threshold)
         detections.append(
             torch.cat([candidates[keep].clamp(0, 1), scores[keep, None], classes[keep, None].float()], dim=1)
         )  # (K, 6)
@@ -471,12 +472,12 @@ def learning_rate_at(
     """The learning rate of one optimiser step, counted from 0 (get_current_rate in Darknet's src/network.c).
 
     schedule: "constant"; "steps", a tenth of it from each step of `drops` on; "polynomial", (1 - step / total)^power;
-    "cosine", down to 0. During the first `burn_in` steps it grows as (step / burn_in)^4. Raises ValueError for another schedule.
+    "cosine", down to 0. In the first `burn_in` steps it grows as ((step + 1) / burn_in)^4. Raises ValueError for another schedule.
     """
     if schedule not in ("constant", "steps", "polynomial", "cosine"):
         raise ValueError(f'LR_SCHEDULE must be "constant", "steps", "polynomial" or "cosine", not {schedule!r}')
     if step < burn_in:
-        return learning_rate * ((step + 1) / burn_in) ** 4  # + 1: ours, Darknet's first step has rate 0 and teaches nothing
+        return learning_rate * ((step + 1) / burn_in) ** 4  # + 1: Darknet too has counted the batch when it looks
     if schedule == "constant":
         return learning_rate
     if schedule == "steps":

@@ -3,10 +3,11 @@
     python tests/benchmark.py                                 all parts, some ten minutes on two cores
     python tests/benchmark.py "PARTS=['inference']" "BATCHES=[1]"
 
-Prints a table a part: medians, ratios to the first line, spread, peak memory. Whole networks compete in processes of their own,
-which take turns, so that a slow minute of the machine hits all alike and no contestant's memory settings touch another's.
-Alternatives that are not installed are named and left out (`pip install onnxruntime onnx onnxscript openvino torchmetrics`; none
-is needed by the repository). "growth" draws `images/benchmark_growth.png`. It is a script, not a test: times depend on the machine.
+Prints a table a part: medians, ratios to the first line, and for whole networks spread and peak memory. Whole networks compete in
+processes of their own, which take turns, so that a slow minute of the machine hits all alike and no contestant's memory settings
+touch another's. Alternatives that are not installed are named and left out (`pip install onnxruntime onnx onnxscript openvino
+torchmetrics pycocotools`; none is needed by the repository). "growth" draws `images/benchmark_growth.png`. It is a script, not a
+test: times depend on the machine.
 """
 
 import contextlib
@@ -449,7 +450,7 @@ def ap(weights):
 
 
 def torchmetrics_ap(metric_class, detections, truths, images):
-    """The same figures by torchmetrics at IoU .5 alone."""
+    """torchmetrics' AP at IoU .5 alone; COCO's 101 points, so not the same figures to the last digit."""
 
     def split(rows):
         order = np.argsort(rows[:, 0], kind="stable")

@@ -315,6 +315,30 @@ def test_the_size_travels_with_the_key():
     assert data[0][0].shape == (3, 64, 64)
 
 
+@pytest.mark.parametrize("kind", ["detector", "classifier"])
+def test_a_flip_tells_nothing_about_the_colours(kind, tmp_path):
+    """Each transform draws numbers of its own: among mirrored images as among others, hues move both ways."""
+    pixels = np.full((64, 64, 3), (200, 40, 40), np.uint8)
+    pixels[:, :32] //= 2  # the left half is darker
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    Image.fromarray(pixels).save(tmp_path / "train" / "a" / "x.png")
+    if kind == "detector":
+        (tmp_path / "x.txt").write_text("")
+        (tmp_path / "all.csv").write_text("train/a/x.png,x.txt\n")
+        data = VOCDataset(tmp_path, ["all.csv"], ANCHORS, 64, augment=True)
+    else:
+        data = dataset.imagenet_dataset(tmp_path, "train", 64, augment=True)
+    hues = {True: [], False: []}
+    for seed in range(60):
+        middle = data[(0, 64, seed)][0][:, 16:48, 16:48].numpy()
+        red, green, blue = middle.mean(axis=(1, 2))
+        hues[bool(middle[..., :8].mean() > middle[..., -8:].mean())].append(
+            green > blue
+        )  # redder images turn to yellow or to violet
+    for moved in hues.values():
+        assert len(moved) > 15 and 0.2 < np.mean(moved) < 0.8, hues
+
+
 def test_without_augmentation_the_seed_changes_nothing():
     data = VOCDataset(SAMPLE, [("2007", "one")], ANCHORS, image_size=64)
     assert torch.equal(data[(0, 64, 1)][0], data[(0, 64, 2)][0]) and torch.equal(data[(0, 64, 1)][0], data[0][0])

@@ -169,7 +169,7 @@ def test_measure_by_hand():
     assert (row["truths"], row["difficult"], row["detections"]) == (2, 1, 3)
     assert (row["precision"], row["recall"], row["f1"]) == (0.5, 0.5, 0.5)  # 1 of 2 shown is right, 1 of 2 truths found
     assert row["ap_all"] == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
-    assert row["ap_at_0.4"] == pytest.approx(0.5)
+    assert row["ap_at_fixed"] == pytest.approx(0.5)
     assert row["ap_11"] == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)
     assert math.isnan(rows[1]["ap_all"]) and len(curves) == 2
 

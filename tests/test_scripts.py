@@ -207,6 +207,10 @@ def test_detect_goes_on_after_a_broken_image_and_says_so(trained, tmp_path, monk
     assert "a_truncated.jpg" in capsys.readouterr().out
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["b_good.jpg"]
 
+    (source / "b_good.png").write_bytes(data)
+    with pytest.raises(ValueError, match="b_good.jpg: would be the picture of 2 files"):
+        detect.main()
+
 
 def run(*words, cwd=ROOT):
     return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, timeout=120)
@@ -317,3 +321,10 @@ def test_detect_txt_marks_difficult_objects_when_told(trained, tmp_path, monkeyp
     marked = [line for line in lines if line.endswith(" difficult")]
     assert marked and all(len(line.split()) == (6 if line in marked else 5) for line in lines)
     assert all(file.read_text() == "" for file in (tmp_path / "detections").iterdir())  # nothing is that sure: empty files
+
+    detect_txt.main()  # the same images once more
+    stray = tmp_path / "groundtruths" / "street.txt"  # of a run over others
+    stray.write_text("cat 1 1 9 9\n")
+    with pytest.raises(ValueError, match="street.txt: left by a run over other images"):
+        detect_txt.main()
+    assert stray.read_text() == "cat 1 1 9 9\n"

@@ -28,6 +28,7 @@ from dataset import epoch_batches, imagenet_dataset
 # data
 DATA_DIR = "data_samples/imagenet"  # holds train/<wnid>/ and val/<wnid>/
 IMAGE_SIZE = 64  # pixels; 224 in the paper, 448 in its second stage
+CROP_SCALE = (0.5, 1.75)  # sides of a scaled training image over those of its crop: Darknet\'s min_crop, max_crop
 NUM_WORKERS = 2  # processes that load images
 BROKEN_IMAGES = "stop"  # or "skip": another image takes the place of one that cannot be read, and a file lists it
 # optimiser
@@ -158,7 +159,7 @@ def main():
     part_size = BATCH_SIZE // SUBDIVISIONS
 
     # data
-    train_set = imagenet_dataset(DATA_DIR, "train", IMAGE_SIZE, augment=True)
+    train_set = imagenet_dataset(DATA_DIR, "train", IMAGE_SIZE, augment=True, crop_scale=CROP_SCALE)
     val_set = imagenet_dataset(DATA_DIR, "val", IMAGE_SIZE, augment=False)
     if train_set.classes != val_set.classes:
         odd = sorted(set(train_set.classes) ^ set(val_set.classes))

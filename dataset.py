@@ -369,7 +369,7 @@ class DarknetCrop(albumentations.ImageOnlyTransform):
     """Darknet's random_augment_image in one resampling: the image is scaled to a short side drawn from `sides`, stretched by an
     aspect between `aspect` and its inverse, turned by up to `angle` degrees, and a square of `size` is cut out at random."""
 
-    def __init__(self, size: int, sides: tuple[int, int], aspect: float = 0.75, angle: float = 7.0):
+    def __init__(self, size: int, sides: tuple[float, float], aspect: float = 0.75, angle: float = 7.0):
         super().__init__(p=1.0)
         self.size, self.sides, self.aspect, self.angle = size, sides, aspect, angle
 
@@ -399,17 +399,17 @@ class ImageNetFolder(ImageFolder):
     Where `broken_list` is set, training takes another image for one that cannot be read, and validation gives it the label -100.
     """
 
-    def __init__(self, folder: str, image_size: int, augment: bool):
+    def __init__(self, folder: str, image_size: int, augment: bool, crop_scale: tuple[float, float]):
         super().__init__(folder)
-        self.image_size, self.augment, self.transforms = image_size, augment, {}
+        self.image_size, self.augment, self.crop_scale, self.transforms = image_size, augment, crop_scale, {}
         self.broken_list = ""  # as in VOCDataset
 
     def __getitem__(self, key: int | tuple[int, int, int]) -> tuple[Tensor, int]:
         index, size, seed = key if isinstance(key, tuple) else (key, self.image_size, None)
         if size not in self.transforms:
             self.transforms[size] = albumentations.Compose(
-                [  # darknet19.cfg: sides 128..448 for an input of 256; darknet19_448.cfg: up to 512, none below the input
-                    DarknetCrop(size, (size // 2, size * 7 // 4) if size < 448 else (size, size * 8 // 7)),
+                [
+                    DarknetCrop(size, (size * self.crop_scale[0], size * self.crop_scale[1])),
                     albumentations.HorizontalFlip(p=0.5),
                     DarknetColour(hue=0.1, saturation=4 / 3, exposure=4 / 3),
                 ]
@@ -424,12 +424,17 @@ class ImageNetFolder(ImageFolder):
         return to_tensor(self.transforms[size](image=image)["image"]), label
 
 
-def imagenet_dataset(root: str | os.PathLike, split: str, image_size: int, augment: bool) -> ImageNetFolder:
+def imagenet_dataset(
+    root: str | os.PathLike, split: str, image_size: int, augment: bool, crop_scale: tuple[float, float] = (0.5, 1.75)
+) -> ImageNetFolder:
     """The images of root/split/<wnid>/, as ImageNet's tools lay them out; classes are the sorted wnids.
 
-    augment: darknet19.cfg's crops, rotation, flips and colours; otherwise the centre square. Raises FileNotFoundError or
-    ValueError, naming the folder, where it is missing or not sorted into class folders.
+    augment: darknet19.cfg's crops, rotation, flips and colours; otherwise the centre square. crop_scale: least and greatest short
+    side of an image that a crop is taken from, in sides of the crop (Darknet's min_crop and max_crop over its input: 128 and 448
+    over 256). Raises FileNotFoundError or ValueError, naming the folder, where it is missing or not sorted into class folders.
     """
+    if not (len(crop_scale) == 2 and 0 < crop_scale[0] <= crop_scale[1]):
+        raise ValueError(f"CROP_SCALE {crop_scale} must be two rising numbers above 0, as (0.5, 1.75)")
     folder = os.path.join(root, split)
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{folder}: no such folder; DATA_DIR must hold train/ and val/ with a folder for each class")
@@ -439,7 +444,7 @@ def imagenet_dataset(root: str | os.PathLike, split: str, image_size: int, augme
             f"devkit's ILSVRC2012_validation_ground_truth.txt is the ILSVRC2012_ID of image n, and meta.mat names its wnid"
         )
     try:
-        return ImageNetFolder(folder, image_size, augment)
+        return ImageNetFolder(folder, image_size, augment, crop_scale)
     except FileNotFoundError as error:  # torchvision's, for class folders without images
         raise ValueError(f"{folder}: {utils.first_line(error)}") from None
 

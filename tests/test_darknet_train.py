@@ -205,6 +205,24 @@ def test_validation_takes_the_centre_square_and_training_is_seeded(tmp_path):
     assert train[(0, 64, 1)][0].shape == (3, 64, 64)
 
 
+def test_the_crop_scale_sets_how_much_of_an_image_a_crop_shows(tmp_path):
+    """Sixteen stripes across the image: a crop as large as its short side shows most of them, one of a quarter at most six."""
+    pixels = np.zeros((256, 256, 3), np.uint8)
+    pixels[:, np.arange(256) // 8 % 2 == 1] = 255
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    Image.fromarray(pixels).save(tmp_path / "train" / "a" / "x.png")
+
+    def edges(crop_scale):
+        data = imagenet_dataset(tmp_path, "train", 128, augment=True, crop_scale=crop_scale)
+        rows = [data[(0, 128, seed)][0].mean(dim=0)[64] > 0.4 for seed in range(10)]  # the middle row of each crop
+        return [int((row[1:] != row[:-1]).sum()) for row in rows]
+
+    assert min(edges((1, 1))) >= 21 and max(edges((4, 4))) <= 12
+    assert len(set(edges((1, 4)))) > 4
+    with pytest.raises(ValueError, match="CROP_SCALE.*two rising numbers"):
+        edges((2, 1))
+
+
 def test_no_script_imports_a_script():
     scripts = {"train", "test", "detect", "detect_txt", *(script.__name__ for script in SCRIPTS)}
     for file in ROOT.glob("*.py"):

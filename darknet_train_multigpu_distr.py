@@ -35,7 +35,7 @@ from dataset import epoch_batches, imagenet_dataset
 # data
 DATA_DIR = "data_samples/imagenet"  # holds train/<wnid>/ and val/<wnid>/
 IMAGE_SIZE = 64  # pixels; 224 in the paper, 448 in its second stage
-CROP_SCALE = (0.5, 1.75)  # sides of a scaled training image over those of its crop: Darknet\'s min_crop, max_crop
+CROP_SCALE = (0.5, 1.75)  # least and greatest short side, in crops, that an image is scaled to; (1.0, 1.14) in the second stage
 NUM_WORKERS = 2  # processes that load images
 BROKEN_IMAGES = "stop"  # or "skip": another image takes the place of one that cannot be read, and a file lists it
 # optimiser

@@ -431,7 +431,8 @@ def imagenet_dataset(
 
     augment: darknet19.cfg's crops, rotation, flips and colours; otherwise the centre square. crop_scale: least and greatest short
     side of an image that a crop is taken from, in sides of the crop (Darknet's min_crop and max_crop over its input: 128 and 448
-    over 256). Raises FileNotFoundError or ValueError, naming the folder, where it is missing or not sorted into class folders.
+    over 256 in darknet19.cfg; 448 and 512 over 448 in darknet19_448.cfg). Raises FileNotFoundError or ValueError, naming the
+    folder, where it is missing or not sorted into class folders.
     """
     if not (len(crop_scale) == 2 and 0 < crop_scale[0] <= crop_scale[1]):
         raise ValueError(f"CROP_SCALE {crop_scale} must be two rising numbers above 0, as (0.5, 1.75)")

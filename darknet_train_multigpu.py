@@ -30,6 +30,8 @@ IMAGE_SIZE = 64  # pixels; 224 in the paper, 448 in its second stage
 CROP_SCALE = (0.5, 1.75)  # least and greatest short side, in crops, that an image is scaled to; (1.0, 1.14) in the second stage
 NUM_WORKERS = 2  # processes that load images
 BROKEN_IMAGES = "stop"  # or "skip": another image takes the place of one that cannot be read, and a file lists it
+# model
+IDENTITY_INIT = 0.0  # how much of its input each new layer passes on; 0 in Darknet, 2 for runs of a few thousand steps
 # optimiser
 BATCH_SIZE = 6  # images an optimiser step; 128 in darknet19.cfg
 SUBDIVISIONS = 1  # parts that a batch is worked through in (gradient accumulation)
@@ -174,7 +176,9 @@ def main():
     val_loader = DataLoader(val_set, part_size, **options)
 
     # model, optimiser
-    model = darknet_model.Darknet19(len(train_set.classes)).to(device, memory_format=torch.channels_last)
+    model = darknet_model.Darknet19(len(train_set.classes))
+    darknet_model.add_identity(model, IDENTITY_INIT)
+    model.to(device, memory_format=torch.channels_last)
     if RESUME_WEIGHTS and not RESUME:
         darknet_model.load_classifier(model, RESUME_WEIGHTS)
     groups = darknet_model.parameter_groups(model, WEIGHT_DECAY)

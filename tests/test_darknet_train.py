@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import darknet_model
 import darknet_train
 import darknet_train_multigpu
 import darknet_train_multigpu_distr
@@ -77,6 +78,30 @@ def test_a_second_stage_starts_from_the_weights_alone(tmp_path, monkeypatch):
     second = utils.load_checkpoint(tmp_path / "darknet19.pt")
     assert second["epoch"] == 1
     assert all(torch.equal(first[name], second["model"][name]) for name in first if name.endswith("weight"))
+
+
+def test_the_identity_makes_a_new_layer_pass_its_input_on(tmp_path, monkeypatch):
+    model = darknet_model.Darknet19(5)
+    kernels = [module.weight for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
+    drawn = [kernel.detach().clone() for kernel in kernels]
+    darknet_model.add_identity(model, 0.0)
+    assert all(torch.equal(kernel, before) for kernel, before in zip(kernels, drawn, strict=True))
+    for kernel in kernels:
+        torch.nn.init.zeros_(kernel)
+    darknet_model.add_identity(model, 3.0)
+    assert not kernels[0].any() and not kernels[-1].any()  # pixels are no channels yet, classes are none any more
+    images = torch.rand(2, 32, 4, 4)
+    wide = torch.nn.functional.conv2d(images, kernels[1], padding=1)  # 3x3, 32 -> 64 channels
+    assert torch.equal(wide, 3 * torch.cat([images, images], dim=1))
+    images = torch.rand(2, 128, 4, 4)
+    assert torch.equal(torch.nn.functional.conv2d(images, kernels[3]), 3 * images[:, :64])  # 1x1, 128 -> 64 channels
+
+    for script in SCRIPTS:  # with a rate of 0 the checkpoint holds the weights that the run began with
+        set_small(monkeypatch, script, tmp_path / script.__name__, LEARNING_RATE=0.0, IDENTITY_INIT=2.0)
+        script.main()
+        weight = utils.load_checkpoint(tmp_path / script.__name__ / "darknet19.pt")["model"]["features.2.0.weight"]
+        centre = weight[torch.arange(64), torch.arange(64) % 32, 1, 1]
+        assert 1.9 < float(centre.mean()) < 2.1 and abs(float(weight[:, :, 0, 0].mean())) < 0.1
 
 
 def test_float16_scales_its_gradients_and_skips_steps_that_overflow(tmp_path, monkeypatch):

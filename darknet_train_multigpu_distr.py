@@ -187,6 +187,8 @@ def train(rank, world, device):
     told, stop = utils.catch_stop_signals(), []  # what this process was told, and what all of them know of (see share_stop)
     deadline = time.monotonic() + 3600 * MAX_HOURS if MAX_HOURS > 0 else math.inf
     stem = os.path.splitext(CHECKPOINT)[0]
+    utils.check_at_least(1, EPOCHS=EPOCHS, BATCH_SIZE=BATCH_SIZE, SUBDIVISIONS=SUBDIVISIONS)
+    utils.check_at_least(32, IMAGE_SIZE=IMAGE_SIZE)  # Darknet-19 halves it five times
     if BATCH_SIZE % SUBDIVISIONS:
         raise ValueError(f"BATCH_SIZE {BATCH_SIZE} must be a multiple of SUBDIVISIONS {SUBDIVISIONS}")
     part_size = BATCH_SIZE // SUBDIVISIONS

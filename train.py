@@ -169,7 +169,8 @@ def main():
     dtype = utils.pick_precision(PRECISION, device)
     stem = os.path.splitext(CHECKPOINT)[0]
     classes, anchors = list(CLASSES), [list(map(float, anchor)) for anchor in ANCHORS]
-    if any(size % 32 for size in MULTI_SCALE):
+    utils.check_at_least(1, EPOCHS=EPOCHS, BATCH_SIZE=BATCH_SIZE, SUBDIVISIONS=SUBDIVISIONS, REPEAT=REPEAT, EVAL_EVERY=EVAL_EVERY)
+    if any(size < 32 or size % 32 for size in MULTI_SCALE):
         raise ValueError(f"MULTI_SCALE must hold multiples of 32 pixels, not {MULTI_SCALE}")
     if BATCH_SIZE % SUBDIVISIONS:
         raise ValueError(f"BATCH_SIZE {BATCH_SIZE} must be a multiple of SUBDIVISIONS {SUBDIVISIONS}")

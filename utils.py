@@ -71,6 +71,13 @@ def override_globals(script_globals: dict, words: list[str]) -> None:
         script_globals[name] = value
 
 
+def check_at_least(least: int, **settings: float) -> None:
+    """Raises ValueError for the first of a script's settings, given as NAME=value, that is less than `least`."""
+    for name, value in settings.items():
+        if value < least:
+            raise ValueError(f"{name} must be {least} or more, not {value}")
+
+
 @contextlib.contextmanager
 def plain_errors():
     """Around a script's main(): bad input ends in its one sentence and exit status 1 instead of a traceback."""

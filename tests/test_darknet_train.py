@@ -173,6 +173,22 @@ def test_an_uneven_batch_is_one_sentence(tmp_path, monkeypatch):
         darknet_train_multigpu_distr.train(0, 2, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"EPOCHS": 0}, "EPOCHS must be 1 or more, not 0"),
+        ({"BATCH_SIZE": 0}, "BATCH_SIZE must be 1 or more, not 0"),
+        ({"SUBDIVISIONS": 0}, "SUBDIVISIONS must be 1 or more, not 0"),
+        ({"IMAGE_SIZE": 16}, "IMAGE_SIZE must be 32 or more, not 16"),
+    ],
+)
+def test_a_setting_that_is_too_small_is_one_sentence(tmp_path, monkeypatch, script, setting, message):
+    set_small(monkeypatch, script, tmp_path, **setting)
+    with pytest.raises(ValueError, match=message):
+        script.main()
+
+
 def test_more_processes_than_gpus_is_one_sentence(monkeypatch):
     monkeypatch.setattr(utils, "pick_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -136,6 +136,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_a_step(tmp_path, monkeyp
         ({"CLASSES": ["cat"]}, "000005.xml.*dog"),
         ({"PRECISION": "int8"}, "PRECISION"),
         ({"MULTI_SCALE": [64, 100]}, "multiples of 32"),
+        ({"MULTI_SCALE": [0, 64]}, "multiples of 32"),
+        ({"EVAL_EVERY": 0}, "EVAL_EVERY must be 1 or more, not 0"),
+        ({"SUBDIVISIONS": -1}, "SUBDIVISIONS must be 1 or more, not -1"),
+        ({"REPEAT": 0}, "REPEAT must be 1 or more, not 0"),
+        ({"EPOCHS": 0}, "EPOCHS must be 1 or more, not 0"),
     ],
 )
 def test_a_wrong_setting_of_the_training_is_one_sentence(tmp_path, monkeypatch, setting, message):

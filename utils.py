@@ -226,7 +226,7 @@ def read_image(file: str | os.PathLike) -> np.ndarray:
     Transparent parts are laid on white. Raises FileNotFoundError or ValueError, naming the file, where it is missing or broken.
     """
     with open_image(file) as image:
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)  # a copy otherwise, of every image that lies as it should too
         if image.mode.startswith("I;16"):  # 16 bits of grey: keep the upper eight
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         elif image.mode in ("I", "F"):
@@ -234,7 +234,7 @@ def read_image(file: str | os.PathLike) -> np.ndarray:
         elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.array(image.convert("RGB"))
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def image_size(file: str | os.PathLike) -> tuple[int, int]:

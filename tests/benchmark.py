@@ -17,6 +17,7 @@ import math
 import multiprocessing
 import os
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
@@ -271,6 +272,12 @@ def take_turns(title, unit, steps, rounds, per_step=1.0, rate=False):
     return medians
 
 
+def each(function, items):
+    """Calls it on each and keeps nothing: memory for all results would be asked for anew, which no loop of a script does."""
+    for item in items:
+        function(item)
+
+
 # ---------------------------------------------------------------- the parts
 
 
@@ -334,25 +341,32 @@ def data(weights):
     )
     boxes = np.array([[0.2, 0.2, 0.6, 0.7, 3.0], [0.5, 0.4, 0.9, 0.9, 7.0]])
     steps = {
-        "decode alone, Pillow": lambda: [np.asarray(Image.open(file)) for file in files],
-        "decode alone, OpenCV": lambda: [cv2.imread(file) for file in files],
-        "decode + Affine + HSV + Resize, in that order": lambda: [
-            chain(image=cv2.cvtColor(cv2.imread(file), cv2.COLOR_BGR2RGB), bboxes=boxes) for file in files
-        ],
-        "VOCDataset, augmented and encoded": lambda: [rng[(index, IMAGE_SIZE, index)] for index in range(count)],
+        "decode alone, Pillow": lambda: each(lambda file: np.asarray(Image.open(file)), files),
+        "decode alone, OpenCV": lambda: each(cv2.imread, files),
+        "decode + Affine + HSV + Resize, in that order": lambda: each(
+            lambda file: chain(image=cv2.cvtColor(cv2.imread(file), cv2.COLOR_BGR2RGB), bboxes=boxes), files
+        ),
+        "VOCDataset, augmented and encoded": lambda: each(lambda index: rng[(index, IMAGE_SIZE, index)], range(count)),
     }
     size = sum(os.path.getsize(file) for file in files) / count / 1000
     take_turns(f"Data, one core, JPEG of 500 x 375 ({size:.0f} kB) to {IMAGE_SIZE} px", "images/s", steps, ROUNDS, count, rate=True)
 
-    # the classifier's loader: Darknet's crops from ImageNet-sized files
-    root = Path(__file__).parents[1] / "data_samples" / "imagenet"
-    pictures = dataset.imagenet_dataset(root, "train", 224, augment=True)
-    files = [file for file, _ in pictures.samples]
+    # the classifier's loader as its scripts have it: Darknet's crops from files of ImageNet's usual size, in a process of its own
+    shutil.copytree(folder / "VOC2007" / "JPEGImages", folder / "train" / "any")
+    pictures = dataset.imagenet_dataset(folder, "train", 224, augment=True)
+    loader = torch.utils.data.DataLoader(
+        pictures,
+        batch_sampler=dataset.epoch_batches(count, 32, 0, 0, [224], repeat=32),
+        num_workers=1,
+        persistent_workers=True,
+        worker_init_fn=lambda worker: utils.keep_freed_memory(),  # the script has done it before its workers start
+    )
     steps = {
-        "decode alone, Pillow": lambda: [utils.read_image(file) for file in files],
-        "imagenet_dataset, augmented": lambda: [pictures[(index, 224, index)] for index in range(len(files))],
+        "decode alone, Pillow": lambda: each(lambda file: np.asarray(Image.open(file)), files * 32),
+        "DataLoader of imagenet_dataset, one worker": lambda: each(len, loader),
     }
-    take_turns("ImageNet data, one core, the sample's images to 224 px", "images/s", steps, ROUNDS, len(files), rate=True)
+    title = "ImageNet data, the same files to 224 px in batches of 32, images/s a core beside images/s a worker"
+    take_turns(title, "images/s", steps, ROUNDS, 32 * count, rate=True)
     torch.set_num_threads(threads)
 
 

@@ -1,4 +1,4 @@
-"""Darknet-19, the classification network that YOLOv2 grows out of (YOLO9000 sec. 3, Table 6), and Darknet's weight files.
+"""Darknet-19, the classification network that is YOLOv2's backbone (YOLO9000 sec. 3, Table 6), and Darknet's weight files.
 
 Shapes: N images of H x W pixels, H and W multiples of 32; images are float32 RGB in 0..1, without mean or std, as in Darknet.
 """
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import utils
 
-# The table of the paper, top to bottom: (output channels, kernel size) of a convolution, or "pool" for a 2x2 max-pool of stride 2.
-# The 1x1 convolutions squeeze the channels between the 3x3 ones, which keeps the network cheap.
+# Table 6 of the paper, top to bottom: (output channels, kernel size) of a convolution, or "pool" for a 2x2 max-pool of stride 2.
+# The 1x1 convolutions reduce the channels between the 3x3 ones, which keeps the network cheap.
 DARKNET19_LAYERS = [
     (32, 3), "pool",
     (64, 3), "pool",
@@ -58,10 +58,10 @@ def initialise_kernels(model: nn.Module) -> None:
 
 
 def add_identity(model: nn.Module, weight: float) -> None:
-    """Adds `weight` to the centre of each kernel from channel `o mod c_in` to channel `o`, but not in the first and last layer.
+    """Adds `weight` to the centre of each kernel from channel `o mod c_in` to channel `o`, except in the first and last layer.
 
-    Such a layer begins by passing its input on (Zagoruyko and Komodakis, DiracNets, 2017). Without that, batch norm makes gradients
-    grow from layer to layer on the way back, and a run of a few thousand steps ends before the network has found its way.
+    Such a layer starts as a scaled identity plus its random kernel (Zagoruyko and Komodakis, DiracNets, 2017). Without it, batch
+    norm makes gradients grow from layer to layer during backward, which a run of a few thousand steps does not recover from.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.bias is None and module.in_channels > 3:
@@ -77,38 +77,13 @@ class Darknet19(nn.Module):
     def __init__(self, num_classes: int = 1000):
         super().__init__()
         self.features = darknet19_features()
-        self.classifier = nn.Conv2d(1024, num_classes, kernel_size=1)  # no batch norm, no activation
+        self.classifier = nn.Conv2d(DARKNET19_LAYERS[-1][0], num_classes, kernel_size=1)  # no batch norm, no activation
         initialise_kernels(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (N, 3, H, W) -> logits (N, num_classes); the softmax is left to the loss."""
         maps = self.classifier(self.features(images))  # (N, num_classes, H/32, W/32)
         return maps.mean(dim=(2, 3))  # global average pooling -> (N, num_classes)
-
-
-# ---------------------------------------------------------------- training as Darknet does it
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Optimiser groups: decay on the convolution kernels only, none on biases and batch norm (src/convolutional_layer.c)."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    kernels = [parameter for parameter in parameters if parameter.ndim > 1]
-    others = [parameter for parameter in parameters if parameter.ndim <= 1]
-    return [{"params": kernels, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-
-
-def warm_batch_norm(model: nn.Module, batches_seen: int) -> None:
-    """Sets the momentum of every batch norm's running statistics: Darknet's .01, but more in the first 1000 batches.
-
-    With .01 alone the statistics need some 500 batches to forget their start, and a run of 100 would be validated with cold ones.
-    10 / (batches + 10) averages over about the last tenth of the run instead, and reaches .01 at 990 batches. A compiled
-    model keeps .01: the momentum is a constant of its code, which would have to be made anew for each batch.
-    """
-    if any(name.endswith("_orig_mod") for name, _ in model.named_modules()):  # what torch.compile calls the model it wraps
-        return
-    for module in model.modules():
-        if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-            module.momentum = max(0.01, 10 / (batches_seen + 10))
 
 
 # ---------------------------------------------------------------- Darknet's weight files
@@ -129,7 +104,7 @@ def darknet_tensors(model: nn.Module) -> Iterator[list[Tensor]]:
         elif module.bias is not None:
             yield [module.bias, module.weight]
         else:
-            raise ValueError("this model has a convolution with neither bias nor batch norm; Darknet files know none such")
+            raise ValueError("this model has a convolution with neither bias nor batch norm, which no Darknet file can hold")
 
 
 def open_darknet_file(file: str | os.PathLike) -> tuple[np.ndarray, int]:
@@ -156,7 +131,7 @@ def open_darknet_file(file: str | os.PathLike) -> tuple[np.ndarray, int]:
 
 
 def copy_convolutions(convolutions: list[list[Tensor]], numbers: np.ndarray) -> None:
-    """Copies a Darknet file's numbers into the tensors of as many convolutions, straight from the memory map."""
+    """Copies the first numbers of a Darknet file into the tensors of these convolutions, straight from the memory map."""
     position = 0
     with torch.no_grad():
         for tensors in convolutions:
@@ -167,11 +142,10 @@ def copy_convolutions(convolutions: list[list[Tensor]], numbers: np.ndarray) -> 
 
 
 def load_darknet_weights(model: nn.Module, file: str | os.PathLike) -> int:
-    """Loads a Darknet file into a Darknet19 or YOLOv2 -> the number of convolutions that were loaded.
+    """Loads a Darknet file into a Darknet19 or YOLOv2 -> the number of convolutions that were loaded, which is also printed.
 
-    The file may hold all convolutions or only the first ones (`darknet19_448.conv.23`: 18 convolutions, 23 counts the pools);
-    how many is printed. Raises FileNotFoundError or ValueError, naming the file, and leaves the model as it was, where the file
-    is damaged or of another network.
+    The file may hold all convolutions or only the first ones (`darknet19_448.conv.23`: 18 convolutions, 23 counts the pools).
+    Where it is damaged or of another network, raises FileNotFoundError or ValueError, naming it, and the model is unchanged.
     """
     numbers, images_seen = open_darknet_file(file)
     convolutions = list(darknet_tensors(model))
@@ -179,13 +153,13 @@ def load_darknet_weights(model: nn.Module, file: str | os.PathLike) -> int:
     count = int(np.searchsorted(ends, numbers.size, side="right"))
     held = int(ends[count - 1]) if count else 0
     if count == 0 or held != numbers.size:
-        name, (below, above) = type(model).__name__, (held, int(ends[min(count, len(ends) - 1)]))
+        above = int(ends[min(count, len(ends) - 1)])
         near = (
-            f"{above:,}" if count in (0, len(ends)) else f"{below:,} (first {count} convolutions) or {above:,} (first {count + 1})"
+            f"{above:,}" if count in (0, len(ends)) else f"{held:,} (first {count} convolutions) or {above:,} (first {count + 1})"
         )
         raise ValueError(
-            f"{file}: holds {numbers.size:,} numbers, but this {name} takes {near}; the file is damaged, or of another "
-            f"network or number of classes"
+            f"{file}: holds {numbers.size:,} numbers, but this {type(model).__name__} takes {near}; the file is damaged, or of "
+            f"another network or number of classes"
         )
     copy_convolutions(convolutions[:count], numbers)
     print(f"{file}: loaded {count} of {len(convolutions)} convolutions ({images_seen:,} images seen in training)")
@@ -193,13 +167,13 @@ def load_darknet_weights(model: nn.Module, file: str | os.PathLike) -> int:
 
 
 def save_darknet_weights(model: nn.Module, file: str | os.PathLike, images_seen: int = 0) -> None:
-    """Writes a Darknet19 or YOLOv2 as a Darknet weights file, version 0.2; an existing file is replaced only when all is written.
+    """Writes a Darknet19 or YOLOv2 as a Darknet weights file, version 0.2; an old file stays until the new one is complete.
 
-    A fused model cannot be written: its batch norms are gone (ValueError for Darknet19 and YOLOv2 alike).
+    Raises ValueError for a fused model, which has no batch norms any more.
     """
     if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        raise ValueError("a fused model has no batch norms left to write; save the model it was made from")
-    with utils.whole_file(file) as temporary, open(temporary, "wb") as stream:
+        raise ValueError("a fused model has no batch norms to write; save the model it was made from")
+    with utils.atomic_write(file) as temporary, open(temporary, "wb") as stream:
         np.array([0, 2, 0], "<i4").tofile(stream)
         np.array([images_seen], "<i8").tofile(stream)
         for tensors in darknet_tensors(model):

@@ -1,23 +1,23 @@
-"""Pre-trains Darknet-19 on ImageNet with DistributedDataParallel, a process a GPU (YOLO9000 sec. 3, "Training for classification").
+"""Pre-trains Darknet-19 on ImageNet with DistributedDataParallel (DDP), one process per GPU (YOLO9000 sec. 3).
 
     torchrun --nproc_per_node=4 darknet_train_multigpu_distr.py DATA_DIR=/data/imagenet NUM_WORKERS=8 IMAGE_SIZE=224 ...
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv-backend=c10d --rdzv-endpoint=HOST:29400 darknet_train_multigpu_distr.py ...
-    torchrun --nproc_per_node=4 --max-restarts=3 ...            a crashed run comes back from its last checkpoint (one machine; on
-                                                                several, start all of them again with RESUME=True); MAX_HOURS
-                                                                counts from each start
+    torchrun --nproc_per_node=4 --max-restarts=3 ...            resumes after a crash from the last checkpoint (one machine; on
+                                                                several, start all again with RESUME=True)
     python darknet_train_multigpu_distr.py                      one process
 
-BATCH_SIZE is that of all processes together. nccl on GPUs, gloo on CPUs. The first process alone prints and writes, the same files
-as darknet_train.py; their checkpoints are the same.
+It is darknet_train.py with the lines under "DDP:" added. BATCH_SIZE counts the images of all processes. nccl on GPUs, gloo on CPUs.
+Only the first process prints and writes, the same files as darknet_train.py; their checkpoints are interchangeable. MAX_HOURS
+counts from each start.
 """
 
-import contextlib
-import math
+import atexit
+import functools
+import io
 import os
 import socket
 import sys
 import time
-import zlib
 
 import torch
 import torch.distributed as dist
@@ -30,19 +30,19 @@ from tqdm import tqdm
 
 import darknet_model
 import utils
-from dataset import epoch_batches, imagenet_dataset
+from dataset import files_of_step, imagenet_dataset, steps_per_epoch, training_batches
 
 # data
 DATA_DIR = "data_samples/imagenet"  # holds train/<wnid>/ and val/<wnid>/
 IMAGE_SIZE = 64  # pixels; 224 in the paper, 448 in its second stage
-CROP_SCALE = (0.5, 1.75)  # least and greatest short side, in crops, that an image is scaled to; (1.0, 1.14) in the second stage
+CROP_SCALE = (0.5, 1.75)  # short side of the scaled image, relative to the crop: smallest, largest; (1.0, 1.14) in the second stage
 NUM_WORKERS = 2  # processes that load images
-BROKEN_IMAGES = "stop"  # or "skip": another image takes the place of one that cannot be read, and a file lists it
+BROKEN_IMAGES = "stop"  # or "skip": use the next image instead of an unreadable one, and list it in a file
 # model
-IDENTITY_INIT = 0.0  # how much of its input each new layer passes on; 0 in Darknet, 2 for runs of a few thousand steps
+IDENTITY_INIT = 0.0  # weight of an identity added to each new kernel; 0 in Darknet, 2 for runs of a few thousand steps
 # optimiser
-BATCH_SIZE = 6  # images an optimiser step, of all processes together; 128 in darknet19.cfg
-SUBDIVISIONS = 1  # parts that a batch is worked through in (gradient accumulation)
+BATCH_SIZE = 6  # images per optimiser step; 128 in darknet19.cfg
+SUBDIVISIONS = 1  # gradient-accumulation steps per batch
 LEARNING_RATE = 0.01  # 0.1 in the paper, 1e-3 in its second stage
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4  # on kernels only
@@ -55,96 +55,40 @@ LR_DROPS = [60, 90]  # epochs after which "steps" divides the rate by 10
 BURN_IN = 0  # optimiser steps with a rising rate; 1000 in darknet19.cfg
 # run
 CHECKPOINT = "runs/darknet19.pt"
-RESUME = False  # go on from CHECKPOINT
-SAVE_EVERY_MINUTES = 30.0  # inside long epochs
-MAX_HOURS = 0.0  # save and stop after so long, for the time limit of a queue; 0 for none
+RESUME = False  # continue from CHECKPOINT
+SAVE_EVERY_MINUTES = 30.0  # within long epochs
+MAX_HOURS = 0.0  # save and stop after so long, for the time limit of a queue; 0 for no limit
 RESUME_WEIGHTS = ""  # a checkpoint or Darknet file whose weights a new run starts from, as for the 448 px stage
 SEED = 0
 DEVICE = "auto"  # "cuda", "cuda:1", "cpu"
-PRECISION = "auto"  # "fp32", "bf16", "fp16"; auto: half where the device computes it natively
-SYNC_BATCH_NORM = False  # True: batch norm over the images of all processes instead of a process's own (GPUs only)
+PRECISION = "auto"  # "fp32", "bf16", "fp16"; auto: half precision where the device computes it natively
 COMPILE = False  # torch.compile, worth its minutes of start-up on a GPU
+SYNC_BATCH_NORM = False  # DDP: batch norm over the images of all processes instead of each process's own (GPUs only)
 
-# RESUME refuses a change of the first and does not mind one of the second; any other change is logged
-_FIXED = ("IMAGE_SIZE", "BATCH_SIZE", "SUBDIVISIONS", "MOMENTUM", "WEIGHT_DECAY", "SEED", "classes", "training images")
-_FREE = (
-    "DATA_DIR",
-    "NUM_WORKERS",
-    "CHECKPOINT",
-    "RESUME",
-    "RESUME_WEIGHTS",
-    "SAVE_EVERY_MINUTES",
-    "MAX_HOURS",
-    "DEVICE",
-)
+# may not change on RESUME
+FIXED = ("IMAGE_SIZE", "BATCH_SIZE", "SUBDIVISIONS", "MOMENTUM", "WEIGHT_DECAY", "SEED", "classes", "training images")
 
 
-def train_one_epoch(
-    model, loader, optimizer, scaler, rates, subdivisions, smoothing, device, dtype, batches_seen, sums, should_pause
-):
-    """One pass over the loader, or its beginning: it ends after an optimiser step when should_pause() says so.
-
-    `rates` holds the learning rate of each step; loss, right answers and images are added to `sums`, which stays on the device.
-    -> optimiser steps taken. Raises FloatingPointError(batch) where a loss or its gradient is not finite; the weights are still
-    those before it (in fp16 on a GPU, up to nine steps later). The processes of DistributedDataParallel have one gradient in
-    common, so that all of them stop; in fp16 it may be the one with the loss alone, and torchrun ends the others.
-    """
-    model.train()
-    steps = 0
-    first_bad = torch.full((), -1, device=device)  # the first batch whose loss or gradient is not finite
-    for batch, (images, labels) in enumerate(loader):
-        images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-        labels = labels.to(device, non_blocking=True)
-        step, part = divmod(batch, subdivisions)
-        if part == 0:
-            darknet_model.warm_batch_norm(model, batches_seen + batch)
-            for group in optimizer.param_groups:
-                group["lr"] = rates[step]
-            optimizer.zero_grad(set_to_none=True)
-
-        # Only the last part of a batch makes the processes of DistributedDataParallel exchange their gradients.
-        last = part == subdivisions - 1
-        exchange = contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
-        with exchange:
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                logits = model(images)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
-            scaler.scale(loss / subdivisions).backward()
-        right = (logits.argmax(dim=1) == labels).sum()
-        sums += torch.stack([loss.detach() * len(images), right, torch.full_like(right, len(images))])
-        finite = torch.isfinite(loss)
-        if last and not scaler.is_enabled():  # a GradScaler looks for infinite gradients itself: it lowers its scale and goes on
-            finite &= torch.isfinite(get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
-        first_bad = torch.where(finite | (first_bad >= 0), first_bad, batch)
-
-        if last:
-            optimizer.found_inf = (first_bad >= 0).float()  # where it is 1 the fused optimisers leave the weights alone ...
-            scaler.step(optimizer)
-            scaler.update()
-            steps += 1
-            if should_pause():
-                break
-            # ... so that a GPU, which would have to be waited for, need not be asked in every step
-            if device.type == "cpu" or step % 10 == 9:
-                if scaler.is_enabled() and scaler.get_scale() < 1:  # halved at each step: gradients stay infinite
-                    first_bad.fill_(batch)
-                if first_bad >= 0:
-                    break
-    if first_bad >= 0:
-        raise FloatingPointError(int(first_bad))
-    return steps
+def check_settings():
+    """Raises ValueError for a setting that cannot be right."""
+    utils.check_at_least(1, EPOCHS=EPOCHS, BATCH_SIZE=BATCH_SIZE, SUBDIVISIONS=SUBDIVISIONS)
+    utils.check_at_least(32, IMAGE_SIZE=IMAGE_SIZE)  # Darknet-19 halves it five times
+    utils.check_one_of(("stop", "skip"), BROKEN_IMAGES=BROKEN_IMAGES)
+    utils.check_one_of(utils.LR_SCHEDULES, LR_SCHEDULE=LR_SCHEDULE)
+    if BATCH_SIZE % SUBDIVISIONS:
+        raise ValueError(f"BATCH_SIZE {BATCH_SIZE} must be a multiple of SUBDIVISIONS {SUBDIVISIONS}")
 
 
 @torch.no_grad()
-def validate(model, loader, device, dtype, should_stop):
-    """One pass over the loader -> sums of loss, images whose class was guessed first, among the first five, images.
+def validate(model, loader, device, dtype, stop):
+    """One pass over the loader -> sums of the loss, of images whose class is the first guess, among the first five, of images.
 
-    Images that could not be read have the label -100 and count nowhere. It ends early as soon as should_stop() says so.
+    Unreadable images have the label -100 and do not count. Returns early when the run is asked to stop.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     for images, labels in loader:
-        if should_stop():
+        if utils.should_stop(stop):
             break
         images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
         labels = labels.to(device, non_blocking=True)
@@ -156,61 +100,85 @@ def validate(model, loader, device, dtype, should_stop):
     return sums
 
 
-def main():
-    # torchrun tells each process its number and theirs; without it there is one. The group is torn down however the run ends.
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+# ---------------------------------------------------------------- DDP: several processes
+
+
+def join_processes() -> torch.device:
+    """Joins the group of processes that torchrun has started, or makes a group of one -> the device of this process."""
     device = utils.pick_device(DEVICE)
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", device.index or 0))
         if local >= torch.cuda.device_count():
-            raise ValueError(f"process {local} has no GPU: --nproc_per_node may be {torch.cuda.device_count()} at most here")
+            raise ValueError(f"process {local} has no GPU: --nproc_per_node may be at most {torch.cuda.device_count()} here")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    if world > 1:
-        # The processes find each other in torchrun's key-value store. It outlives a crash, so each start writes under a name of
-        # its own: the addresses of the processes that have died would make the next ones wait for them.
-        store, rank, world = next(rendezvous("env://"))
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    if not dist.is_initialized():
+        store, rank, world = dist.HashStore(), 0, 1
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            # torchrun's key-value store survives a crash. Each start uses its own names in it: with the old addresses, new
+            # processes would wait for those that have died.
+            store, rank, world = next(rendezvous("env://"))
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
-    try:
-        train(rank, world, device)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        atexit.register(dist.destroy_process_group)
+    return device
 
 
-def train(rank, world, device):
-    """What main() does in the scripts for one process; `rank` is the number of this one of `world` processes."""
+def any_process(stop, device) -> bool:
+    """Whether any process was asked to stop: a signal may have reached only one of them, but all must stop at the same step."""
+    asked = torch.tensor(float(utils.should_stop(stop)), device=device)
+    dist.all_reduce(asked, dist.ReduceOp.MAX)
+    if asked and not stop.reason:
+        stop.reason = "another process"
+    return bool(asked)
+
+
+def is_own_checkpoint(launcher: str) -> bool:
+    """After a restart by torchrun: whether CHECKPOINT was written by the same torchrun, and not by an older run."""
+    own = [False]
+    if dist.get_rank() == 0 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and os.path.isfile(CHECKPOINT):
+        own = [utils.load_checkpoint(CHECKPOINT).get("launcher") == launcher]
+    dist.broadcast_object_list(own)
+    return own[0]
+
+
+def check_same_step(step: int) -> None:
+    """Raises ValueError where the processes have loaded different checkpoints."""
+    steps = [None] * dist.get_world_size()
+    dist.all_gather_object(steps, step)
+    if len(set(steps)) > 1:
+        raise ValueError(f"{CHECKPOINT}: the processes found different files (steps {steps}); put it in a folder that all share")
+
+
+def main():
+    check_settings()
     utils.keep_freed_memory()
-    utils.set_seed(SEED)  # the same in all processes: they start from the same weights
+    utils.set_seed(SEED)
+    device = utils.pick_device(DEVICE)
+    # DDP: each process has its own device; only the first one prints
+    device = join_processes()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    sys.stdout = sys.stdout if rank == 0 else io.StringIO()
+    if BATCH_SIZE // SUBDIVISIONS % world:
+        raise ValueError(
+            f"BATCH_SIZE / SUBDIVISIONS = {BATCH_SIZE // SUBDIVISIONS} images cannot be split evenly over {world} processes"
+        )
     dtype = utils.pick_precision(PRECISION, device)
-    told, stop = utils.catch_stop_signals(), []  # what this process was told, and what all of them know of (see share_stop)
-    deadline = time.monotonic() + 3600 * MAX_HOURS if MAX_HOURS > 0 else math.inf
-    stem = os.path.splitext(CHECKPOINT)[0]
-    utils.check_at_least(1, EPOCHS=EPOCHS, BATCH_SIZE=BATCH_SIZE, SUBDIVISIONS=SUBDIVISIONS)
-    utils.check_at_least(32, IMAGE_SIZE=IMAGE_SIZE)  # Darknet-19 halves it five times
-    if BATCH_SIZE % SUBDIVISIONS:
-        raise ValueError(f"BATCH_SIZE {BATCH_SIZE} must be a multiple of SUBDIVISIONS {SUBDIVISIONS}")
-    part_size = BATCH_SIZE // SUBDIVISIONS
-    if part_size % world:
-        raise ValueError(f"{part_size} images (BATCH_SIZE / SUBDIVISIONS) cannot be shared evenly by {world} processes")
+    stop = utils.catch_stop_signals(MAX_HOURS)
+    stem = CHECKPOINT.removesuffix(".pt")
 
     # data
     train_set = imagenet_dataset(DATA_DIR, "train", IMAGE_SIZE, augment=True, crop_scale=CROP_SCALE)
-    val_set = imagenet_dataset(DATA_DIR, "val", IMAGE_SIZE, augment=False)
-    if train_set.classes != val_set.classes:
-        odd = sorted(set(train_set.classes) ^ set(val_set.classes))
-        raise ValueError(f"{DATA_DIR}: train/ and val/ have different class folders ({', '.join(odd[:5])}); both need all of them")
-    if BROKEN_IMAGES == "skip":
-        train_set.broken_list = val_set.broken_list = f"{stem}_broken.txt"
-    elif BROKEN_IMAGES != "stop":
-        raise ValueError(f'BROKEN_IMAGES must be "stop" or "skip", not {BROKEN_IMAGES!r}')
-    options = {"num_workers": NUM_WORKERS, "persistent_workers": NUM_WORKERS > 0, "pin_memory": device.type == "cuda"}
-    options["worker_init_fn"] = utils.leave_signals_to_the_parent
-    batches = []  # filled anew each epoch; the loader's workers live through all of them
-    train_loader = DataLoader(train_set, batch_sampler=batches, **options)
-    # every world-th validation image: together all of them, none twice, though some processes may have one more
-    val_loader = DataLoader(Subset(val_set, range(rank, len(val_set), world)), part_size // world, **options)
+    val_set = imagenet_dataset(DATA_DIR, "val", IMAGE_SIZE, augment=False, classes=train_set.classes)
+    train_set.broken_list = val_set.broken_list = f"{stem}_broken.txt" if BROKEN_IMAGES == "skip" else ""
+    loading = {"num_workers": NUM_WORKERS, "pin_memory": device.type == "cuda", "worker_init_fn": utils.ignore_signals}
+    val_loader = DataLoader(val_set, BATCH_SIZE // SUBDIVISIONS, **loading)
+    # DDP: each process validates every world-th image, so none is counted twice, though some processes may have one more
+    val_loader = DataLoader(Subset(val_set, range(rank, len(val_set), world)), BATCH_SIZE // SUBDIVISIONS // world, **loading)
+    steps = steps_per_epoch(len(train_set), BATCH_SIZE, SUBDIVISIONS)
+    # DDP: an incomplete batch cannot be split evenly
+    steps = steps_per_epoch(len(train_set), BATCH_SIZE, SUBDIVISIONS * world)
+    batches_from = functools.partial(training_batches, len(train_set), BATCH_SIZE, SUBDIVISIONS, [IMAGE_SIZE], SEED)
 
     # model, optimiser
     model = darknet_model.Darknet19(len(train_set.classes))
@@ -218,185 +186,132 @@ def train(rank, world, device):
     model.to(device, memory_format=torch.channels_last)
     if RESUME_WEIGHTS and not RESUME:
         darknet_model.load_classifier(model, RESUME_WEIGHTS)
-    groups = darknet_model.parameter_groups(model, WEIGHT_DECAY)
-    optimizer = torch.optim.SGD(groups, LEARNING_RATE, momentum=MOMENTUM, fused=True)
-    for parameter in model.parameters():  # torch would leave it uninitialised where fp16's first step overflows and is skipped
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    network = model  # holds the same weights
+    # DDP: averages the gradients of all processes during backward
+    if SYNC_BATCH_NORM:
+        network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    ids = [device] if device.type == "cuda" else None
+    network = ddp = DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
+    if COMPILE:
+        network = torch.compile(network)
+    groups = utils.parameter_groups(model, WEIGHT_DECAY)
+    optimizer = torch.optim.SGD(groups, LEARNING_RATE, momentum=MOMENTUM, fused=dtype != torch.float16)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    # where the run stands: finished epochs, optimiser steps, and what the current epoch has added up
-    epoch, step, images_seen, best = 0, 0, 0, -1.0
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right answers, images
-    names = "\n".join(os.path.basename(file) for file, _ in train_set.samples)
-    settings = utils.script_settings(globals()) | {"classes": train_set.classes, "PRECISION": str(dtype)}
-    settings["training images"] = f"{len(train_set)} images with the checksum {zlib.crc32(names.encode()):08x} of their names"
-    # torchrun starts all processes anew when one has crashed (--max-restarts): they go on from the last checkpoint, if it is one
-    # that processes of the same torchrun have written, and not an older run's
+    # the run's position, and this epoch's sums of loss, correct first guesses and images
+    state = {"epoch": 0, "step": 0, "images_seen": 0, "best": -1.0}
+    state["sums"] = torch.zeros(3, dtype=torch.float64, device=device)
+    settings = utils.script_settings(globals()) | {"PRECISION": str(dtype), "classes": train_set.classes}
+    settings["training images"] = utils.fingerprint(train_set.samples)
+    # DDP: torchrun restarts all processes when one has crashed (--max-restarts); they resume from its own last checkpoint
     launcher = f"{os.environ.get('TORCHELASTIC_RUN_ID')} {socket.gethostname()} {os.getppid()}"
-    restarted = [False]
-    if rank == 0 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and os.path.isfile(CHECKPOINT):
-        restarted = [utils.load_checkpoint(CHECKPOINT).get("launcher") == launcher]
-    if world > 1:
-        dist.broadcast_object_list(restarted)
-    if RESUME or restarted[0]:
-        keys = ("model", "optimizer", "scaler", "epoch", "step", "images_seen", "best", "sums", "rng", "settings")
-        state = utils.load_checkpoint(CHECKPOINT, keys=keys)
-        utils.compare_settings(CHECKPOINT, state["settings"], settings, _FIXED, _FREE, tell=rank == 0)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # empty where the run was not in fp16
-            scaler.load_state_dict(state["scaler"])
-        utils.restore_random_states(state["rng"])
-        epoch, step, images_seen, best = state["epoch"], state["step"], state["images_seen"], state["best"]
-        sums += state["sums"].to(device)
-        del state  # or its copy of the weights would stay in memory
-        if rank == 0:
-            print(f"going on from {CHECKPOINT} after epoch {epoch}, step {step}", flush=True)
-    if world > 1:
-        starts = [None] * world
-        dist.all_gather_object(starts, step)
-        if len(set(starts)) > 1:
-            raise ValueError(
-                f"{CHECKPOINT}: the processes found different files (steps {starts}); put it in a folder that all share"
-            )
-    wrapped = model
-    if world > 1:  # averages the gradients of all processes during backward; `model` stays the plain one, to validate and save
-        if SYNC_BATCH_NORM:
-            wrapped = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        wrapped = DistributedDataParallel(wrapped, device_ids=[device] if device.type == "cuda" else None)
-    wrapped = torch.compile(wrapped) if COMPILE else wrapped
-
-    def network():
-        return {
-            "model": model.state_dict(),
-            "classes": train_set.classes,
-            "image_size": IMAGE_SIZE,
-            "images_seen": images_seen,
-            "best": best,
-        }
+    if not RESUME and is_own_checkpoint(launcher):
+        state = utils.resume(CHECKPOINT, model, optimizer, scaler, settings, FIXED)
+    if RESUME:
+        state = utils.resume(CHECKPOINT, model, optimizer, scaler, settings, FIXED)
+    about = {"classes": train_set.classes, "image_size": IMAGE_SIZE, "settings": settings}
+    # DDP: the processes must agree on where they are
+    check_same_step(state["step"])
+    about["launcher"] = launcher
 
     def save():
+        # DDP: the first process writes
         if rank > 0:
-            return  # the first process alone writes
-        utils.save_checkpoint(
-            CHECKPOINT,
-            **network(),
-            epoch=epoch,
-            step=step,
-            sums=sums.cpu(),
-            optimizer=optimizer.state_dict(),
-            scheduler={"name": LR_SCHEDULE, "learning_rate": optimizer.param_groups[0]["lr"]},  # a function of the step alone
-            scaler=scaler.state_dict(),
-            rng=utils.random_states(),
-            settings=settings,
-            launcher=launcher,
-        )
+            return
+        optimizing = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        utils.save_checkpoint(CHECKPOINT, model=model.state_dict(), **optimizing, **state, **about)
 
-    signals = dist.new_group(backend="gloo") if world > 1 else None  # on the processors, so that no GPU has to be waited for
+    print(f"{len(train_set)} training and {len(val_set)} validation images of {len(train_set.classes)} classes on {device}")
+    batches = batches_from(state["step"])
+    # DDP: all processes draw the same batches, and each takes every world-th image of them
+    batches = (batch[rank::world] for batch in batches)
+    data = iter(DataLoader(train_set, batch_sampler=batches, **loading))
+    bar = tqdm(total=EPOCHS * steps, initial=state["step"], unit="step", disable=None)
+    # DDP: one bar is enough
+    if rank > 0:
+        bar.disable = True
+    stopping, saved = False, time.monotonic()
+    while state["epoch"] < EPOCHS:
+        end, images_before, start = (state["epoch"] + 1) * steps, state["images_seen"], time.monotonic()
+        model.train()
+        while state["step"] < end:
+            drops = [drop * steps for drop in LR_DROPS]
+            rate = utils.learning_rate_at(state["step"], EPOCHS * steps, LEARNING_RATE, LR_SCHEDULE, BURN_IN, LR_POWER, drops)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            utils.warm_batch_norm(network, state["step"] * SUBDIVISIONS)
 
-    def should_stop():
-        if time.monotonic() >= deadline and not told:
-            told.append("MAX_HOURS")
-        return bool(told or stop)
+            step_sums = torch.zeros_like(state["sums"])
+            for part in range(SUBDIVISIONS):  # gradient accumulation
+                # DDP: exchange gradients once per step, in the last backward
+                ddp.require_backward_grad_sync = part == SUBDIVISIONS - 1
+                images, labels = next(data)
+                images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+                labels = labels.to(device, non_blocking=True)
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    logits = network(images)
+                loss = F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
+                scaler.scale(loss / SUBDIVISIONS).backward()
+                correct = (logits.argmax(dim=1) == labels).sum()
+                step_sums += torch.stack([loss.detach() * len(images), correct, torch.full_like(correct, len(images))])
 
-    def should_pause():  # all processes must end at the same step, so they tell each other whether one of them has to
-        pause = torch.tensor(float(should_stop() or time.monotonic() >= pause_at))
-        if world > 1:
-            dist.all_reduce(pause, dist.ReduceOp.MAX, signals)
-        return bool(pause)
+            # DDP: the sums of all processes, so that all find the same loss
+            dist.all_reduce(step_sums)
+            norm = get_total_norm([parameter.grad for parameter in model.parameters()])
+            if problem := utils.problem_of_step(("cross-entropy",), step_sums[:1], norm, scaler):
+                files = files_of_step(train_set.samples, batches_from(state["step"]), SUBDIVISIONS)
+                raise ValueError(utils.diverged(problem, state, files, CHECKPOINT))
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            state["sums"] += step_sums
+            state["images_seen"] += min(BATCH_SIZE, len(train_set))
+            state["step"] += 1
+            bar.update()
 
-    def share_stop():  # a signal may have reached one process alone, and at another place of the loop
-        stopped = torch.tensor(float(bool(told)))
-        if world > 1:
-            dist.all_reduce(stopped, dist.ReduceOp.MAX, signals)
-        if stopped:
-            stop[:] = told or ["another process"]
-
-    steps = len(train_set) // BATCH_SIZE or int(SUBDIVISIONS == world == 1)  # optimiser steps an epoch; a small set is one batch
-    if steps == 0:
-        raise ValueError(f"{len(train_set)} images do not fill a batch; lower BATCH_SIZE or SUBDIVISIONS")
-    if rank == 0:
-        print(f"{world} processes")
-        print(f"{len(train_set)} training and {len(val_set)} validation images of {len(train_set.classes)} classes on {device}")
-    while epoch < EPOCHS:
-        all_batches = epoch_batches(len(train_set), part_size, epoch, SEED, [IMAGE_SIZE])[: steps * SUBDIVISIONS]
-        # all processes draw the same batches, and each takes every world-th image of each
-        all_batches = [batch[rank::world] for batch in all_batches]
-        drops = [drop * steps for drop in LR_DROPS]
-        rates = [
-            utils.learning_rate_at(epoch * steps + number, EPOCHS * steps, LEARNING_RATE, LR_SCHEDULE, BURN_IN, LR_POWER, drops)
-            for number in range(steps)
-        ]
-        # the epoch, or what is left of it, in parts: between them the run is saved, and ends where it has to
-        seconds, images_before = 0.0, float(sums[2])
-        while step < (epoch + 1) * steps and not stop:
-            if seconds > 0:
+            stopping = utils.should_stop(stop)
+            # DDP: all processes stop at the same step
+            stopping = any_process(stop, device)
+            if stopping:
+                break
+            if time.monotonic() - saved >= 60 * SAVE_EVERY_MINUTES:
                 save()
-            done = step - epoch * steps
-            batches[:] = all_batches[done * SUBDIVISIONS :]
-            start = time.monotonic()
-            pause_at = start + 60 * SAVE_EVERY_MINUTES
-            bar = tqdm(train_loader, desc=f"epoch {epoch + 1}", unit="batch", leave=False, disable=None if rank == 0 else True)
-            own_sums = torch.zeros_like(sums)
-            try:
-                step += train_one_epoch(
-                    wrapped, bar, optimizer, scaler, rates[done:], SUBDIVISIONS, LABEL_SMOOTHING, device, dtype,
-                    step * SUBDIVISIONS, own_sums, should_pause,
-                )  # fmt: skip
-            except FloatingPointError as error:
-                batch = error.args[0]
-                files = ", ".join(train_set.samples[index][0] for index, *_ in batches[batch])
-                raise ValueError(
-                    f"the loss or its gradient is not finite in epoch {epoch + 1}, step {step + batch // SUBDIVISIONS + 1}, "
-                    f"images {files}; the checkpoint is intact. Lower LEARNING_RATE, lengthen BURN_IN, or try PRECISION=fp32"
-                ) from None
-            finally:
-                bar.close()
-            seconds += time.monotonic() - start
-            if world > 1:
-                dist.all_reduce(own_sums)
-            sums += own_sums  # of all processes
-            share_stop()
+                saved = time.monotonic()
 
-        if not stop:
-            if world > 1:  # the last step has left other averages in each process: all validate with what the first one will save
-                for buffer in model.buffers():
-                    dist.broadcast(buffer, 0)
-            val_sums = validate(model, val_loader, device, dtype, should_stop)
-            if world > 1:
-                dist.all_reduce(val_sums)
-            share_stop()
-        if stop:
+        images, seconds = state["images_seen"] - images_before, time.monotonic() - start
+        if not stopping:
+            # DDP: all validate the network that the first process saves; batch norm has seen other images in each of them
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+            val_sums = validate(model, val_loader, device, dtype, stop)
+            stopping = utils.should_stop(stop)
+            # DDP: the sums of all processes
+            dist.all_reduce(val_sums)
+            stopping = any_process(stop, device)
+        if stopping:
             save()
-            if rank == 0:
-                print(f"stopped by {stop[0]} in epoch {epoch + 1} after step {step}; RESUME=True goes on from {CHECKPOINT}")
+            print(utils.stopped(stop, state, CHECKPOINT), flush=True)
             return
 
-        epoch += 1
-        images_seen += int(sums[2])
-        row = {
-            "epoch": epoch,
-            "learning_rate": rates[-1],
-            "loss": float(sums[0] / sums[2]),
-            "val_loss": float(val_sums[0] / val_sums[3]),
-            "images_per_second": (float(sums[2]) - images_before) / seconds if seconds else "",
-            "train_top1": float(sums[1] / sums[2]),
-            "val_top1": float(val_sums[1] / val_sums[3]),
-            "val_top5": float(val_sums[2] / val_sums[3]),
-        }
-        sums.zero_()
-        improved = row["val_top1"] >= best
-        best = max(best, row["val_top1"])
+        loss, correct = (state["sums"][:2] / state["sums"][2]).tolist()
+        val_loss, top1, top5 = (val_sums[:3] / val_sums[3]).tolist()
+        row = {"epoch": state["epoch"] + 1, "learning_rate": optimizer.param_groups[0]["lr"], "loss": loss, "val_loss": val_loss}
+        row |= {"images_per_second": images / seconds if images else "", "train_top1": correct, "val_top1": top1, "val_top5": top5}
+        state["epoch"] += 1
+        state["sums"].zero_()
+        improved = top1 >= state["best"]
+        state["best"] = max(top1, state["best"])
+        # DDP: the first process writes
         if rank > 0:
-            continue  # the first process alone prints and writes
-        if improved:
-            utils.save_checkpoint(f"{stem}_best.pt", **network(), epoch=epoch)
-        utils.append_metrics(f"{stem}_metrics.csv", row)  # before the checkpoint: a row that is there twice takes its own place
+            continue
         save()
-        utils.draw_charts(f"{stem}_metrics.csv", f"{stem}_charts.png")
-        print("  ".join(f"{name} {value:.4g}" for name, value in row.items() if value != ""), flush=True)
-    if rank == 0 and BROKEN_IMAGES == "skip" and os.path.isfile(train_set.broken_list):
-        print(f"images that could not be read stand in {train_set.broken_list}")
+        if improved:
+            utils.save_checkpoint(f"{stem}_best.pt", model=model.state_dict(), **state, **about)
+        bar.clear()
+        utils.log_epoch(stem, row)
+    bar.close()
+    if os.path.isfile(train_set.broken_list):
+        print(f"{train_set.broken_list} lists the images that could not be read")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ import os
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import torch
 
 import utils
-from dataset import VOC_CLASSES, test_transform, to_tensor
+from dataset import VOC_CLASSES, read_image, test_transform, to_tensor
 from model import load_detector
 
 # data
@@ -23,19 +24,33 @@ SOURCE = "data_samples/voc/VOC2007/JPEGImages/00000*.jpg"  # an image, a folder 
 CHECKPOINT = "runs/yolov2.pt"  # of train.py (yolov2_best.pt: its best epoch), or a Darknet file of yolov2-voc.cfg
 IMAGE_SIZE = None  # pixels, a multiple of 32; None for the checkpoint's own
 # detection
-CONFIDENCE_THRESHOLD = 0.4  # objectness x class probability from which a box is drawn
-NMS_IOU_THRESHOLD = 0.45  # boxes of a class that overlap more are one object
+CONFIDENCE_THRESHOLD = 0.4  # lowest objectness x class probability that is drawn
+NMS_IOU_THRESHOLD = 0.45  # of two boxes of a class with a larger IoU, the more confident one stays
 # run
 OUTPUT_DIR = "runs/detections"
 DEVICE = "auto"  # "cuda", "cuda:1", "cpu"
-PRECISION = "auto"  # "fp32", "bf16", "fp16"; auto: half where the device computes it natively
-COMPILE = False  # torch.compile with frozen weights; pays off from some thousand images on
+PRECISION = "auto"  # "fp32", "bf16", "fp16"; auto: half precision where the device computes it natively
+COMPILE = False  # torch.compile with frozen weights; worth its start-up from some thousand images on
+
+
+def find_images(pattern: str) -> list[str]:
+    """A file, a folder (its images, sorted) or a glob -> image files. Raises FileNotFoundError where there are none."""
+    path = Path(pattern)
+    suffixes = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
+    if path.is_file():
+        return [str(path)]
+    root = Path(path.anchor or ".")
+    found = sorted(path.iterdir()) if path.is_dir() else sorted(root.glob(os.path.relpath(pattern, root)))
+    files = [str(file) for file in found if file.suffix.lower() in suffixes]
+    if not files:
+        raise FileNotFoundError(f"{pattern}: no image file there; give an image, a folder of images or a glob")
+    return files
 
 
 def main():
     utils.keep_freed_memory()
     device = utils.pick_device(DEVICE)
-    files = utils.find_images(SOURCE)
+    files = find_images(SOURCE)
     model, classes, anchors, own_size = load_detector(CHECKPOINT, VOC_CLASSES, device, PRECISION, COMPILE)
     transform = test_transform(IMAGE_SIZE or own_size)
     outputs = [os.path.join(OUTPUT_DIR, os.path.splitext(os.path.basename(file))[0] + ".jpg") for file in files]
@@ -46,7 +61,7 @@ def main():
     unreadable = 0
     for file, output in zip(files, outputs, strict=True):
         try:
-            image = utils.read_image(file)
+            image = read_image(file)
         except (OSError, ValueError) as error:
             print(f"error: {error}")
             unreadable += 1

@@ -12,6 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import utils
 from darknet_model import (
+    DARKNET19_LAYERS,
     convolution,
     copy_convolutions,
     darknet19_features,
@@ -29,8 +30,8 @@ STRIDE = 32  # pixels of the image per grid cell
 def reorg(maps: Tensor, stride: int = 2) -> Tensor:
     """Darknet's reorg layer: (N, C, H, W) -> (N, 4C, H/2, W/2) at stride 2 (src/reorg_layer.c, as its forward pass calls it).
 
-    It is neither pixel_unshuffle nor a plain space-to-depth: Darknet runs its depth-to-space formula on a map that has the shape
-    of space, so the channels come out mixed. Official weights were trained with exactly this order.
+    It is neither pixel_unshuffle nor a plain space-to-depth: Darknet applies its depth-to-space formula to the input, which mixes
+    the channels. Official weights were trained with exactly this order.
     """
     n, c, h, w = maps.shape
     maps = maps.reshape(n, c // stride**2, h, stride, w, stride)  # (N, C/4, H, 2, W, 2)
@@ -39,16 +40,17 @@ def reorg(maps: Tensor, stride: int = 2) -> Tensor:
 
 
 class YOLOv2(nn.Module):
-    """YOLOv2 as in yolov2-voc.cfg; the modules stand in the order of its sections, which is the order of a Darknet file."""
+    """YOLOv2 as in yolov2-voc.cfg; the modules are registered in the order of its sections, which is that of a Darknet file."""
 
     def __init__(self, num_classes: int = 20, num_anchors: int = 5):
         super().__init__()
         self.num_classes, self.num_anchors = num_classes, num_anchors
         self.features = darknet19_features()  # the names of Darknet19.features, so that its weights fit
-        self.head = nn.Sequential(convolution(1024, 1024, 3), convolution(1024, 1024, 3))
-        self.passthrough = convolution(512, 64, 1)  # squeezes the 26 x 26 map before reorg
-        self.merge = convolution(64 * 4 + 1024, 1024, 3)
-        self.output = nn.Conv2d(1024, num_anchors * (5 + num_classes), kernel_size=1)  # no batch norm, no activation
+        fine, coarse = DARKNET19_LAYERS[16][0], DARKNET19_LAYERS[-1][0]  # channels of the 26 x 26 and the 13 x 13 map: 512, 1024
+        self.head = nn.Sequential(convolution(coarse, coarse, 3), convolution(coarse, coarse, 3))
+        self.passthrough = convolution(fine, fine // 8, 1)  # 512 -> 64 channels before reorg, which makes them 256
+        self.merge = convolution(fine // 8 * 4 + coarse, coarse, 3)
+        self.output = nn.Conv2d(coarse, num_anchors * (5 + num_classes), kernel_size=1)  # no batch norm, no activation
         initialise_kernels(self)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -57,7 +59,7 @@ class YOLOv2(nn.Module):
         Raises ValueError where height or width is not a multiple of 32.
         """
         n, _, h, w = images.shape
-        images = images.to(self.output.weight.dtype)  # a model in half precision still takes float32 images
+        images = images.to(self.output.weight.dtype)  # a half-precision model accepts float32 images
         if h % STRIDE or w % STRIDE:
             raise ValueError(f"YOLOv2 takes images whose height and width are multiples of {STRIDE} pixels, not {h} x {w}")
         fine = self.features[:17](images)  # up to the 13th convolution: (N, 512, H/16, W/16)
@@ -72,8 +74,8 @@ def load_pretrained_backbone(model: YOLOv2, file: str | os.PathLike) -> int:
     """Loads Darknet-19's 18 feature convolutions into a YOLOv2 -> the number of convolutions that were loaded.
 
     file: a checkpoint of darknet_train*.py or train.py (`.pt`), or a Darknet file (any other suffix): `darknet19.weights`,
-    `darknet19_448.conv.23`, a YOLOv2 file. A YOLOv2 of the same classes and anchors is loaded whole, to be trained further.
-    Raises FileNotFoundError or ValueError, naming the file; the model stays as it was.
+    `darknet19_448.conv.23`, a YOLOv2 file. A YOLOv2 with as many classes and anchors is loaded completely, to be trained further.
+    Raises FileNotFoundError or ValueError, naming the file; the model is then unchanged.
     """
     if os.fspath(file).endswith((".pt", ".pth")):
         state = utils.load_checkpoint(file, "cpu").get("model", {})
@@ -88,22 +90,19 @@ def load_pretrained_backbone(model: YOLOv2, file: str | os.PathLike) -> int:
         raise ValueError(f"{file}: holds no Darknet-19 backbone; make one with darknet_train.py, or use a Darknet file")
 
     numbers, _ = open_darknet_file(file)
-    backbone = list(darknet_tensors(model.features))
-    backbone_size = sum(tensor.numel() for tensors in backbone for tensor in tensors)
-    detector_size = sum(tensor.numel() for tensors in darknet_tensors(model) for tensor in tensors)
-    # what follows the backbone in a file of another network: a 1x1 convolution over 1024 channels has 1025 numbers per output
-    for known in (backbone_size, detector_size):
-        if numbers.size != detector_size and numbers.size > backbone_size and (numbers.size - known) % 1025 == 0:
-            copy_convolutions(backbone, numbers)
-            print(f"{file}: loaded 18 convolutions, the backbone of another network")
-            return 18
+    detector, backbone = list(darknet_tensors(model)), list(darknet_tensors(model.features))
+    detector_size, backbone_size = (sum(tensor.numel() for part in parts for tensor in part) for parts in (detector, backbone))
+    if backbone_size < numbers.size != detector_size:  # another network that begins with the same 18 convolutions
+        copy_convolutions(backbone, numbers)
+        print(f"{file}: loaded its first 18 convolutions, the backbone")
+        return 18
     return load_darknet_weights(model, file)
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """A copy for inference in which every batch norm is folded into the convolution before it; the model stays as it is.
+    """A copy for inference in which every batch norm is folded into the convolution before it; the model itself is unchanged.
 
-    y = (conv(x) - mean) / sqrt(var + eps) * scale + bias is a convolution again, with scaled kernels and a bias of its own.
+    y = (conv(x) - mean) / sqrt(var + eps) * scale + bias is again a convolution, with scaled kernels and a bias.
     """
     fused = copy.deepcopy(model).eval()
     for parent in fused.modules():
@@ -116,11 +115,11 @@ def fuse(model: nn.Module) -> nn.Module:
 def load_detector(
     file: str | os.PathLike, darknet_classes, device: torch.device, precision: str = "auto", compiled: bool = False
 ) -> tuple[nn.Module, list[str], list, int]:
-    """A trained YOLOv2, made ready for inference -> model, class names, anchors, image size it was trained at.
+    """A trained YOLOv2, prepared for inference -> model, class names, anchors, image size that it was trained at.
 
-    file: a checkpoint of train.py (`.pt`), which knows the other three, or a Darknet file of yolov2-voc.cfg, to be read with
-    darknet_classes, ANCHORS and 416. The batch norms are folded away, memory is channels-last, numbers are as `precision` says
-    (see utils.pick_precision). compiled: torch.compile with frozen weights, for long runs. Raises FileNotFoundError or ValueError,
+    file: a checkpoint of train.py (`.pt`), which knows the other three, or a Darknet file of yolov2-voc.cfg, which gets
+    darknet_classes, ANCHORS and 416. The batch norms are fused, the memory format is channels-last, the precision as in
+    utils.pick_precision. compiled: torch.compile with frozen weights, for long runs. Raises FileNotFoundError or ValueError,
     naming the file.
     """
     if os.fspath(file).endswith((".pt", ".pth")):
@@ -135,11 +134,11 @@ def load_detector(
         classes, anchors, image_size = list(darknet_classes), ANCHORS, 416
         model = YOLOv2(len(classes), len(anchors))
         if load_darknet_weights(model, file) < 23:
-            raise ValueError(f"{file}: holds a backbone only and detects nothing; give it to train.py as PRETRAINED")
+            raise ValueError(f"{file}: holds only a backbone, which detects nothing; give it to train.py as PRETRAINED")
     model = fuse(model).to(device, utils.pick_precision(precision, device), memory_format=torch.channels_last)
     if compiled:
-        # freezing: the weights become constants, laid out as each kernel likes them best. As an option of compile() it is lost.
-        from torch._inductor import config as inductor  # only here: it takes a second to import
+        # freezing makes the weights constants in each kernel's best layout; as an option of torch.compile() it has no effect
+        from torch._inductor import config as inductor  # here, because it takes a second to import
 
         inductor.freezing = True
         model = torch.compile(model)

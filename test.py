@@ -3,9 +3,9 @@
     python test.py                                             the sample, with the checkpoint that train.py left
     python test.py CHECKPOINT=yolov2-voc.weights DATA_DIR=/data/VOCdevkit "IMAGE_SETS=[('2007','test')]" "INPUT_SIZES=[416,544]"
 
-Prints a table per class and the mAP in three readings: 11 points (VOC 2007, the paper's), all points (VOC 2010 on, Padilla et al.),
-and all points with detections from FIXED_THRESHOLD on only. Writes the table to `runs/test.csv` and the precision-recall curves
-to `runs/test_curves.png`, of the last input size.
+Prints one row per class and the mAP by three metrics: 11 points (VOC 2007, the paper's), all points (VOC 2010 and later, Padilla et
+al.), and all points of the detections with at least FIXED_THRESHOLD. Writes the table to `runs/test.csv` and the precision-recall
+curves to `runs/test_curves.png`, both for the last input size.
 """
 
 import csv
@@ -31,31 +31,31 @@ BATCH_SIZE = 8  # images
 CHECKPOINT = "runs/yolov2.pt"  # of train.py (yolov2_best.pt: its best epoch), or a Darknet file of yolov2-voc.cfg
 INPUT_SIZES = []  # pixels; the paper's Table 3 has [288, 352, 416, 480, 544]; [] for the checkpoint's own
 # detection
-CONFIDENCE_THRESHOLD = 0.005  # where the curves end; examples/detector.c, validate_detector
+CONFIDENCE_THRESHOLD = 0.005  # lowest confidence of the curves; examples/detector.c, validate_detector
 NMS_IOU_THRESHOLD = 0.45  # the same
 FIXED_THRESHOLD = 0.4  # for precision, recall and F1 as a user would see them
 # run
 OUTPUT = "runs/test"  # .csv and _curves.png are added
 DEVICE = "auto"  # "cuda", "cuda:1", "cpu"
-PRECISION = "auto"  # "fp32", "bf16", "fp16"; auto: half where the device computes it natively
-COMPILE = False  # torch.compile with frozen weights; pays off from some thousand images on
+PRECISION = "auto"  # "fp32", "bf16", "fp16"; auto: half precision where the device computes it natively
+COMPILE = False  # torch.compile with frozen weights; worth its start-up from some thousand images on
 
 PAPER_MAP = {288: 69.0, 352: 73.7, 416: 76.8, 480: 77.8, 544: 78.6}  # VOC 2007 test, trained on 07+12; YOLO9000 Table 3
 COLUMNS = ("class", "truths", "difficult", "detections", "ap_11", "ap_all", "ap_at_fixed", "precision", "recall", "f1")
 
 
 def measure(detections, truths, classes, fixed_threshold):
-    """-> a row (dict of COLUMNS) and a curve (precisions, recalls) for each class; AP is NaN where a class has no truth."""
-    strong = detections[detections[:, 2] >= fixed_threshold]
+    """-> a row (dict of COLUMNS) and a curve (precisions, recalls) per class; AP is NaN where a class has no ground truth."""
+    confident = detections[detections[:, 2] >= fixed_threshold]
     ap_11, ap_all, ap_fixed = (
         utils.average_precision(some, truths, len(classes), metric=metric).tolist()
-        for some, metric in ((detections, "voc2007"), (detections, "all_points"), (strong, "all_points"))
+        for some, metric in ((detections, "voc2007"), (detections, "all_points"), (confident, "all_points"))
     )
     curves = utils.precision_recall(detections, truths, len(classes))
     rows = []
     for c, (name, (confidences, precisions, recalls)) in enumerate(zip(classes, curves, strict=True)):
         of_class = truths[truths[:, 1] == c]
-        shown = int((confidences >= fixed_threshold).sum())  # the curve's first so many points; they are sorted by confidence
+        shown = int((confidences >= fixed_threshold).sum())  # points of the curve, which are sorted by confidence
         precision = precisions[shown - 1] if shown else math.nan
         recall = recalls[shown - 1] if shown else 0.0 if (of_class[:, 2] == 0).any() else math.nan
         f1 = 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0 if recall == 0 else math.nan
@@ -66,7 +66,7 @@ def measure(detections, truths, classes, fixed_threshold):
 
 
 def print_table(rows):
-    """The rows as an aligned table; a value that does not exist is a dash."""
+    """The rows as an aligned table, with a dash for an undefined value."""
     heads = ("class", "truths", "diffic.", "detect.", "AP 11", "AP all", f"AP@{FIXED_THRESHOLD}", "precis.", "recall", "F1")
     print("  ".join(f"{head:>{16 if place == 0 else 7}s}" for place, head in enumerate(heads)))
     for row in rows:
@@ -76,7 +76,7 @@ def print_table(rows):
 
 
 def draw_curves(rows, curves, file):
-    """One panel a class: precision over recall, with the area under it in the title."""
+    """One panel per class: precision over recall, with the area under the curve in the title."""
     width = min(5, len(rows))
     height = math.ceil(len(rows) / width)
     figure, axes = plt.subplots(height, width, figsize=(2.6 * width, 2.4 * height), squeeze=False, layout="constrained")
@@ -103,7 +103,7 @@ def main():
     for size in INPUT_SIZES or [own_size]:
         dataset = VOCDataset(DATA_DIR, IMAGE_SETS, anchors, size, classes)
         detections, truths, seconds = utils.detect_dataset(
-            model, dataset, anchors, BATCH_SIZE, NUM_WORKERS, CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD
+            model, dataset, BATCH_SIZE, NUM_WORKERS, CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD
         )
         rows, curves = measure(detections, truths, classes, FIXED_THRESHOLD)
         means[size] = [utils.mean_average_precision([row[name] for row in rows]) for name in COLUMNS[4:7]]
@@ -112,9 +112,9 @@ def main():
         print(f"{'mAP':>16s}  {'':25s}  " + "  ".join(f"{value:7.3f}" for value in means[size]))
         total = sum(seconds.values())
         parts = ", ".join(f"{name} {1000 * value / len(dataset):.1f} ms" for name, value in seconds.items())
-        print(f"{len(dataset) / total:.1f} images/s in batches of {BATCH_SIZE}: an image takes {parts}")
+        print(f"{len(dataset) / total:.1f} images/s in batches of {BATCH_SIZE}; per image: {parts}")
 
-    if len(means) > 1:  # the form of the paper's Table 3
+    if len(means) > 1:  # as in the paper's Table 3
         print(f"\n{'input':>16s}  " + "  ".join(f"{size:7d}" for size in means))
         for place, name in enumerate(("mAP 11", "mAP all", f"mAP@{FIXED_THRESHOLD}")):
             print(f"{name:>16s}  " + "  ".join(f"{100 * values[place]:7.1f}" for values in means.values()))

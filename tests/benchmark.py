@@ -13,6 +13,7 @@ test: times depend on the machine.
 import contextlib
 import datetime
 import io
+import itertools
 import math
 import multiprocessing
 import os
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
+from torch.nn.utils import get_total_norm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules; the folder of this file is there already
 
@@ -148,22 +150,35 @@ def eager_training(batch, size, device):
 
 
 def our_training(batch, size, device, precision):
-    """train.py's own loop over one batch."""
+    """A training step as in train.py's loop."""
     utils.keep_freed_memory()
     device = torch.device(device)
     dtype = utils.pick_precision(precision, device)
-    model = YOLOv2().to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(darknet_model.parameter_groups(model, 5e-4), 1e-4, momentum=0.9, fused=True)
+    model = YOLOv2().to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(utils.parameter_groups(model, 5e-4), 1e-4, momentum=0.9, fused=dtype != torch.float16)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     loss_function = YoloLoss(ANCHORS).to(device)
-    loader = [(some_images(batch, size), some_targets(batch, size))]
+    batch_images, batch_targets = some_images(batch, size), some_targets(batch, size)
 
     def step():
-        sums = torch.zeros(len(train.LOSS_TERMS), device=device)
-        train.train_one_epoch(
-            model, loader, loss_function, optimizer, scaler, [1e-4], 1, 0.0, device, dtype, 20_000, sums, lambda: False
-        )
-        return sums.cpu().numpy()
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-4
+        utils.warm_batch_norm(model, 2000)
+        images = batch_images.to(device, non_blocking=True, memory_format=torch.channels_last)
+        targets = batch_targets.to(device, non_blocking=True)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            predictions = model(images)
+        terms = loss_function(predictions, targets, 20_000)
+        scaler.scale(terms["total"]).backward()
+        sums = torch.stack([terms[name].detach() for name in train.LOSS_TERMS]).double()
+        scaler.unscale_(optimizer)
+        norm = get_total_norm([parameter.grad for parameter in model.parameters()])
+        if problem := utils.problem_of_step(train.LOSS_TERMS, sums, norm, scaler):
+            raise ValueError(problem)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return sums.numpy(force=True)
 
     return step
 
@@ -356,7 +371,7 @@ def data(weights):
     pictures = dataset.imagenet_dataset(folder, "train", 224, augment=True)
     loader = torch.utils.data.DataLoader(
         pictures,
-        batch_sampler=dataset.epoch_batches(count, 32, 0, 0, [224], repeat=32),
+        batch_sampler=list(itertools.islice(dataset.training_batches(count, 32, 1, [224], 0, repeat=32), count)),
         num_workers=1,
         persistent_workers=True,
         worker_init_fn=lambda worker: utils.keep_freed_memory(),  # the script has done it before its workers start

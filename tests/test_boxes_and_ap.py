@@ -1,4 +1,4 @@
-"""Boxes, decoding, non-maximum suppression and average precision, against values worked out by hand and a plain reference."""
+"""Boxes, decoding, non-maximum suppression and average precision, checked by hand and against a plain reference."""
 
 import math
 
@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import utils
-from loss import intersection_over_union
 
 NAN = math.nan
 
@@ -19,24 +18,40 @@ NAN = math.nan
     [
         ((1, 1, 2, 2), (1, 1, 2, 2), 1.0),  # the same box
         ((1, 1, 2, 2), (2, 2, 2, 2), 1 / 7),  # 0..2 and 1..3: intersection 1 * 1, union 4 + 4 - 1
-        ((2, 2, 4, 2), (2, 2, 1, 1), 1 / 8),  # the second inside the first: 1 / (4 * 2)
-        ((1, 1, 2, 2), (3, 1, 2, 2), 0.0),  # they share an edge only
-        ((1, 1, 2, 2), (9, 9, 2, 2), 0.0),  # apart in both directions: two negative sides must not make a positive area
         ((2, 1, 4, 2), (1, 2, 2, 4), 4 / 12),  # 0..4 x 0..2 and 0..2 x 0..4: intersection 2 * 2, union 8 + 8 - 4
+        ((2, 2, 4, 2), (2, 2, 1, 1), 1 / 8),  # nested with the same centre: 1 / (4 * 2)
+        ((2, 2, 4, 4), (1, 1, 2, 2), 4 / 16),  # nested in a corner: 0..2 of 0..4 in both directions
+        ((1, 1, 2, 2), (3, 1, 2, 2), 0.0),  # touching along an edge
+        ((1, 1, 2, 2), (3, 3, 2, 2), 0.0),  # touching in a corner
+        ((1, 1, 2, 2), (1, 9, 2, 2), 0.0),  # disjoint in y only
+        ((1, 1, 2, 2), (9, 9, 2, 2), 0.0),  # disjoint in x and y: two negative sides must not make a positive area
+        ((0.5, 0.25, 0.5, 0.5), (0.25, 0.5, 0.5, 1.0), 1 / 5),  # fractions of an image: .25 * .5 / (.25 + .5 - .125)
     ],
 )
-def test_intersection_over_union_by_hand(first, second, expected):
+def test_box_iou_by_hand(first, second, expected):
     first, second = torch.tensor(first, dtype=torch.float64), torch.tensor(second, dtype=torch.float64)
-    iou = intersection_over_union(first[:2], first[2:], second[:2], second[2:])
+    iou = utils.box_iou(first, second)
     assert iou.item() == pytest.approx(expected, abs=1e-12)
-    assert intersection_over_union(second[:2], second[2:], first[:2], first[2:]).item() == pytest.approx(expected, abs=1e-12)
+    assert utils.box_iou(second, first).item() == pytest.approx(expected, abs=1e-12)
+    assert iou.shape == () and iou.dtype == torch.float64
 
 
-def test_intersection_over_union_broadcasts_to_all_pairs():
+def test_box_iou_broadcasts_to_all_pairs():
     first = torch.tensor([[1.0, 1, 2, 2], [9, 9, 2, 2]])
     second = torch.tensor([[1.0, 1, 2, 2], [2, 2, 2, 2], [9, 9, 2, 2]])
-    iou = intersection_over_union(first[:, None, :2], first[:, None, 2:], second[None, :, :2], second[None, :, 2:])
+    iou = utils.box_iou(first[:, None], second)
     torch.testing.assert_close(iou, torch.tensor([[1, 1 / 7, 0], [0, 0, 1]]))
+    torch.testing.assert_close(utils.box_iou(first, second[0]), torch.tensor([1.0, 0]))  # one box against several
+
+
+def test_box_iou_broadcasts_one_object_over_all_boxes_of_its_image():
+    """The shapes of the loss: (K, A, S_h, S_w, 4) against (K, 1, 1, 1, 4)."""
+    generator = torch.Generator().manual_seed(0)
+    boxes, truth = torch.rand(2, 3, 4, 5, 4, generator=generator), torch.rand(2, 4, generator=generator)
+    iou = utils.box_iou(boxes, truth[:, None, None, None])
+    assert iou.shape == (2, 3, 4, 5) and (iou > 0).any() and (iou == 0).any()
+    for place in np.ndindex(2, 3, 4, 5):
+        torch.testing.assert_close(iou[place], utils.box_iou(boxes[place], truth[place[0]]))
 
 
 # ---------------------------------------------------------------- decoding
@@ -59,7 +74,7 @@ def test_decode_predictions_by_hand_on_a_grid_that_is_not_square():
     assert objectness[0, 4].item() == 0.5
 
 
-def test_decode_predictions_leaves_its_input_alone_and_works_in_full_precision():
+def test_decode_predictions_computes_in_float32_and_leaves_its_input_unchanged():
     raw = torch.randn(2, 2, 3, 3, 8, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     before = raw.clone()
     decoded = utils.decode_predictions(raw, [(1, 1), (2, 2)])
@@ -72,7 +87,7 @@ def test_decode_predictions_leaves_its_input_alone_and_works_in_full_precision()
 
 
 def raw_outputs(slots: dict, classes: int = 2, grid: int = 4, anchors: int = 2) -> torch.Tensor:
-    """(1, anchors, grid, grid, 5 + classes) without any object but in `slots`: (anchor, row, column) -> its 5 + classes values."""
+    """(1, anchors, grid, grid, 5 + classes) without objects except in `slots`: (anchor, row, column) -> 5 + classes values."""
     raw = torch.zeros(1, anchors, grid, grid, 5 + classes)
     raw[..., 4] = -30
     for (anchor, row, column), values in slots.items():
@@ -80,11 +95,11 @@ def raw_outputs(slots: dict, classes: int = 2, grid: int = 4, anchors: int = 2) 
     return raw
 
 
-SURE = [20.0, 0.0]  # logits of two classes: the first one, practically with probability 1
+SURE = [20.0, 0.0]  # logits of two classes: the first has a probability of practically 1
 SAME_SHAPE = [(2.0, 2.0), (2.0, 2.0)]
 
 
-def test_of_two_overlapping_boxes_of_a_class_the_more_confident_one_stays():
+def test_nms_keeps_the_more_confident_of_two_overlapping_boxes():
     raw = raw_outputs({(0, 1, 1): [0, 0, 0, 0, 1, *SURE], (1, 1, 1): [0, 0, 0, 0, 2, *SURE]})  # the same box twice
     (found,) = utils.postprocess(raw, SAME_SHAPE, 0.5, 0.45)
     assert found.shape == (1, 6)
@@ -92,21 +107,21 @@ def test_of_two_overlapping_boxes_of_a_class_the_more_confident_one_stays():
     torch.testing.assert_close(found[0], torch.tensor([0.125, 0.125, 0.625, 0.625, 1 / (1 + math.exp(-2)), 0]))
 
 
-def test_overlapping_boxes_of_different_classes_both_stay():
+def test_nms_keeps_overlapping_boxes_of_different_classes():
     raw = raw_outputs({(0, 1, 1): [0, 0, 0, 0, 1, 20, 0], (1, 1, 1): [0, 0, 0, 0, 2, 0, 20]})
     (found,) = utils.postprocess(raw, SAME_SHAPE, 0.5, 0.45)
     assert found[:, 5].tolist() == [1, 0]  # by falling confidence
 
 
-@pytest.mark.parametrize(("nms_threshold", "stay"), [(0.32, 1), (0.34, 2)])
-def test_nms_threshold_is_the_iou_up_to_which_boxes_stay(nms_threshold, stay):
-    # Two boxes of 2 x 2 cells a cell apart: intersection 2, union 4 + 4 - 2 = 6, IoU 1/3.
+@pytest.mark.parametrize(("nms_threshold", "kept"), [(0.32, 1), (0.34, 2)])
+def test_nms_removes_boxes_above_the_iou_threshold(nms_threshold, kept):
+    # Two boxes of 2 x 2 cells, one cell apart: intersection 2, union 4 + 4 - 2 = 6, IoU 1/3.
     raw = raw_outputs({(0, 1, 1): [0, 0, 0, 0, 1, *SURE], (0, 1, 2): [0, 0, 0, 0, 2, *SURE]})
     (found,) = utils.postprocess(raw, SAME_SHAPE, 0.5, nms_threshold)
-    assert len(found) == stay
+    assert len(found) == kept
 
 
-def test_every_class_above_the_threshold_is_a_detection_of_its_own():
+def test_each_class_above_the_threshold_is_a_separate_detection():
     # probabilities 1/2, 3/8, 1/8 and objectness 1: with a threshold of .3 the first two count
     raw = raw_outputs({(0, 1, 1): [0, 0, 0, 0, 30, math.log(4), math.log(3), 0]}, classes=3)
     (found,) = utils.postprocess(raw, SAME_SHAPE, 0.3, 0.45)
@@ -115,14 +130,14 @@ def test_every_class_above_the_threshold_is_a_detection_of_its_own():
     assert torch.equal(found[0, :4], found[1, :4])
 
 
-def test_a_confidence_must_be_above_the_threshold_not_on_it():
+def test_a_confidence_equal_to_the_threshold_is_not_enough():
     raw = raw_outputs({(0, 1, 1): [0, 0, 0, 0, 0, 0, 0]})  # objectness 1/2, both classes 1/2: confidence 1/4 exactly
     assert len(utils.postprocess(raw, SAME_SHAPE, 0.25, 0.45)[0]) == 0
     assert len(utils.postprocess(raw, SAME_SHAPE, 0.2499, 0.45)[0]) == 2
 
 
-def test_detections_are_clipped_to_the_image_and_none_is_an_empty_table():
-    # In the upper left cell, 8 cells wide: from -3.5 to 4.5 of 4 cells.
+def test_detections_are_clipped_to_the_image_and_no_detection_gives_an_empty_tensor():
+    # In the top left cell, 8 cells wide: from -3.5 to 4.5 of 4 cells.
     raw = raw_outputs({(0, 0, 0): [0, 0, math.log(4), math.log(4), 5, *SURE]})
     (found,) = utils.postprocess(raw, SAME_SHAPE, 0.5, 0.45)
     assert found[:, :4].tolist() == [[0, 0, 1, 1]]
@@ -165,11 +180,11 @@ def ap(detections, truths, metric="all_points", **options) -> float:
 
 
 def test_both_metrics_by_hand():
-    # right, wrong, right of 2 truths: precision 1, 1/2, 2/3 at recall 1/2, 1/2, 1
+    # true, false, true positive of 2 truths: precision 1, 1/2, 2/3 at recall 1/2, 1/2, 1
     truths = [truth(BOX_A), truth(BOX_B)]
     found = [detection(0.9, BOX_A), detection(0.8, ELSEWHERE), detection(0.7, BOX_B)]
     assert ap(found, truths, "all_points") == pytest.approx(1 / 2 * 1 + 1 / 2 * 2 / 3, abs=1e-12)
-    # the levels 0 .. .5 (six) see a best precision of 1, the levels .6 .. 1 (five) of 2/3
+    # the best precision is 1 at the six levels 0 .. .5 and 2/3 at the five levels .6 .. 1
     assert ap(found, truths, "voc2007") == pytest.approx((6 * 1 + 5 * 2 / 3) / 11, abs=1e-12)
 
 
@@ -182,29 +197,29 @@ def test_precision_and_recall_after_each_detection_by_hand():
     assert recalls == pytest.approx([1 / 2, 1 / 2, 1])
 
 
-@pytest.mark.parametrize("right", range(6))
-def test_a_recall_of_just_a_level_reaches_that_level_of_the_11_points(right):
-    # `right` of 5 truths found, nothing wrong: recall right/5 reaches the levels 0, .1 .. 2 right/10, which are 2 right + 1 of 11
+@pytest.mark.parametrize("hits", range(6))
+def test_a_recall_equal_to_one_of_the_11_levels_reaches_that_level(hits):
+    # `hits` of 5 truths found, no false positive: recall hits/5 reaches the levels 0, .1 .. 2 hits/10, which are 2 hits + 1 of 11
     truths = [truth(BOX_A, image=image) for image in range(5)]
-    found = [detection(0.9, BOX_A, image=image) for image in range(right)]
-    assert ap(found, truths, "voc2007") == pytest.approx((2 * right + 1) / 11 if right else 0, abs=1e-12)
+    found = [detection(0.9, BOX_A, image=image) for image in range(hits)]
+    assert ap(found, truths, "voc2007") == pytest.approx((2 * hits + 1) / 11 if hits else 0, abs=1e-12)
 
 
 def test_a_second_detection_of_an_object_is_a_false_positive():
     truths = [truth(BOX_A), truth(BOX_B)]
-    found = [detection(0.9, BOX_A), detection(0.8, BOX_A), detection(0.7, BOX_B)]  # right, wrong, right: as above
+    found = [detection(0.9, BOX_A), detection(0.8, BOX_A), detection(0.7, BOX_B)]  # true, false, true positive: as above
     assert ap(found, truths) == pytest.approx(5 / 6, abs=1e-12)
 
 
-def test_a_difficult_object_neither_counts_nor_hurts():
+def test_difficult_objects_are_ignored():
     truths = [truth(BOX_A), truth(BOX_B, difficult=1)]
-    assert ap([detection(0.9, BOX_A)], truths) == 1  # not found: nothing is missing
+    assert ap([detection(0.9, BOX_A)], truths) == 1  # not detected: recall is still 1
     found = [detection(0.9, BOX_B), detection(0.85, BOX_B), detection(0.8, BOX_A)]
-    assert ap(found, truths) == 1  # found, even twice: no false positive before the right one
-    assert ap([detection(0.9, ELSEWHERE), *found], truths) == pytest.approx(1 / 2)  # a real mistake still is one
+    assert ap(found, truths) == 1  # detected twice: still no false positive
+    assert ap([detection(0.9, ELSEWHERE), *found], truths) == pytest.approx(1 / 2)  # a real false positive still counts
 
 
-def test_a_class_without_truths_or_with_difficult_ones_only_is_nan():
+def test_a_class_with_no_truths_or_only_difficult_ones_is_nan():
     truths = [truth(BOX_A, label=0), truth(BOX_B, label=2, difficult=1)]
     found = [detection(0.9, BOX_A, label=0), detection(0.9, BOX_A, label=1), detection(0.9, BOX_B, label=2)]
     for metric in ("all_points", "voc2007"):
@@ -220,7 +235,7 @@ def test_truths_without_detections_give_zero():
     assert utils.mean_average_precision(values) == 0
 
 
-def test_nothing_at_all_is_nan_for_every_class():
+def test_empty_tables_give_nan_for_every_class():
     for empty in ([], np.empty((0, 7)), torch.empty(0, 7)):
         values = utils.average_precision(empty, empty, 3)
         assert values.shape == (3,) and values.isnan().all()
@@ -229,7 +244,7 @@ def test_nothing_at_all_is_nan_for_every_class():
 
 def test_a_detection_on_an_image_without_truths_is_a_false_positive():
     found = [detection(0.9, BOX_A, image=1), detection(0.8, BOX_A, image=0)]
-    assert ap(found, [truth(BOX_A, image=0)]) == pytest.approx(1 / 2)  # wrong, right: precision 1/2 at recall 1
+    assert ap(found, [truth(BOX_A, image=0)]) == pytest.approx(1 / 2)  # false, true positive: precision 1/2 at recall 1
 
 
 def test_a_detection_on_an_object_of_another_class_is_a_false_positive():
@@ -239,15 +254,15 @@ def test_a_detection_on_an_object_of_another_class_is_a_false_positive():
 
 
 @pytest.mark.parametrize(("bottom", "expected"), [(5, 1), (4, 0)])
-def test_an_iou_of_just_the_threshold_is_a_match(bottom, expected):
+def test_an_iou_equal_to_the_threshold_is_a_match(bottom, expected):
     # Rows 1..5 of rows 1..10 at the same columns: 5 * 10 / (10 * 10) = 1/2 exactly; rows 1..4 give .4.
     assert ap([detection(0.9, (1, 1, 10, bottom))], [truth(BOX_A)]) == expected
 
 
-def test_both_ends_of_a_box_belong_to_it():
+def test_both_end_pixels_belong_to_a_box():
     # Columns 1..4 of rows 1..2 in rows 1..4: 8 / 16 = 1/2 with both ends counted, but 3 * 1 / (3 * 3) = 1/3 without.
     assert ap([detection(0.9, (1, 1, 4, 2))], [truth((1, 1, 4, 4))]) == 1
-    # Boxes that share their border column only: 1 * 4 / (4 * 4 + 1 * 4 - 4) = 1/4, and 0 without the convention.
+    # Boxes that share only their border column: 1 * 4 / (4 * 4 + 1 * 4 - 4) = 1/4, and 0 without the convention.
     assert ap([detection(0.9, (4, 1, 4, 4))], [truth((1, 1, 4, 4))], iou_threshold=0.25) == 1
 
 
@@ -257,24 +272,24 @@ def test_the_iou_threshold_is_an_argument():
     assert ap(found, truths, iou_threshold=0.71) == 0
 
 
-def test_a_detection_goes_to_the_truth_it_overlaps_best_even_when_that_one_is_taken():
+def test_a_detection_is_assigned_to_its_best_overlap_even_if_that_truth_is_taken():
     # Rows 1..10 and 4..13; the second detection, rows 2..11, overlaps the first truth by 9/11 and the second by 8/12. The first
-    # truth is taken, so it is wrong, although the second is free: 1 of 2 found.
+    # truth is taken, so this is a false positive although the second is free: 1 of 2 found.
     truths = [truth((1, 1, 10, 10)), truth((1, 4, 10, 13))]
     found = [detection(0.9, (1, 1, 10, 10)), detection(0.8, (1, 2, 10, 11))]
     assert ap(found, truths) == pytest.approx(1 / 2)
 
 
-def test_of_truths_that_overlap_equally_the_first_one_is_meant():
+def test_equal_overlaps_are_assigned_to_the_first_truth():
     easy, difficult = truth(BOX_A), truth(BOX_A, difficult=1)
     assert ap([detection(0.9, BOX_A)], [easy, difficult]) == 1
-    assert ap([detection(0.9, BOX_A)], [difficult, easy]) == 0  # it goes to the difficult one and does not count
+    assert ap([detection(0.9, BOX_A)], [difficult, easy]) == 0  # assigned to the difficult one, so it is ignored
 
 
 def test_equal_confidences_keep_the_order_given():
-    right, wrong = detection(0.5, BOX_A), detection(0.5, ELSEWHERE)
-    assert ap([right, wrong], [truth(BOX_A)]) == 1
-    assert ap([wrong, right], [truth(BOX_A)]) == pytest.approx(1 / 2)
+    hit, miss = detection(0.5, BOX_A), detection(0.5, ELSEWHERE)
+    assert ap([hit, miss], [truth(BOX_A)]) == 1
+    assert ap([miss, hit], [truth(BOX_A)]) == pytest.approx(1 / 2)
 
 
 def test_the_order_of_images_and_classes_in_the_tables_does_not_matter():
@@ -286,7 +301,7 @@ def test_the_order_of_images_and_classes_in_the_tables_does_not_matter():
     np.testing.assert_allclose(shuffled.numpy(), expected.numpy(), atol=1e-12)
 
 
-def test_another_metric_is_an_error():
+def test_an_unknown_metric_is_an_error():
     with pytest.raises(ValueError, match="voc2012"):
         ap([detection(0.9, BOX_A)], [truth(BOX_A)], "voc2012")
 
@@ -310,8 +325,8 @@ def reference_average_precision(detections, truths, label: int, metric: str) -> 
         return NAN
     found = sorted((row for row in detections if row[1] == label), key=lambda row: -row[2])  # sorted() keeps the order of ties
     taken = [False] * len(truths)
-    right = wrong = 0
-    points = []  # (number right, number wrong) after each detection that counts
+    hits = misses = 0
+    points = []  # (true positives, false positives) after each detection that is not ignored
     for image, _, _, *box in found:
         best, best_overlap = None, -math.inf
         for number, (truth_image, _, _, *other) in enumerate(truths):
@@ -325,22 +340,22 @@ def reference_average_precision(detections, truths, label: int, metric: str) -> 
             if overlap > best_overlap:
                 best, best_overlap = number, overlap
         if best_overlap < 0.5:
-            wrong += 1
+            misses += 1
         elif truths[best][2]:
             continue  # difficult
         elif taken[best]:
-            wrong += 1
+            misses += 1
         else:
             taken[best] = True
-            right += 1
-        points.append((right, wrong))
+            hits += 1
+        points.append((hits, misses))
     if metric == "voc2007":
         total = 0.0
-        for level in range(11):  # recall >= level / 10, in whole numbers
-            total += max((r / (r + w) for r, w in points if 10 * r >= level * count), default=0.0)
+        for level in range(11):  # recall >= level / 10, in integers
+            total += max((tp / (tp + fp) for tp, fp in points if 10 * tp >= level * count), default=0.0)
         return total / 11
-    recalls = [0.0] + [r / count for r, _ in points] + [1.0]
-    precisions = [0.0] + [r / (r + w) for r, w in points] + [0.0]
+    recalls = [0.0] + [tp / count for tp, _ in points] + [1.0]
+    precisions = [0.0] + [tp / (tp + fp) for tp, fp in points] + [0.0]
     for place in range(len(precisions) - 2, -1, -1):
         precisions[place] = max(precisions[place], precisions[place + 1])
     return sum((recalls[i] - recalls[i - 1]) * precisions[i] for i in range(1, len(recalls)))
@@ -378,5 +393,5 @@ def test_average_precision_agrees_with_the_reference_on_random_data_sets(metric)
         actual = utils.average_precision(detections, truths, 3, metric=metric).numpy()
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12, err_msg=f"data set {number}")
         values += expected
-    values = np.array(values)  # the comparison means something only where the data sets are neither trivial nor hopeless
+    values = np.array(values)  # the comparison is only meaningful if many APs are neither 0 nor 1
     assert np.isnan(values).any() and (values == 0).any() and ((values > 0.1) & (values < 0.9)).sum() > 200

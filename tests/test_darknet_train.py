@@ -1,16 +1,16 @@
-"""Pre-training of Darknet-19: the three scripts, their exchangeable checkpoints, and the ImageNet data set."""
+"""Pre-training of Darknet-19: the three scripts, their interchangeable checkpoints, and the ImageNet data set."""
 
 import ast
-import inspect
-import os
+import io
+import re
 import shlex
 import shutil
-import subprocess
-import sys
+import tokenize
 from pathlib import Path
 
 import numpy as np
 import pytest
+import run_narrow
 import torch
 from PIL import Image
 
@@ -22,30 +22,89 @@ import utils
 from dataset import ImageNetFolder, imagenet_dataset
 from model import YOLOv2, load_pretrained_backbone
 
+pytestmark = pytest.mark.usefixtures("narrow_module", "fork_server")
+
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "data_samples" / "imagenet"
 SCRIPTS = [darknet_train, darknet_train_multigpu, darknet_train_multigpu_distr]
 
 
 def set_small(monkeypatch, script, folder, **values):
+    """Settings of a short run."""
     small = {"IMAGE_SIZE": 32, "EPOCHS": 1, "NUM_WORKERS": 0, "PRECISION": "fp32", "CHECKPOINT": str(folder / "darknet19.pt")}
     for name, value in ({"DATA_DIR": str(SAMPLE)} | small | values).items():
         monkeypatch.setattr(script, name, value)
 
 
-def test_the_loops_are_the_same_to_the_letter():
-    for name in ("train_one_epoch", "validate"):
-        sources = {inspect.getsource(getattr(script, name)) for script in SCRIPTS}
-        assert len(sources) == 1, name
+# ---------------------------------------------------------------- the three files
 
 
-def test_the_globals_are_the_same_but_for_the_explained_ones():
+def read_lines(source):
+    """A script's lines from its first global on, without blank lines and without the section of functions that only DDP needs.
+
+    -> (line without its comment, comment) each; the line is "" where it is all comment.
+    """
+    comments = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            comments[token.start[0]] = token.string
+    source_lines = source.splitlines()
+    lines = [(line.removesuffix(comments.get(n, "")).rstrip(), comments.get(n, "")) for n, line in enumerate(source_lines, start=1)]
+    lines = lines[lines.index(("", "# data")) :]
+    headings = [place for place, (_, comment) in enumerate(lines) if re.fullmatch("# -+ DDP: several processes", comment)]
+    if headings:
+        del lines[headings[0] : lines.index(("def main():", ""))]
+    return [line for line in lines if line != ("", "")]
+
+
+def compare(shorter, longer):
+    """Problems of a script that should be another one with lines added: lines that it lacks, and added lines without a reason.
+
+    Added lines stand directly under a comment that begins with "# DataParallel:" or "# DDP:", or carry one themselves.
+    """
+    expected = [line for line, _ in read_lines(shorter) if line]
+    problems, found, explained, in_comment = [], 0, False, False
+    for line, comment in read_lines(longer):
+        reason = comment.startswith(("# DataParallel: ", "# DDP: "))
+        if not line:
+            explained = reason or (explained and in_comment)  # the comment may go on in a second line
+        elif found < len(expected) and line == expected[found]:
+            found, explained = found + 1, False
+        elif not (explained or reason):
+            problems.append(f"without a reason: {line.strip()}")
+        in_comment = not line
+    if found < len(expected):
+        problems.append(f"missing: {expected[found].strip()}")
+    return problems
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+def test_the_scripts_for_several_gpus_add_explained_lines_to_darknet_train(script):
+    one, several = (Path(module.__file__).read_text() for module in (darknet_train, script))
+    assert compare(one, several) == []
+    step, seen = "            scaler.step(optimizer)\n", "            bar.update()\n"
+    assert several.count(step) == several.count(seen) == 1
+    assert compare(one, several.replace(step, step.replace("scaler", "optimizer")))  # the comparison itself works
+    assert compare(one, several.replace(step, ""))
+    assert compare(one, several.replace(step, step[4:]))  # outside the loop
+    assert compare(one, several.replace(seen, f"{seen}            # here too\n            bar.refresh()\n"))
+
+
+def test_darknet_train_says_nothing_about_several_gpus():
+    words = "DDP|Distributed|DataParallel|no_sync|rank|world|multigpu|torchrun|all_reduce|several GPUs"
+    assert re.findall(words, Path(darknet_train.__file__).read_text(), re.IGNORECASE) == []
+
+
+def test_the_settings_are_the_same_except_for_sync_batch_norm():
     names = [{name for name in vars(script) if name.isupper() and len(name) > 1} for script in SCRIPTS]
     assert names[0] == names[1]
-    assert names[2] - names[0] == {"SYNC_BATCH_NORM"}
+    assert names[2] - names[0] == {"SYNC_BATCH_NORM"} and names[0] <= names[2]
 
 
-def test_the_scripts_train_the_same_weights_and_go_on_from_each_others_checkpoints(tmp_path, monkeypatch, capsys):
+# ---------------------------------------------------------------- runs
+
+
+def test_the_scripts_train_the_same_weights_and_resume_each_others_checkpoints(tmp_path, monkeypatch, capsys):
     states = []
     for script in SCRIPTS:
         folder = tmp_path / script.__name__
@@ -60,16 +119,17 @@ def test_the_scripts_train_the_same_weights_and_go_on_from_each_others_checkpoin
     for state in states[1:]:
         assert all(torch.equal(tensor, state["model"][name]) for name, tensor in states[0]["model"].items())
 
+    monkeypatch.setattr(utils, "draw_charts", lambda metrics_file, chart_file: None)  # drawn above
     for script, other in zip(SCRIPTS, [*SCRIPTS[1:], SCRIPTS[0]], strict=True):
         set_small(monkeypatch, other, tmp_path / script.__name__, EPOCHS=2, RESUME=True, SUBDIVISIONS=2)
         other.main()
-        assert "after epoch 1" in capsys.readouterr().out
+        assert "after epoch 1, step 3" in capsys.readouterr().out
         states.append(utils.load_checkpoint(tmp_path / script.__name__ / "darknet19.pt"))
     for state in states[4:]:
         assert all(torch.equal(tensor, state["model"][name]) for name, tensor in states[3]["model"].items())
 
 
-def test_a_second_stage_starts_from_the_weights_alone(tmp_path, monkeypatch):
+def test_a_second_stage_starts_from_the_weights_alone(tmp_path, monkeypatch, no_charts):
     set_small(monkeypatch, darknet_train, tmp_path)
     darknet_train.main()
     first = utils.load_checkpoint(tmp_path / "darknet19.pt")["model"]
@@ -80,7 +140,7 @@ def test_a_second_stage_starts_from_the_weights_alone(tmp_path, monkeypatch):
     assert all(torch.equal(first[name], second["model"][name]) for name in first if name.endswith("weight"))
 
 
-def test_the_identity_makes_a_new_layer_pass_its_input_on(tmp_path, monkeypatch):
+def test_the_identity_makes_a_new_layer_pass_its_input_on(tmp_path, monkeypatch, no_charts):
     model = darknet_model.Darknet19(5)
     kernels = [module.weight for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
     drawn = [kernel.detach().clone() for kernel in kernels]
@@ -89,22 +149,25 @@ def test_the_identity_makes_a_new_layer_pass_its_input_on(tmp_path, monkeypatch)
     for kernel in kernels:
         torch.nn.init.zeros_(kernel)
     darknet_model.add_identity(model, 3.0)
-    assert not kernels[0].any() and not kernels[-1].any()  # pixels are no channels yet, classes are none any more
-    images = torch.rand(2, 32, 4, 4)
-    wide = torch.nn.functional.conv2d(images, kernels[1], padding=1)  # 3x3, 32 -> 64 channels
-    assert torch.equal(wide, 3 * torch.cat([images, images], dim=1))
-    images = torch.rand(2, 128, 4, 4)
-    assert torch.equal(torch.nn.functional.conv2d(images, kernels[3]), 3 * images[:, :64])  # 1x1, 128 -> 64 channels
+    assert not kernels[0].any() and not kernels[-1].any()  # from pixels to channels, from channels to classes
+    few, many = kernels[1].shape[1], kernels[1].shape[0]  # 3x3; 32 -> 64 at full width
+    images = torch.rand(2, few, 4, 4)
+    wide = torch.nn.functional.conv2d(images, kernels[1], padding=1)
+    assert many == 2 * few and torch.equal(wide, 3 * torch.cat([images, images], dim=1))
+    many, few = kernels[3].shape[1], kernels[3].shape[0]  # 1x1; 128 -> 64
+    images = torch.rand(2, many, 4, 4)
+    assert many == 2 * few and torch.equal(torch.nn.functional.conv2d(images, kernels[3]), 3 * images[:, :few])
 
-    for script in SCRIPTS:  # with a rate of 0 the checkpoint holds the weights that the run began with
+    for script in SCRIPTS:  # with a rate of 0 the checkpoint holds the initial weights
         set_small(monkeypatch, script, tmp_path / script.__name__, LEARNING_RATE=0.0, IDENTITY_INIT=2.0)
         script.main()
-        weight = utils.load_checkpoint(tmp_path / script.__name__ / "darknet19.pt")["model"]["features.2.0.weight"]
-        centre = weight[torch.arange(64), torch.arange(64) % 32, 1, 1]
+        weight = utils.load_checkpoint(tmp_path / script.__name__ / "darknet19.pt")["model"]["features.22.0.weight"]
+        outputs, inputs = weight.shape[:2]  # 3x3; 512 -> 1024
+        centre = weight[torch.arange(outputs), torch.arange(outputs) % inputs, 1, 1]
         assert 1.9 < float(centre.mean()) < 2.1 and abs(float(weight[:, :, 0, 0].mean())) < 0.1
 
 
-def test_float16_scales_its_gradients_and_skips_steps_that_overflow(tmp_path, monkeypatch):
+def test_fp16_scales_its_gradients_and_skips_steps_that_overflow(tmp_path, monkeypatch, no_charts):
     set_small(monkeypatch, darknet_train, tmp_path, PRECISION="fp16", EPOCHS=2, BURN_IN=2)
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=2.0**40, enabled=enabled))
@@ -114,33 +177,33 @@ def test_float16_scales_its_gradients_and_skips_steps_that_overflow(tmp_path, mo
     assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
 
 
-def count_validation_images(rank, world, folder):
-    """One process of a run -> the validation images that it counted and those that all of them did, into a file."""
-    torch.set_num_threads(1)
+def count_validation_images(rank, folder):
+    """One of three processes -> the validation images that it has counted, and that all have counted, in a file."""
+    run_narrow.narrow()
     script, counts = darknet_train_multigpu_distr, []
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=3)
     values = {"DATA_DIR": str(SAMPLE), "IMAGE_SIZE": 32, "EPOCHS": 1, "NUM_WORKERS": 0, "PRECISION": "fp32"}
     vars(script).update(values | {"CHECKPOINT": f"{folder}/d.pt"})
 
     def validate(*arguments, original=script.validate):
         sums = original(*arguments)
         counts.append(int(sums[3]))
-        script.all_sums = sums  # added up in place by main()
+        script.all_sums = sums  # main() adds the other processes' sums in place
         return sums
 
     script.validate = validate
-    script.train(rank, world, torch.device("cpu"))
+    script.main()
     Path(folder, f"{rank}.txt").write_text(f"{counts[0]} {int(script.all_sums[3])}")
     torch.distributed.destroy_process_group()
 
 
 def test_three_processes_count_every_validation_image_once(tmp_path):
     """5 images: 2 + 2 + 1."""
-    torch.multiprocessing.spawn(count_validation_images, (3, str(tmp_path)), nprocs=3)
+    run_narrow.run_processes(count_validation_images, 3, str(tmp_path))
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(3)] == ["2 5", "2 5", "1 5"]
 
 
-def test_a_broken_validation_image_counts_nowhere(tmp_path, monkeypatch):
+def test_a_broken_validation_image_is_not_counted(tmp_path, monkeypatch, no_charts):
     data = tmp_path / "data"
     shutil.copytree(SAMPLE, data)
     broken = next((data / "val").rglob("*.JPEG"))
@@ -166,11 +229,30 @@ def test_data_parallel_refuses_one_gpu_of_several(tmp_path, monkeypatch):
         darknet_train_multigpu.main()
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"BATCH_SIZE": 6}, "6 images .* cannot be split evenly over 4 GPUs"),
+        ({"BATCH_SIZE": 12, "SUBDIVISIONS": 2}, "6 images .* cannot be split evenly over 4 GPUs"),
+        ({"BATCH_SIZE": 8, "COMPILE": True}, "COMPILE works on one GPU"),
+    ],
+)
+def test_data_parallel_refuses_what_four_gpus_cannot_do(setting, message, tmp_path, monkeypatch):
+    set_small(monkeypatch, darknet_train_multigpu, tmp_path, **setting)
+    monkeypatch.setattr(utils, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(ValueError, match=message):
+        darknet_train_multigpu.main()
+
+
 def test_an_uneven_batch_is_one_sentence(tmp_path, monkeypatch):
-    set_small(monkeypatch, darknet_train_multigpu_distr, tmp_path, BATCH_SIZE=5)
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(ValueError, match="2 processes"):
-        darknet_train_multigpu_distr.train(0, 2, torch.device("cpu"))
+    script = darknet_train_multigpu_distr
+    set_small(monkeypatch, script, tmp_path, BATCH_SIZE=5)
+    monkeypatch.setattr(script, "join_processes", lambda: torch.device("cpu"))
+    monkeypatch.setattr(script.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(script.dist, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="5 images cannot be split evenly over 2 processes"):
+        script.main()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -195,11 +277,11 @@ def test_more_processes_than_gpus_is_one_sentence(monkeypatch):
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="process 1 has no GPU: --nproc_per_node may be 1"):
+    with pytest.raises(ValueError, match="process 1 has no GPU: --nproc_per_node may be at most 1 here"):
         darknet_train_multigpu_distr.main()
 
 
-def test_bad_folders_and_checkpoints_are_one_sentence(tmp_path, monkeypatch):
+def test_bad_folders_and_checkpoints_are_one_sentence(tmp_path, monkeypatch, no_charts):
     with pytest.raises(FileNotFoundError, match="train"):
         imagenet_dataset(tmp_path, "train", 64, augment=False)
     (tmp_path / "val").mkdir()
@@ -216,12 +298,14 @@ def test_bad_folders_and_checkpoints_are_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="different class folders.*b, c"):
         darknet_train.main()
 
-    utils.save_checkpoint(tmp_path / "three.pt", model=darknet_train.darknet_model.Darknet19(3).state_dict())
+    utils.save_checkpoint(tmp_path / "three.pt", model=darknet_model.Darknet19(3).state_dict())
     set_small(monkeypatch, darknet_train, tmp_path, RESUME_WEIGHTS=str(tmp_path / "three.pt"))
     with pytest.raises(ValueError, match="three.pt.*3 classes, not 5") as error:
         darknet_train.main()
-    words = shlex.split(str(error.value).partition("conv.23: ")[2])  # the command it names keeps the backbone
-    subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    command = shlex.split(str(error.value).partition("conv.23: ")[2])  # the command that it names keeps the backbone
+    assert command[:2] == ["python", "-c"] and len(command) == 3
+    monkeypatch.chdir(tmp_path)
+    exec(command[2], {})
     set_small(monkeypatch, darknet_train, tmp_path, RESUME_WEIGHTS=str(tmp_path / "backbone.conv.23"))
     darknet_train.main()
 
@@ -247,7 +331,7 @@ def test_validation_takes_the_centre_square_and_training_is_seeded(tmp_path):
 
 
 def test_the_crop_scale_sets_how_much_of_an_image_a_crop_shows(tmp_path):
-    """Sixteen stripes across the image: a crop as large as its short side shows most of them, one of a quarter at most six."""
+    """16 stripes of 8 pixels each, black and white: a crop of the whole image shows most of them, one of a quarter at most six."""
     pixels = np.zeros((256, 256, 3), np.uint8)
     pixels[:, np.arange(256) // 8 % 2 == 1] = 255
     (tmp_path / "train" / "a").mkdir(parents=True)

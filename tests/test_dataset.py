@@ -1,6 +1,7 @@
-"""The data set: reading, targets, augmentation, batches, anchors, and what is said about bad input."""
+"""The data sets: reading, targets, augmentation, batches, anchors, and the errors for bad input."""
 
 import io
+import itertools
 import math
 import re
 import shutil
@@ -22,7 +23,7 @@ CAT, DOG, PERSON = (VOC_CLASSES.index(name) for name in ("cat", "dog", "person")
 
 
 def voc_xml(objects) -> str:
-    """A VOC annotation of (class name, difficult, (xmin, ymin, xmax, ymax)) rows."""
+    """A VOC annotation; objects are rows (class name, difficult, (xmin, ymin, xmax, ymax))."""
     text = ""
     for name, difficult, box in objects:
         sides = "".join(f"<{side}>{value}</{side}>" for side, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
@@ -31,7 +32,7 @@ def voc_xml(objects) -> str:
 
 
 def make_devkit(root: Path, samples: dict, layout: str = "VOC2007", size=(100, 80)) -> Path:
-    """Writes a small devkit: `samples` is image id -> objects (see voc_xml), or the whole text of its annotation."""
+    """Writes a small devkit; `samples` maps each image id to its objects (see voc_xml), or to the text of its annotation."""
     folder = root / layout
     for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (folder / part).mkdir(parents=True)
@@ -58,7 +59,7 @@ def boxes_in_pixels(targets: torch.Tensor, image_size: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("grid_height", "grid_width"), [(13, 13), (10, 19)])
-def test_decoding_raw_outputs_that_equal_the_targets_gives_the_boxes_back(grid_height, grid_width):
+def test_decoding_inverts_the_encoding(grid_height, grid_width):
     rng = np.random.default_rng(0)
     sizes = rng.uniform(0.02, 0.6, (12, 2))
     boxes = np.concatenate([rng.uniform(0.05, 0.95, (12, 2)), sizes], axis=1)
@@ -67,14 +68,14 @@ def test_decoding_raw_outputs_that_equal_the_targets_gives_the_boxes_back(grid_h
     assert targets.shape == (5, grid_height, grid_width, 6) and targets.dtype == torch.float32
     assert targets[..., 0].sum() == 12  # no two of these share a slot
 
-    # t_x = ln(x / (1 - x)), t_w = ln(w / p_w), and objectness and classes far from 0: Fig. 3 of YOLO9000 the other way round
+    # the inverse of YOLO9000 Fig. 3: t_x = ln(x / (1 - x)), t_w = ln(w / p_w); logits of objectness and classes far from 0
     objectness, x, y, w, h, label = targets.double().unbind(-1)
     p_w, p_h = torch.tensor(ANCHORS, dtype=torch.float64).T[:, :, None, None]
-    held = objectness > 0
+    has_object = objectness > 0
     raw = torch.zeros(1, 5, grid_height, grid_width, 25)
     for channel, value in enumerate((torch.logit(x), torch.logit(y), torch.log(w / p_w), torch.log(h / p_h))):
-        raw[0, ..., channel] = torch.where(held, value, 0)
-    raw[0, ..., 4] = torch.where(held, 20, -20)
+        raw[0, ..., channel] = torch.where(has_object, value, 0)
+    raw[0, ..., 4] = torch.where(has_object, 20, -20)
     raw[0, ..., 5:] = 20.0 * torch.nn.functional.one_hot(label.long(), 20)
     decoded, confidence, probabilities = (tensor[0] for tensor in utils.decode_predictions(raw, ANCHORS))
 
@@ -85,14 +86,14 @@ def test_decoding_raw_outputs_that_equal_the_targets_gives_the_boxes_back(grid_h
     np.testing.assert_allclose(rows[np.argsort(rows[:, 0])], expected[np.argsort(expected[:, 0])], atol=1e-5)
 
 
-def test_an_object_is_encoded_by_hand():
+def test_encoding_by_hand():
     # centre (.3, .55), size .2 x .4 on 10 columns and 4 rows: x = 3.0, y = 2.2, w = 2.0, h = 1.6 in cells
     targets = dataset.encode_targets([[0.3, 0.55, 0.2, 0.4]], [7], [(2, 1.5)], 4, 10)
     assert targets[..., 0].sum() == 1
     np.testing.assert_allclose(targets[0, 2, 3].numpy(), [1, 0, 0.2, 2, 1.6, 7], atol=1e-6)
 
 
-def test_of_two_objects_that_want_a_slot_the_later_one_takes_it():
+def test_the_later_of_two_objects_in_one_slot_wins():
     boxes = [[0.5, 0.5, 0.1, 0.1], [0.51, 0.51, 0.1, 0.1]]
     targets = dataset.encode_targets(boxes, [3, 7], [(1, 1)], 13, 13)
     assert targets[..., 0].sum() == 1
@@ -101,19 +102,19 @@ def test_of_two_objects_that_want_a_slot_the_later_one_takes_it():
     assert dataset.encode_targets(boxes[::-1], [7, 3], [(1, 1)], 13, 13)[0, 6, 6, 5] == 3
 
 
-def test_objects_in_one_cell_with_other_shapes_keep_a_slot_each():
+def test_objects_of_different_shapes_in_one_cell_get_separate_slots():
     targets = dataset.encode_targets([[0.5, 0.5, 0.1, 0.4], [0.5, 0.5, 0.4, 0.1]], [3, 7], [(1.3, 5.2), (5.2, 1.3)], 13, 13)
     assert targets[:, 6, 6, 0].tolist() == [1, 1] and targets[:, 6, 6, 5].tolist() == [3, 7]
 
 
 @pytest.mark.parametrize("boxes", [[], np.empty((0, 4)), torch.empty(0, 4)])
-def test_no_objects_give_targets_of_zeros(boxes):
+def test_without_objects_the_targets_are_zero(boxes):
     targets = dataset.encode_targets(boxes, [], ANCHORS, 3, 4)
     assert targets.shape == (5, 3, 4, 6) and not targets.any()
 
 
 @pytest.mark.parametrize(("centre", "cell"), [((1.0, 0.5), (1, 3)), ((0.5, 1.0), (2, 2)), ((1.0, 1.0), (2, 3)), ((0, 0), (0, 0))])
-def test_a_centre_on_the_border_of_the_image_belongs_to_the_cell_inside(centre, cell):
+def test_a_centre_on_the_border_of_the_image_belongs_to_the_last_cell(centre, cell):
     # 3 rows, 4 columns; x = offset + column must still be the centre: 1.0 * 4 = 1 + 3
     targets = dataset.encode_targets([[*centre, 0.2, 0.2]], [0], [(1, 1)], 3, 4)
     row, column = cell
@@ -122,7 +123,7 @@ def test_a_centre_on_the_border_of_the_image_belongs_to_the_cell_inside(centre, 
     assert targets[0, row, column, 2] + row == pytest.approx(centre[1] * 3)
 
 
-def test_an_object_goes_to_the_anchor_of_its_shape():
+def test_an_object_is_assigned_to_the_anchor_of_its_shape():
     for number, (w, h) in enumerate(ANCHORS):
         targets = dataset.encode_targets([[0.5, 0.5, w / 13, h / 13]], [0], ANCHORS, 13, 13)
         assert targets[:, 6, 6, 0].argmax() == number
@@ -135,7 +136,7 @@ def test_an_object_goes_to_the_anchor_of_its_shape():
 # ---------------------------------------------------------------- reading
 
 
-def test_items_of_the_sample_are_images_in_0_to_1_and_targets():
+def test_samples_are_images_in_0_to_1_and_targets():
     data = VOCDataset(SAMPLE, [("2007", "tiny")], ANCHORS, image_size=96)
     assert len(data) == len((SAMPLE / "VOC2007/ImageSets/Main/tiny.txt").read_text().split())
     for index in (0, len(data) - 1):
@@ -145,25 +146,40 @@ def test_items_of_the_sample_are_images_in_0_to_1_and_targets():
         assert targets.shape == (5, 3, 3, 6) and targets.dtype == torch.float32
         rows, image_id = data.ground_truth(index)
         assert 1 <= targets[..., 0].sum() <= len(rows)
-        assert data.original_size(index) == Image.open(SAMPLE / f"VOC2007/JPEGImages/{image_id}.jpg").size
+        file, _ = data.samples[index]
+        assert dataset.image_size(file) == Image.open(SAMPLE / f"VOC2007/JPEGImages/{image_id}.jpg").size
 
 
-def test_several_image_sets_stand_one_after_the_other():
+def test_several_image_sets_are_concatenated():
     sets = [("2007", "one"), ("2007", "tiny")]
     both = VOCDataset(SAMPLE, sets, ANCHORS)
     parts = [VOCDataset(SAMPLE, [image_set], ANCHORS) for image_set in sets]
     assert both.samples == parts[0].samples + parts[1].samples
 
 
-def test_ground_truth_is_class_difficult_and_the_pixels_of_the_annotation(tmp_path):
+def test_limit_keeps_the_first_images():
+    whole = VOCDataset(SAMPLE, [("2007", "tiny")], ANCHORS, image_size=64)
+    assert len(whole) > 3
+    for limit, count in ((3, 3), (1, 1), (len(whole) + 5, len(whole)), (None, len(whole))):
+        data = VOCDataset(SAMPLE, [("2007", "tiny")], ANCHORS, image_size=64, limit=limit)
+        assert len(data) == len(data.labels) == count and data.samples == whole.samples[:count]
+    assert torch.equal(data[2][1], whole[2][1])
+
+
+def test_labels_of_images_beyond_the_limit_are_not_read(tmp_path):
+    make_devkit(tmp_path, {"good": [], "bad": "<annotation>"})
+    assert len(open_devkit(tmp_path, limit=1)) == 1
+
+
+def test_ground_truth_is_class_difficult_flag_and_the_pixels_of_the_annotation(tmp_path):
     make_devkit(tmp_path, {"000007": [("dog", 0, (1, 2, 50, 60)), ("person", 1, (10, 20, 100, 80))]})
     rows, image_id = open_devkit(tmp_path).ground_truth(0)
     assert rows.tolist() == [[DOG, 0, 1, 2, 50, 60], [PERSON, 1, 10, 20, 100, 80]]
     assert rows.dtype == torch.float64 and image_id == "000007"
 
 
-def test_a_target_is_the_object_in_grid_cells(tmp_path):
-    # 100 x 80 pixels on 2 x 2 cells; devkit pixels 21..71 x 11..51 are .2...7 of the width and .125...625 of the height:
+def test_targets_are_in_grid_cells(tmp_path):
+    # 100 x 80 pixels on 2 x 2 cells; devkit pixels 21..71 x 11..51 are .2 to .7 of the width and .125 to .625 of the height:
     # centre .45, .375 -> .9, .75 cells; size .5, .5 -> 1 x 1 cells
     make_devkit(tmp_path, {"a": [("cat", 0, (21, 11, 71, 51))]})
     _, targets = open_devkit(tmp_path)[0]
@@ -171,7 +187,7 @@ def test_a_target_is_the_object_in_grid_cells(tmp_path):
     np.testing.assert_allclose(targets[0, 0, 0].numpy(), [1, 0.9, 0.75, 1, 1, CAT], atol=1e-5)
 
 
-def test_the_data_folder_may_hold_the_years_or_the_folder_vocdevkit(tmp_path):
+def test_the_data_folder_may_contain_the_years_or_vocdevkit(tmp_path):
     objects = {"a": [("cat", 0, (21, 11, 71, 51))]}
     make_devkit(tmp_path / "plain", objects)
     make_devkit(tmp_path / "nested", objects, layout="VOCdevkit/VOC2007")
@@ -181,14 +197,14 @@ def test_the_data_folder_may_hold_the_years_or_the_folder_vocdevkit(tmp_path):
         assert torch.equal(first, second)
 
 
-def test_lists_by_class_with_a_second_column_are_read(tmp_path):
+def test_lists_per_class_with_a_second_column_are_read(tmp_path):
     folder = make_devkit(tmp_path, {"a": [], "b": []})
     (folder / "ImageSets/Main/cat_train.txt").write_text("a  1\nb -1\n\n")
     data = VOCDataset(tmp_path, [("2007", "cat_train")], ANCHORS)
     assert [Path(image).stem for image, _ in data.samples] == ["a", "b"]
 
 
-def test_difficult_objects_are_ground_truth_but_no_targets(tmp_path):
+def test_difficult_objects_are_ground_truth_but_not_targets(tmp_path):
     make_devkit(tmp_path, {"a": [("dog", 0, (5, 5, 20, 20)), ("cat", 1, (60, 40, 90, 70))]})
     data = open_devkit(tmp_path)
     assert data.ground_truth(0)[0][:, 1].tolist() == [0, 1]
@@ -197,8 +213,8 @@ def test_difficult_objects_are_ground_truth_but_no_targets(tmp_path):
 
 
 @pytest.mark.parametrize("augment", [False, True])
-def test_an_image_without_objects_has_targets_of_zeros(tmp_path, augment):
-    make_devkit(tmp_path, {"a": [], "b": [("dog", 1, (5, 5, 20, 20))]})  # b: only a difficult one
+def test_the_targets_of_an_image_without_objects_are_zero(tmp_path, augment):
+    make_devkit(tmp_path, {"a": [], "b": [("dog", 1, (5, 5, 20, 20))]})  # b has only a difficult one
     data = open_devkit(tmp_path, augment=augment)
     assert data.ground_truth(0)[0].shape == (0, 6)
     for index in (0, 1):
@@ -214,7 +230,7 @@ def test_pairs_in_a_csv_with_xml_or_yolo_labels_equal_the_devkit(tmp_path):
         name = Path(image_file).name
         shutil.copy(image_file, tmp_path / name)
         shutil.copy(label_file, tmp_path)
-        width, height = devkit.original_size(index)
+        width, height = dataset.image_size(image_file)
         labels = ""
         for label, _, x1, y1, x2, y2 in devkit.ground_truth(index)[0].tolist():
             x, y = ((x1 - 1) + (x2 - 1)) / 2 / width, ((y1 - 1) + (y2 - 1)) / 2 / height  # devkit pixels count from 1
@@ -227,7 +243,7 @@ def test_pairs_in_a_csv_with_xml_or_yolo_labels_equal_the_devkit(tmp_path):
     for data in (
         VOCDataset(tmp_path, ["with_xml.csv"], ANCHORS, image_size=64),
         VOCDataset(tmp_path, ["with_txt.csv"], ANCHORS, image_size=64),
-        VOCDataset(tmp_path / "with_txt.csv", [], ANCHORS, image_size=64),  # the csv file in place of the folder
+        VOCDataset(tmp_path / "with_txt.csv", [], ANCHORS, image_size=64),  # the csv file instead of its folder
     ):
         assert len(data) == 4
         for index in range(4):
@@ -238,6 +254,66 @@ def test_pairs_in_a_csv_with_xml_or_yolo_labels_equal_the_devkit(tmp_path):
                 torch.testing.assert_close(value, original)
 
 
+def test_yolo_labels_stay_exact_fractions_whatever_the_size_of_the_image(tmp_path):
+    """No round trip through pixels: it would round, and would need the size of every image."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (333, 217)).save(tmp_path / "odd.jpg")
+    Image.new("RGB", (64, 64)).save(tmp_path / "square.jpg")
+    Image.new("RGB", (217, 101)).save(tmp_path / "rotated.jpg", exif=exif)
+    rows = [(7, 0.1, 0.3, 0.07, 0.11), (11, 0.6180339887498949, 0.7, 0.123456789, 0.2)]
+    (tmp_path / "a.txt").write_text("".join(f"{label} {x!r} {y!r} {w!r} {h!r}\n" for label, x, y, w, h in rows))
+    (tmp_path / "list.csv").write_text("odd.jpg,a.txt\nsquare.jpg,a.txt\nrotated.jpg,a.txt\nmissing.jpg,a.txt\n")
+    data = VOCDataset(tmp_path, ["list.csv"], ANCHORS, image_size=416)  # reads no image: one of them is missing
+    corners = [[label, 0, x - w / 2, y - h / 2, x + w / 2, y + h / 2] for label, x, y, w, h in rows]
+    expected = dataset.encode_targets([row[1:] for row in rows], [row[0] for row in rows], ANCHORS, 13, 13)
+    for index in range(3):
+        assert data.labels[index].tolist() == corners  # to the last bit
+        torch.testing.assert_close(data[index][1], expected, atol=1e-6, rtol=0)
+        assert torch.equal(data[index][1], data[0][1])
+    assert data.labels[3].tolist() == corners
+
+
+def test_ground_truth_of_yolo_labels_accepts_a_known_image_size(tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("7 .5 .5 .5 .5\n")
+    (tmp_path / "list.csv").write_text("a.png,a.txt\n")
+    data = VOCDataset(tmp_path, ["list.csv"], ANCHORS)
+    rows, image_id = data.ground_truth(0)
+    (tmp_path / "a.png").unlink()  # the size cannot come from the file any more
+    assert torch.equal(data.ground_truth(0, (40, 30))[0], rows) and data.ground_truth(0, (40, 30))[1] == image_id == "a"
+    np.testing.assert_allclose(data.ground_truth(0, (200, 100))[0].numpy(), [[7, 0, 51, 26, 151, 76]], atol=1e-9)
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_images_and_sizes_are_the_images_at_test_time_and_their_sizes_as_read(tmp_path, augment):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "rotated.jpg", exif=exif)  # shown as 40 x 60
+    Image.fromarray(noise[:, :, 0]).save(tmp_path / "grey.png")
+    Image.fromarray(noise).convert("RGBA").save(tmp_path / "rgba.png")
+    names = ("rotated.jpg", "grey.png", "rgba.png")
+    (tmp_path / "a.txt").write_text("7 .5 .5 .5 .5\n")
+    (tmp_path / "list.csv").write_text("".join(f"{name},a.txt\n" for name in names))
+    plain = VOCDataset(tmp_path, ["list.csv"], ANCHORS, image_size=96)
+    data = VOCDataset(tmp_path, ["list.csv"], ANCHORS, image_size=96, augment=augment)
+    images, sizes = data.images_and_sizes([2, 0, 1])
+    assert images.shape == (3, 3, 96, 96) and images.dtype == torch.float32
+    assert sizes.tolist() == [[60, 40], [40, 60], [60, 40]]
+    assert sizes.tolist() == [list(dataset.image_size(data.samples[index][0])) for index in (2, 0, 1)]
+    for image, index in zip(images, (2, 0, 1), strict=True):
+        assert torch.equal(image, plain[index][0])
+
+
+def test_images_and_sizes_of_the_sample_equal_its_items():
+    data = VOCDataset(SAMPLE, [("2007", "tiny")], ANCHORS, image_size=64)
+    images, sizes = data.images_and_sizes(list(range(len(data))))
+    for index in range(len(data)):
+        assert torch.equal(images[index], data[index][0])
+        assert tuple(sizes[index].tolist()) == dataset.image_size(data.samples[index][0])
+
+
 def test_an_empty_yolo_label_file_is_an_image_without_objects(tmp_path):
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("\n")
@@ -246,13 +322,13 @@ def test_an_empty_yolo_label_file_is_an_image_without_objects(tmp_path):
     assert data.ground_truth(0)[0].shape == (0, 6) and not data[0][1].any()
 
 
-def test_own_classes_count_in_their_own_order(tmp_path):
+def test_custom_classes_are_numbered_in_their_own_order(tmp_path):
     make_devkit(tmp_path, {"a": [("pear", 0, (5, 5, 20, 20)), ("apple", 0, (30, 5, 50, 20))]})
     assert open_devkit(tmp_path, classes=("pear", "apple")).ground_truth(0)[0][:, 0].tolist() == [0, 1]
 
 
-def test_a_model_that_outputs_the_targets_has_an_average_precision_of_one(tmp_path):
-    """Labels -> targets -> raw outputs -> detections -> average precision: no step is off by a pixel, a row or a class."""
+def test_a_model_that_outputs_the_targets_has_an_average_precision_of_1(tmp_path):
+    """Labels -> targets -> raw outputs -> detections -> average precision: no step is off by one pixel, row or class."""
     make_devkit(
         tmp_path,
         {
@@ -264,7 +340,7 @@ def test_a_model_that_outputs_the_targets_has_an_average_precision_of_one(tmp_pa
     data = open_devkit(tmp_path, image_size=160)
 
     class Oracle(torch.nn.Module):
-        """Gives the raw outputs that decode to the targets, batch after batch."""
+        """Returns the raw outputs that decode to the targets, batch by batch."""
 
         def __init__(self):
             super().__init__()
@@ -285,7 +361,7 @@ def test_a_model_that_outputs_the_targets_has_an_average_precision_of_one(tmp_pa
                 self.index += 1
             return raw
 
-    detections, truths, seconds = utils.detect_dataset(Oracle(), data, ANCHORS, batch_size=2, num_workers=0)
+    detections, truths, seconds = utils.detect_dataset(Oracle(), data, batch_size=2, num_workers=0)
     assert len(detections) == 4 and len(truths) == 5 and set(seconds) == {"loading", "network", "post-processing"}
     for metric in ("all_points", "voc2007"):
         values = utils.average_precision(detections, truths, 20, iou_threshold=0.99, metric=metric)
@@ -296,7 +372,7 @@ def test_a_model_that_outputs_the_targets_has_an_average_precision_of_one(tmp_pa
 # ---------------------------------------------------------------- augmentation
 
 
-def test_the_same_key_gives_the_same_sample_whatever_was_read_before():
+def test_the_same_key_gives_the_same_sample_regardless_of_earlier_ones():
     first = VOCDataset(SAMPLE, [("2007", "one")], ANCHORS, image_size=96, augment=True)
     second = VOCDataset(SAMPLE, [("2007", "one")], ANCHORS, image_size=96, augment=True)
     image, targets = first[(0, 96, 5)]
@@ -307,7 +383,7 @@ def test_the_same_key_gives_the_same_sample_whatever_was_read_before():
     assert torch.equal(again_image, image) and torch.equal(again_targets, targets)
 
 
-def test_the_size_travels_with_the_key():
+def test_the_image_size_is_part_of_the_key():
     data = VOCDataset(SAMPLE, [("2007", "one")], ANCHORS, image_size=64, augment=True)
     for size in (96, 160, 96):
         image, targets = data[(0, size, 5)]
@@ -316,8 +392,8 @@ def test_the_size_travels_with_the_key():
 
 
 @pytest.mark.parametrize("kind", ["detector", "classifier"])
-def test_a_flip_tells_nothing_about_the_colours(kind, tmp_path):
-    """Each transform draws numbers of its own: among mirrored images as among others, hues move both ways."""
+def test_flips_and_colours_are_independent(kind, tmp_path):
+    """The transforms must not draw the same random numbers: with and without a flip, the hue is shifted in both directions."""
     pixels = np.full((64, 64, 3), (200, 40, 40), np.uint8)
     pixels[:, :32] //= 2  # the left half is darker
     (tmp_path / "train" / "a").mkdir(parents=True)
@@ -332,11 +408,10 @@ def test_a_flip_tells_nothing_about_the_colours(kind, tmp_path):
     for seed in range(60):
         middle = data[(0, 64, seed)][0][:, 16:48, 16:48].numpy()
         red, green, blue = middle.mean(axis=(1, 2))
-        hues[bool(middle[..., :8].mean() > middle[..., -8:].mean())].append(
-            green > blue
-        )  # redder images turn to yellow or to violet
-    for moved in hues.values():
-        assert len(moved) > 15 and 0.2 < np.mean(moved) < 0.8, hues
+        flipped = bool(middle[..., :8].mean() > middle[..., -8:].mean())
+        hues[flipped].append(green > blue)  # red was shifted towards yellow, not towards violet
+    for shifted in hues.values():
+        assert len(shifted) > 15 and 0.2 < np.mean(shifted) < 0.8, hues
 
 
 def test_without_augmentation_the_seed_changes_nothing():
@@ -344,9 +419,10 @@ def test_without_augmentation_the_seed_changes_nothing():
     assert torch.equal(data[(0, 64, 1)][0], data[(0, 64, 2)][0]) and torch.equal(data[(0, 64, 1)][0], data[0][0])
 
 
-def test_worker_processes_give_the_samples_of_the_main_process():
+def test_worker_processes_give_the_same_samples_as_the_main_process():
     data = VOCDataset(SAMPLE, [("2007", "tiny")], ANCHORS, augment=True)
-    batches = dataset.epoch_batches(8, 4, epoch=1, seed=0, image_sizes=[64, 96], batches_per_size=1)
+    batches = list(itertools.islice(dataset.training_batches(8, 4, 1, [64, 96], seed=1, first_step=9), 2))
+    assert {size for batch in batches for _, size, _ in batch} == {64, 96}  # a new size is drawn at step 10
     here = list(torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=0))
     there = list(torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=2))
     assert len(here) == len(there) == 2
@@ -356,8 +432,8 @@ def test_worker_processes_give_the_samples_of_the_main_process():
 
 def test_colours_are_rgb_and_the_first_row_is_at_the_top(tmp_path):
     picture = np.zeros((64, 64, 3), np.uint8)
-    picture[:32, :32] = (255, 0, 0)  # upper left red
-    picture[32:, 32:] = (0, 0, 255)  # lower right blue
+    picture[:32, :32] = (255, 0, 0)  # top left red
+    picture[32:, 32:] = (0, 0, 255)  # bottom right blue
     folder = make_devkit(tmp_path, {"a": []})
     Image.fromarray(picture).save(folder / "JPEGImages/a.jpg", quality=95, subsampling=0)
     image, _ = open_devkit(tmp_path)[0]
@@ -367,9 +443,9 @@ def test_colours_are_rgb_and_the_first_row_is_at_the_top(tmp_path):
 
 @pytest.mark.parametrize("box", [(60, 40, 160, 130), (0, 150, 120, 240)], ids=["inside", "in_the_corner"])
 def test_boxes_stay_on_their_object_under_augmentation(tmp_path, box):
-    left, top, right, bottom = box  # pixels, 0-based, the right and lower ends outside
+    left, top, right, bottom = box  # pixels, 0-based, right and bottom exclusive
     picture = np.zeros((240, 320, 3), np.uint8)
-    picture[top:bottom, left:right] = (255, 0, 0)  # black, grey padding and this: only this has a colour, whatever its hue
+    picture[top:bottom, left:right] = (255, 0, 0)  # the only colour beside black and grey padding, whatever its hue becomes
     folder = make_devkit(tmp_path, {"a": [("cat", 0, (left + 1, top + 1, right, bottom))]})
     Image.fromarray(picture).save(folder / "JPEGImages/a.jpg", quality=95, subsampling=0)
     data = open_devkit(tmp_path, image_size=160, augment=True)
@@ -383,14 +459,14 @@ def test_boxes_stay_on_their_object_under_augmentation(tmp_path, box):
         assert found == pytest.approx([float(value) for value in expected], abs=1.5), f"seed {seed}"
         boxes.append(found)
         seen_on_the_left += found[0] + found[2] < 160
-    assert len({tuple(round(value) for value in found) for found in boxes}) > 40  # they do move
-    assert 10 < seen_on_the_left < 40  # and are mirrored about every second time
+    assert len({tuple(round(value) for value in found) for found in boxes}) > 40  # the boxes do move
+    assert 10 < seen_on_the_left < 40  # and about half of them are flipped
 
 
 def test_a_box_of_which_less_than_a_tenth_is_left_is_dropped(tmp_path):
     picture = np.zeros((240, 320, 3), np.uint8)
-    picture[:, :60] = (255, 0, 0)  # a strip at the border, which moves in by up to 64 pixels
-    picture[80:160, 100:220] = (0, 0, 255)  # a block that always stays; its width tells the scale
+    picture[:, :60] = (255, 0, 0)  # a strip at the border, of which up to 64 pixels are cropped
+    picture[80:160, 100:220] = (0, 0, 255)  # a block that always stays inside; its width gives the scale
     folder = make_devkit(tmp_path, {"a": [("cat", 0, (1, 1, 60, 240)), ("dog", 0, (101, 81, 220, 160))]})
     Image.fromarray(picture).save(folder / "JPEGImages/a.jpg", quality=95, subsampling=0)
     data = open_devkit(tmp_path, augment=True)
@@ -407,7 +483,13 @@ def test_a_box_of_which_less_than_a_tenth_is_left_is_dropped(tmp_path):
     assert dropped_but_seen
 
 
-# ---------------------------------------------------------------- batches of an epoch
+# ---------------------------------------------------------------- batches of a training run
+
+
+def batches_of_epoch(epoch, count, batch_size, subdivisions=1, image_sizes=(320,), seed=0, repeat=1) -> list[list[tuple]]:
+    steps = dataset.steps_per_epoch(count * repeat, batch_size, subdivisions)
+    batches = dataset.training_batches(count, batch_size, subdivisions, list(image_sizes), seed, epoch * steps, repeat)
+    return list(itertools.islice(batches, steps * subdivisions))
 
 
 def indices(batches) -> list[int]:
@@ -415,41 +497,90 @@ def indices(batches) -> list[int]:
 
 
 def test_an_epoch_visits_every_image_once_and_is_the_same_each_time():
-    batches = dataset.epoch_batches(12, 4, epoch=3, seed=7, image_sizes=[320, 352])
+    batches = batches_of_epoch(3, count=12, batch_size=4, seed=7, image_sizes=[320, 352])
     assert [len(batch) for batch in batches] == [4, 4, 4]
     assert sorted(indices(batches)) == list(range(12))
-    assert batches == dataset.epoch_batches(12, 4, epoch=3, seed=7, image_sizes=[320, 352])
+    assert batches == batches_of_epoch(3, count=12, batch_size=4, seed=7, image_sizes=[320, 352])
 
 
 def test_another_epoch_or_seed_has_another_order_and_other_augmentations():
-    batches = dataset.epoch_batches(12, 4, epoch=3, seed=7, image_sizes=[320])
+    batches = batches_of_epoch(3, count=12, batch_size=4, seed=7)
     for epoch, seed in ((4, 7), (3, 8)):
-        other = dataset.epoch_batches(12, 4, epoch=epoch, seed=seed, image_sizes=[320])
+        other = batches_of_epoch(epoch, count=12, batch_size=4, seed=seed)
         assert indices(other) != indices(batches)
         assert {key[2] for batch in other for key in batch}.isdisjoint(key[2] for batch in batches for key in batch)
 
 
-def test_the_image_size_changes_every_so_many_batches_of_an_epoch():
-    starts = set()
-    for epoch in range(10):  # of 5 batches: blocks of 2, 2 and 1
-        sizes = []
-        for batch in dataset.epoch_batches(20, 4, epoch, seed=0, image_sizes=[320, 352, 384], batches_per_size=2):
-            assert len({size for _, size, _ in batch}) == 1
-            sizes.append(batch[0][1])
-        assert sizes[0] == sizes[1] and sizes[2] == sizes[3]
-        starts.add(tuple(sizes[::2]))
-    assert {size for sizes in starts for size in sizes} == {320, 352, 384} and len(starts) > 5
+@pytest.mark.parametrize("subdivisions", [1, 2])
+def test_the_image_size_changes_every_10_steps_of_the_whole_run(subdivisions):
+    """Epochs of 7 steps, so that most blocks of 10 steps begin in the middle of one."""
+    batches = dataset.training_batches(28, 4, subdivisions, [320, 352, 384], seed=0)
+    sizes = []
+    for _ in range(300):  # steps
+        of_step = {size for batch in itertools.islice(batches, subdivisions) for _, size, _ in batch}
+        assert len(of_step) == 1
+        sizes += of_step
+    blocks = [sizes[start : start + 10] for start in range(0, 300, 10)]
+    assert all(len(set(block)) == 1 for block in blocks)
+    drawn = [block[0] for block in blocks]
+    assert set(drawn) == {320, 352, 384}
+    assert len(set(zip(drawn, drawn[1:], drawn[2:], strict=False))) > 5  # in no fixed order
 
 
-def test_repeat_visits_every_image_so_many_times_an_epoch():
-    batches = dataset.epoch_batches(5, 5, epoch=0, seed=0, image_sizes=[320], repeat=3)
+def test_the_image_sizes_depend_on_the_seed():
+    def sizes(seed):
+        return [batch[0][1] for batch in itertools.islice(dataset.training_batches(4, 4, 1, [320, 352], seed), 200)]
+
+    assert sizes(0) == sizes(0) != sizes(1)
+
+
+def test_repeat_visits_every_image_several_times_per_epoch():
+    batches = batches_of_epoch(0, count=5, batch_size=5, repeat=3)
     assert [sorted(indices([batch])) for batch in batches] == [list(range(5))] * 3
-    assert len({key[2] for batch in batches for key in batch}) == 15  # each time with another augmentation
+    assert len({key[2] for batch in batches for key in batch}) == 15  # with a different augmentation each time
 
 
 def test_an_incomplete_last_batch_is_left_out_unless_it_is_the_only_one():
-    assert [len(batch) for batch in dataset.epoch_batches(10, 4, 0, 0, [320])] == [4, 4]
-    assert [len(batch) for batch in dataset.epoch_batches(3, 4, 0, 0, [320])] == [3]
+    assert [len(batch) for batch in batches_of_epoch(0, count=10, batch_size=4)] == [4, 4]
+    assert [len(batch) for batch in batches_of_epoch(0, count=3, batch_size=4)] == [3]
+    # and so do all later epochs
+    assert [len(batch) for batch in itertools.islice(dataset.training_batches(10, 4, 1, [320], 0), 6)] == [4] * 6
+    assert [len(batch) for batch in itertools.islice(dataset.training_batches(3, 4, 1, [320], 0), 3)] == [3] * 3
+
+
+def test_steps_per_epoch_are_the_complete_batches():
+    counts = [(8, 4), (11, 4), (4, 4), (3, 4)]
+    assert [dataset.steps_per_epoch(count, batch_size) for count, batch_size in counts] == [2, 2, 1, 1]
+    assert dataset.steps_per_epoch(11, 4, subdivisions=2) == 2
+    with pytest.raises(ValueError, match="3 images per epoch do not fill a batch of 4.*BATCH_SIZE.*SUBDIVISIONS=1"):
+        dataset.steps_per_epoch(3, 4, subdivisions=2)
+
+
+def test_subdivisions_split_each_batch_and_change_nothing_else():
+    sizes = [320, 352]
+    whole = batches_of_epoch(2, count=14, batch_size=6, image_sizes=sizes, repeat=2)
+    parts = batches_of_epoch(2, count=14, batch_size=6, subdivisions=3, image_sizes=sizes, repeat=2)
+    assert [len(batch) for batch in whole] == [6] * 4 and [len(part) for part in parts] == [2] * 12
+    assert [key for part in parts for key in part] == [key for batch in whole for key in batch]
+
+
+@pytest.mark.parametrize("repeat", [1, 2])
+@pytest.mark.parametrize("subdivisions", [1, 3])
+def test_a_resumed_run_sees_the_rest_of_the_batches(subdivisions, repeat):
+    """17 images in batches of 6: 2 or 5 steps per epoch. Whatever step a run resumes at, also in the middle of an epoch."""
+    arguments = (17, 6, subdivisions, [320, 352, 384], 5)
+    whole = list(itertools.islice(dataset.training_batches(*arguments, repeat=repeat), 24 * subdivisions))
+    for first_step in range(24):
+        resumed = dataset.training_batches(*arguments, first_step=first_step, repeat=repeat)
+        tail = whole[first_step * subdivisions :]
+        assert list(itertools.islice(resumed, len(tail))) == tail, f"first step {first_step}"
+
+
+def test_the_files_of_a_step_are_those_of_all_its_subdivisions():
+    samples = [(f"{number}.jpg", f"{number}.xml") for number in range(8)]
+    batches = list(itertools.islice(dataset.training_batches(8, 4, 2, [320], 0, first_step=1), 2))
+    files = dataset.files_of_step(samples, dataset.training_batches(8, 4, 2, [320], 0, first_step=1), subdivisions=2)
+    assert files == [f"{index}.jpg" for index in indices(batches)] and len(set(files)) == 4
 
 
 # ---------------------------------------------------------------- anchors
@@ -470,11 +601,11 @@ def test_kmeans_finds_the_clusters_of_the_boxes_by_rising_area():
     assert dataset.average_best_iou(sizes, anchors) > 0.9
 
 
-def test_one_anchor_is_the_mean_of_the_boxes():
+def test_a_single_anchor_is_the_mean_of_the_boxes():
     assert dataset.kmeans_anchors([(1, 1), (3, 5)], 1).tolist() == [[2, 3]]
 
 
-def test_more_anchors_than_boxes_is_an_error():
+def test_more_anchors_than_boxes_are_an_error():
     with pytest.raises(ValueError, match="2 boxes are too few for 3 anchors"):
         dataset.kmeans_anchors([(1, 1), (2, 2)], 3)
 
@@ -493,6 +624,16 @@ def test_a_missing_list_is_named(tmp_path):
         VOCDataset(tmp_path, [("2007", "trainval")], ANCHORS)
     with pytest.raises(FileNotFoundError, match=r"mine\.csv"):
         VOCDataset(tmp_path, ["mine.csv"], ANCHORS)
+
+
+def test_a_csv_file_as_data_folder_together_with_image_sets_is_an_error(tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("")
+    (tmp_path / "mine.csv").write_text("a.png,a.txt\n")
+    assert len(VOCDataset(tmp_path / "mine.csv", [], ANCHORS)) == 1
+    for image_sets in (["mine.csv"], [("2007", "trainval")]):
+        with pytest.raises(ValueError, match=r"mine\.csv: DATA_DIR must be the folder of the lists that IMAGE_SETS names"):
+            VOCDataset(tmp_path / "mine.csv", image_sets, ANCHORS)
 
 
 def test_an_empty_list_is_an_error(tmp_path):
@@ -522,7 +663,7 @@ def truncated_jpeg() -> bytes:
     return stream.getvalue()[: len(stream.getvalue()) // 2]
 
 
-@pytest.mark.parametrize("content", [truncated_jpeg(), b"this is no image", b""], ids=["truncated", "text", "empty"])
+@pytest.mark.parametrize("content", [truncated_jpeg(), b"this is not an image", b""], ids=["truncated", "text", "empty"])
 def test_a_damaged_image_is_named(tmp_path, content):
     folder = make_devkit(tmp_path, {"a": []})
     (folder / "JPEGImages/a.jpg").write_bytes(content)
@@ -585,7 +726,7 @@ def test_a_bad_line_of_a_csv_list_is_named(tmp_path, line):
 
 
 @pytest.mark.parametrize("size", [100, 0, -32])
-def test_an_image_size_that_is_no_multiple_of_32_is_an_error(size):
+def test_an_image_size_that_is_not_a_multiple_of_32_is_an_error(size):
     with pytest.raises(ValueError, match=f"multiple of 32 pixels, not {size}"):
         VOCDataset(SAMPLE, [("2007", "one")], ANCHORS, image_size=size)
 
@@ -599,48 +740,44 @@ def test_an_image_size_that_is_no_multiple_of_32_is_an_error(size):
         (Image.new("L", (8, 6), 100), "grey.png", (100, 100, 100)),
         (Image.new("1", (8, 6), 1), "bits.png", (255, 255, 255)),
         (Image.new("RGBA", (8, 6), (200, 0, 100, 255)), "opaque.png", (200, 0, 100)),
-        (Image.new("RGBA", (8, 6), (200, 0, 100, 0)), "transparent.png", (255, 255, 255)),  # laid on white
-        (Image.new("RGBA", (8, 6), (200, 0, 100, 51)), "thin.png", (244, 204, 224)),  # 51/255 = .2: .2 * 200 + .8 * 255 = 244 ...
+        (Image.new("RGBA", (8, 6), (200, 0, 100, 0)), "transparent.png", (255, 255, 255)),  # over white
+        (Image.new("RGBA", (8, 6), (200, 0, 100, 51)), "faint.png", (244, 204, 224)),  # 51/255 = .2: .2 * 200 + .8 * 255 = 244 ...
         (Image.new("LA", (8, 6), (100, 0)), "grey_transparent.png", (255, 255, 255)),
         (Image.new("CMYK", (8, 6), (0, 255, 255, 0)), "cmyk.jpg", (255, 0, 0)),
-        (
-            Image.fromarray(np.full((6, 8), 0x6412, np.uint16)),
-            "sixteen.png",
-            (100, 100, 100),
-        ),  # 0x64 = 100 are the upper eight bits
+        (Image.fromarray(np.full((6, 8), 0x6412, np.uint16)), "sixteen.png", (100, 100, 100)),  # the upper eight bits, 0x64
         (Image.new("P", (8, 6)), "palette.gif", (0, 0, 0)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_images_of_every_mode_are_read_as_rgb(tmp_path, picture, name, expected):
     picture.save(tmp_path / name)
-    image = utils.read_image(tmp_path / name)
+    image = dataset.read_image(tmp_path / name)
     assert image.shape == (6, 8, 3) and image.dtype == np.uint8
     np.testing.assert_allclose(image.reshape(-1, 3).astype(int), np.tile(expected, (48, 1)), atol=3 if name.endswith("jpg") else 1)
-    assert utils.image_size(tmp_path / name) == (8, 6)
+    assert dataset.image_size(tmp_path / name) == (8, 6)
 
 
-# orientation -> where the stored image's upper left corner is shown (row, column) and whether it lies on its side
-UPRIGHT = {1: (0, 0, False), 2: (0, -1, False), 3: (-1, -1, False), 4: (-1, 0, False)}
-ORIENTATIONS = {**UPRIGHT, 5: (0, 0, True), 6: (0, -1, True), 7: (-1, -1, True), 8: (-1, 0, True)}
+# orientation -> where the stored image's top left corner is shown (row, column) and whether width and height are swapped
+UNSWAPPED = {1: (0, 0, False), 2: (0, -1, False), 3: (-1, -1, False), 4: (-1, 0, False)}
+ORIENTATIONS = {**UNSWAPPED, 5: (0, 0, True), 6: (0, -1, True), 7: (-1, -1, True), 8: (-1, 0, True)}
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
-def test_images_are_turned_as_their_exif_data_say(tmp_path, orientation):
+def test_images_are_rotated_as_their_exif_data_say(tmp_path, orientation):
     picture = np.zeros((40, 64, 3), np.uint8)
     picture[:16, :16] = 255
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(picture).save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    image = utils.read_image(tmp_path / "turned.jpg")
-    row, column, on_its_side = ORIENTATIONS[orientation]
-    assert image.shape == ((64, 40, 3) if on_its_side else (40, 64, 3))
-    assert utils.image_size(tmp_path / "turned.jpg") == image.shape[1::-1]
+    Image.fromarray(picture).save(tmp_path / "rotated.jpg", exif=exif, quality=95)
+    image = dataset.read_image(tmp_path / "rotated.jpg")
+    row, column, swapped = ORIENTATIONS[orientation]
+    assert image.shape == ((64, 40, 3) if swapped else (40, 64, 3))
+    assert dataset.image_size(tmp_path / "rotated.jpg") == image.shape[1::-1]
     corners = {(y, x): image[y, x].mean() for y in (0, -1) for x in (0, -1)}
     assert corners.pop((row, column)) > 240 and max(corners.values()) < 15
 
 
-def test_yolo_labels_of_a_turned_image_are_fractions_of_what_is_shown(tmp_path):
+def test_yolo_labels_of_a_rotated_image_are_fractions_of_the_image_as_shown(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (60, 40)).save(tmp_path / "a.jpg", exif=exif)  # shown as 40 x 60
@@ -661,20 +798,21 @@ def settings(monkeypatch, tmp_path, **values) -> Path:
     return sheet
 
 
-def test_the_check_prints_counts_and_average_ious_and_draws_a_sheet(monkeypatch, tmp_path, capsys):
+def test_the_check_prints_counts_and_average_ious_and_draws_a_label_sheet(monkeypatch, tmp_path, capsys):
     sheet = settings(monkeypatch, tmp_path, DATA_DIR=str(SAMPLE), IMAGE_SETS=[("2007", "tiny")])
     dataset.main()
     printed = capsys.readouterr().out
 
-    folder = SAMPLE / "VOC2007"  # the counts once more, from the files themselves
+    folder = SAMPLE / "VOC2007"  # the same counts, taken from the files
     ids = (folder / "ImageSets/Main/tiny.txt").read_text().split()
     objects = [item for name in ids for item in ElementTree.parse(folder / f"Annotations/{name}.xml").iter("object")]
     difficult = sum(item.findtext("difficult") == "1" for item in objects)
     cats = sum(item.findtext("name") == "cat" and item.findtext("difficult") != "1" for item in objects)
     assert cats and f"{len(ids)} images, {len(objects)} objects, {difficult} of them difficult" in printed
     assert re.search(rf"^  cat +{cats}  difficult", printed, re.MULTILINE)
-    in_use, fresh = (float(value) for value in re.findall(r"average IoU of .*: +(0\.\d+)", printed))
-    assert 0.2 < in_use < fresh < 1
+    in_use = float(re.search(r"average IoU of the anchors in use: (0\.\d+)", printed)[1])
+    new = float(re.search(r"average IoU of new anchors: +(0\.\d+)", printed)[1])
+    assert 0.2 < in_use < new < 1
     with Image.open(sheet) as picture:
         picture.load()
         assert picture.format == "PNG" and min(picture.size) > 200
@@ -699,18 +837,18 @@ def test_the_check_names_every_problem_and_fails(monkeypatch, tmp_path, capsys):
         r"broken\.xml: not readable as XML",
         r"cut\.jpg: not a readable image",
         r"twice\.jpg: listed 2 times",
-        r"wide\.xml: the box .* leaves the image of 100 x 80",
+        r"wide\.xml: the box .* extends beyond the image of 100 x 80",
         r"gone\.jpg: no such image",
     ):
         assert sum(bool(re.search(pattern, line)) for line in problems) == 1, pattern
     assert len(problems) == 5 and not sheet.exists()
 
 
-def test_the_check_tells_of_files_that_no_list_names(monkeypatch, tmp_path, capsys):
+def test_the_check_counts_files_that_are_in_no_list(monkeypatch, tmp_path, capsys):
     folder = make_devkit(tmp_path, {"a": [("cat", 0, (5, 5, 60, 60))], "unlisted": []})
     (folder / "ImageSets/Main/train.txt").write_text("a\n")
     settings(monkeypatch, tmp_path, DATA_DIR=str(tmp_path), IMAGE_SETS=[("2007", "train")])
     dataset.main()
     printed = capsys.readouterr().out
-    assert "1 image files that these lists do not name, unlisted.jpg first" in printed
-    assert "1 label files that these lists do not name, unlisted.xml first" in printed
+    assert "1 image files that are in none of these lists, unlisted.jpg first" in printed
+    assert "1 label files that are in none of these lists, unlisted.xml first" in printed

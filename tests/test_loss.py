@@ -1,6 +1,9 @@
-"""The loss against Darknet's region layer, against a hand-worked example, and its behaviour at the edges."""
+"""The loss against Darknet's region layer, against examples by hand, and in corner cases."""
 
 import math
+import re
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,13 +11,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dataset import encode_targets
 from loss import YoloLoss
 from model import ANCHORS
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).resolve().parent
 TERMS = ("coord", "object", "no_object", "class", "prior")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small are slower on several threads, and ten times slower if the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def region_loss(**settings):
@@ -38,7 +51,7 @@ def test_gradient_equals_darknets(file):
 
 
 def one_object():
-    """A 2 x 2 grid, two anchors, two classes, one object in row 0, column 1 of anchor 0; all else raw zeros but t_o."""
+    """A 2 x 2 grid, two anchors, two classes, one object in row 0, column 1 of anchor 0; other raw outputs are 0, except t_o."""
     predictions = torch.zeros(1, 2, 2, 2, 7, dtype=torch.float64)
     predictions[..., 4] = -math.log(3)  # sigma = 1/4 everywhere
     predictions[0, 0, 0, 1] = torch.tensor([0, 0, math.log(1.44), 0, math.log(3), 0, math.log(3)], dtype=torch.float64)
@@ -71,15 +84,15 @@ def test_darknet_equation_by_hand():
     # the object covers 1 of 4 cells: weight 2 - .25; t_w = ln 1.44 against ln 1/1 = 0
     assert terms["coord"].item() == pytest.approx(0.5 * 1.75 * (0.25**2 + math.log(1.44) ** 2))
     assert terms["object"].item() == pytest.approx(0.5 * 5 * (0.75 - 0.75 / 1.69) ** 2)
-    # anchor 1 of the same cell lies at .25..0.75: inside the object for .5 x .5 = .25 of 1: IoU .25, no reason to leave it out
+    # the box of anchor 1 in the same cell spans .25..0.75: inside the object, .5 x .5 = .25 of its area: IoU .25, not ignored
     assert terms["no_object"].item() == pytest.approx(0.5 * 7 * 0.0625)
     assert terms["class"].item() == pytest.approx(-math.log(1 / 4))
-    assert terms["prior"].item() == 0  # sigma(0) = .5 and t_w = t_h = 0 in all other slots: they rest on their anchors
+    assert terms["prior"].item() == 0  # sigma(0) = .5 and t_w = t_h = 0 in all other slots: each box equals its anchor
 
 
-def test_a_box_on_an_object_is_not_background_for_darknet_alone():
+def test_only_darknet_ignores_boxes_that_overlap_an_object():
     predictions, targets, anchors = one_object()
-    # a neighbour: sigma(t_x) -> 1, so centre (1, .25), nearly the cell border; make it as wide as to cover the object
+    # a neighbour: sigma(t_x) -> 1, so its centre is (1, .25), on the border of the cell; 2 wide, it covers the object
     predictions[0, 0, 0, 0] = torch.tensor([20, -math.log(3), math.log(2), 0, -math.log(3), 0, 0], dtype=torch.float64)
     # x 0..2, y -.25..0.75: the object 1..2 x -.25..0.75 is half of it: IoU .5
     assert YoloLoss(anchors, 1, 5, 1, 1)(predictions, targets)["no_object"].item() == pytest.approx(0.5 * 7 / 16)
@@ -100,24 +113,23 @@ def random_batch(n=3, s_h=3, s_w=4, classes=4, objects=3, seed=0):
 
 @pytest.mark.parametrize("equation", ["darknet", "yolov1"])
 def test_gradient_equals_finite_differences(equation):
-    """The IoU is a constant in the loss, so it is kept fixed: boxes are not moved, all other outputs are."""
+    """Every term except object, whose IoU is a constant of the loss but would change with the boxes."""
     predictions, targets = random_batch(n=2, s_h=2, s_w=2)
     loss = YoloLoss(ANCHORS, 2, 3, 0.5, 1.5, equation=equation)
-
-    def total(values, name):
-        return loss(values, targets, images_seen=0)[name]
-
+    gradients = {}
     for name in ("coord", "class", "no_object", "prior") if equation == "darknet" else ("coord", "class", "no_object"):
         free = predictions.clone().requires_grad_()
-        total(free, name).backward()
-        rng = np.random.default_rng(1)
-        for flat in rng.choice(predictions.numel(), 120, replace=False):
-            place = np.unravel_index(flat, predictions.shape)
-            up, down = predictions.clone(), predictions.clone()
-            up[place] += 1e-6
-            down[place] -= 1e-6
-            slope = (total(up, name) - total(down, name)).item() / 2e-6
-            assert free.grad[place].item() == pytest.approx(slope, abs=1e-6, rel=1e-5), (name, place)
+        loss(free, targets, images_seen=0)[name].backward()
+        gradients[name] = free.grad
+    for flat in np.random.default_rng(1).choice(predictions.numel(), 120, replace=False):
+        place = np.unravel_index(flat, predictions.shape)
+        up, down = predictions.clone(), predictions.clone()
+        up[place] += 1e-6
+        down[place] -= 1e-6
+        above, below = loss(up, targets, images_seen=0), loss(down, targets, images_seen=0)
+        for name, gradient in gradients.items():
+            slope = (above[name] - below[name]).item() / 2e-6
+            assert gradient[place].item() == pytest.approx(slope, abs=1e-6, rel=1e-5), (name, place)
 
 
 @pytest.mark.parametrize("equation", ["darknet", "yolov1"])
@@ -130,7 +142,7 @@ def test_no_gradient_flows_through_the_iou(equation):
 
 
 @pytest.mark.parametrize("equation", ["darknet", "yolov1"])
-def test_inputs_stay_as_they_are(equation):
+def test_inputs_are_unchanged(equation):
     predictions, targets = random_batch()
     copies = predictions.clone(), targets.clone()
     YoloLoss(ANCHORS, equation=equation)(predictions, targets, images_seen=0)
@@ -138,18 +150,18 @@ def test_inputs_stay_as_they_are(equation):
 
 
 @pytest.mark.parametrize("equation", ["darknet", "yolov1"])
-def test_a_batch_is_the_mean_of_its_images(equation):
+def test_the_loss_of_a_batch_is_the_mean_over_its_images(equation):
     predictions, targets = random_batch()
     targets[1] = 0  # one of them without objects
     loss = YoloLoss(ANCHORS, equation=equation)
     together = loss(predictions, targets, images_seen=0)
-    apart = [loss(predictions[i : i + 1], targets[i : i + 1], images_seen=0) for i in range(3)]
+    separately = [loss(predictions[i : i + 1], targets[i : i + 1], images_seen=0) for i in range(3)]
     for name in (*TERMS, "total"):
-        assert together[name].item() == pytest.approx(sum(terms[name].item() for terms in apart) / 3)
+        assert together[name].item() == pytest.approx(sum(terms[name].item() for terms in separately) / 3)
 
 
 @pytest.mark.parametrize("equation", ["darknet", "yolov1"])
-def test_images_without_objects_have_background_and_prior_only(equation):
+def test_images_without_objects_have_only_no_object_and_prior(equation):
     predictions, targets = random_batch()
     terms = YoloLoss(ANCHORS, equation=equation)(predictions.requires_grad_(), torch.zeros_like(targets), images_seen=0)
     assert terms["coord"] == terms["object"] == terms["class"] == 0 and terms["no_object"] > 0
@@ -158,7 +170,7 @@ def test_images_without_objects_have_background_and_prior_only(equation):
 
 
 @pytest.mark.parametrize("equation", ["darknet", "yolov1"])
-def test_a_perfect_prediction_costs_next_to_nothing(equation):
+def test_a_perfect_prediction_has_a_loss_close_to_zero(equation):
     targets = encode_targets([[0.4, 0.6, 0.3, 0.5]], [2], ANCHORS, 5, 5)[None]
     held = targets[..., 0] > 0
     predictions = torch.zeros(1, 5, 5, 5, 9)
@@ -179,8 +191,8 @@ def test_prior_phase_ends_after_12800_images():
 
 
 @pytest.mark.parametrize("name", ["coord", "object", "no_object", "class"])
-def test_a_lambda_weighs_its_own_term_linearly(name):
-    """A weight inside the square would give 9 times the term."""
+def test_each_lambda_scales_its_own_term_linearly(name):
+    """A lambda inside the square would multiply the term by 9."""
     predictions, targets = random_batch()
     once = YoloLoss(ANCHORS, 1, 1, 1, 1)(predictions, targets)
     thrice = YoloLoss(ANCHORS, **({f"lambda_{other}": 1 for other in TERMS[:4]} | {f"lambda_{name}": 3}))(predictions, targets)
@@ -188,7 +200,7 @@ def test_a_lambda_weighs_its_own_term_linearly(name):
         assert thrice[term].item() == pytest.approx((3 if term == name else 1) * once[term].item())
 
 
-def test_half_precision_outputs_are_worked_out_in_full():
+def test_the_loss_of_half_precision_outputs_is_computed_in_float32():
     predictions, targets = random_batch()
     half = predictions.bfloat16()
     found, expected = region_loss()(half, targets.float()), region_loss()(half.float(), targets.float())
@@ -196,8 +208,8 @@ def test_half_precision_outputs_are_worked_out_in_full():
 
 
 @pytest.mark.parametrize("equation", ["darknet", "yolov1"])
-def test_boxes_without_extent_or_end_leave_the_gradient_finite(equation):
-    """Sizes that underflow where an object is, and overflow in an image without objects, whose rows are padding."""
+def test_boxes_of_zero_or_infinite_size_leave_the_gradient_finite(equation):
+    """Sizes that underflow in an image with an object, and overflow in an image without one."""
     targets = torch.zeros(2, 5, 3, 3, 6)
     targets[0, 2, 1, 1] = torch.tensor([1, 0.5, 0.5, 2.0, 2.0, 3])
     predictions = torch.zeros(2, 5, 3, 3, 25)
@@ -208,7 +220,7 @@ def test_boxes_without_extent_or_end_leave_the_gradient_finite(equation):
     assert torch.isfinite(losses["total"]) and torch.isfinite(predictions.grad).all()
 
 
-def test_wrong_arguments_are_refused():
+def test_wrong_arguments_are_errors():
     predictions, targets = random_batch()
     with pytest.raises(ValueError, match="yolov3"):
         YoloLoss(ANCHORS, equation="yolov3")
@@ -218,10 +230,30 @@ def test_wrong_arguments_are_refused():
         YoloLoss(ANCHORS[:4])(predictions, targets)
 
 
-def test_the_worked_example_is_printed_and_drawn(tmp_path):
-    (tmp_path / "images").mkdir()
-    result = subprocess.run([sys.executable, TESTS.parent / "loss.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+def test_every_value_of_the_worked_example_equals_that_of_the_loss(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(TESTS.parent / "loss.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert not list(tmp_path.iterdir())  # it only prints
+    for text in ("left out, IoU 0.90 > 0.6", "coord     = 1/2", "total     = 0.502541", "total     = 0.486326"):
+        assert text in printed
+
+    head, *examples = re.split(r'^equation="(\w+)".*$', printed, flags=re.MULTILINE)
+    assert not head.strip() and examples[::2] == ["darknet", "yolov1"]
+    for lines, names in zip(examples[1::2], (TERMS, TERMS[:4]), strict=True):
+        values = re.findall(r"^  (\w+) += .* = (-?\d+\.\d+) +YoloLoss: (-?\d+\.\d+)$", lines, re.MULTILINE)
+        assert tuple(name for name, _, _ in values) == names
+        for name, by_hand, from_the_loss in values:
+            assert float(by_hand) == pytest.approx(float(from_the_loss), abs=1.1e-6) and float(by_hand) > 0, name
+        (total,) = re.findall(r"^  total +=.* (\d+\.\d+)$", lines, re.MULTILINE)
+        assert float(total) == pytest.approx(sum(float(by_hand) for _, by_hand, _ in values), abs=1e-5)
+
+
+def test_the_notes_on_the_loss_are_drawn(tmp_path):
+    shutil.copy(TESTS.parent / "images" / "loss_notes.py", tmp_path)  # it draws beside itself
+    result = subprocess.run([sys.executable, tmp_path / "loss_notes.py"], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    for words in ("left out, IoU 0.90 > 0.6", "coord     = 1/2", "total     = 0.502541", "total     = 0.486326"):
-        assert words in result.stdout
-    assert (tmp_path / "images" / "yolov2_loss_notes.jpg").stat().st_size > 50_000
+    file = tmp_path / "yolov2_loss_notes.jpg"
+    assert file.stat().st_size > 50_000
+    with Image.open(file) as picture, Image.open(TESTS.parent / "images" / file.name) as committed:
+        assert picture.format == "JPEG" and picture.size == committed.size

@@ -1,19 +1,28 @@
-"""Whole scripts on the sample at a small size, by main() and from the command line, and what they say to bad input."""
+"""Whole scripts on the sample at a small image size, through main() and from the command line, and their errors for bad input.
 
+Inside pytest the network has an eighth of its channels; the scripts that run in separate processes have the full one.
+"""
+
+import contextlib
 import csv
+import io
 import math
 import os
 import re
+import runpy
+import shutil
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import darknet_model
 import detect
 import detect_txt
 import test as test_script
@@ -22,13 +31,27 @@ import utils
 from dataset import VOC_CLASSES, VOCDataset
 from model import ANCHORS, YOLOv2
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "data_samples" / "voc"
+
+pytestmark = pytest.mark.usefixtures("narrow_module")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def signal_handlers():
+    """Gives Ctrl-C back to pytest: train.main() installs its own handlers."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def set_globals(monkeypatch, script, **values):
     for name, value in values.items():
         monkeypatch.setattr(script, name, value)
+
+
+# ---------------------------------------------------------------- train.py
 
 
 def set_small_training(monkeypatch, folder, **values):
@@ -41,10 +64,12 @@ def set_small_training(monkeypatch, folder, **values):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, narrow_module):
     """The folder of a short training run."""
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as monkeypatch:
+        draw = utils.draw_charts  # of the last epoch only: it takes a second
+        monkeypatch.setattr(utils, "draw_charts", lambda table, chart: draw(table, chart) if len(read_rows(table)) == 4 else None)
         set_small_training(monkeypatch, folder, VAL_IMAGE_SETS=[("2007", "one")], EPOCHS=4, MULTI_SCALE=[32, 64])
         train.main()
     return folder
@@ -74,55 +99,66 @@ def test_training_writes_checkpoints_metrics_and_charts(trained):
     assert not list(trained.glob("*.tmp*"))
 
 
-def test_training_goes_on_from_a_checkpoint(trained, tmp_path, monkeypatch):
-    (tmp_path / "yolov2.pt").symlink_to(trained / "yolov2.pt")
-    (tmp_path / "yolov2_metrics.csv").write_bytes((trained / "yolov2_metrics.csv").read_bytes())
+def test_training_resumes_from_a_checkpoint(trained, tmp_path, monkeypatch, capsys, no_charts):
+    for name in ("yolov2.pt", "yolov2_metrics.csv"):
+        shutil.copy(trained / name, tmp_path)
     set_small_training(monkeypatch, tmp_path, EPOCHS=5, RESUME=True, MULTI_SCALE=[32, 64])
     train.main()
+    assert f"resuming {tmp_path / 'yolov2.pt'} after epoch 4, step 8" in capsys.readouterr().out
     assert [row["epoch"] for row in read_rows(tmp_path / "yolov2_metrics.csv")] == ["1", "2", "3", "4", "5"]
-    assert utils.load_checkpoint(tmp_path / "yolov2.pt")["images_seen"] == 20  # 16 from before
+    assert utils.load_checkpoint(tmp_path / "yolov2.pt")["images_seen"] == 20  # 16 of them before
 
 
-def test_the_best_checkpoint_alone_does_not_resume(trained, tmp_path, monkeypatch):
+def test_the_best_checkpoint_cannot_be_resumed(trained, tmp_path, monkeypatch):
     set_small_training(monkeypatch, tmp_path, RESUME=True, CHECKPOINT=str(trained / "yolov2_best.pt"))
     with pytest.raises(ValueError, match="yolov2_best.pt.*optimizer"):
         train.main()
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_accumulated_gradients_equal_those_of_the_whole_batch(optimizer):
-    """Two parts of one image each give the step of a batch of two (batch norm in eval mode, since it sees a part)."""
-    torch.manual_seed(0)
-    images, targets = torch.rand(2, 3, 32, 32), torch.zeros(2, 5, 1, 1, 6)
-    targets[0, 1, 0, 0] = torch.tensor([1, 0.4, 0.6, 0.5, 0.7, 3])
-    results = []
-    for parts in (1, 2):
-        torch.manual_seed(1)
-        model = YOLOv2(num_classes=4)
-        model.train = lambda mode=True, model=model: torch.nn.Module.train(model, False)  # keeps batch norm out of it
-        kind = torch.optim.SGD if optimizer == "sgd" else torch.optim.AdamW
-        step = kind(darknet_model.parameter_groups(model, 5e-4), 1e-3, fused=True)
-        loader = [(images[i : i + 2 // parts], targets[i : i + 2 // parts]) for i in range(0, 2, 2 // parts)]
-        loss_function = train.YoloLoss(ANCHORS)
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        cpu = torch.device("cpu")
-        steps, seen = train.train_one_epoch(
-            model, loader, loss_function, step, scaler, [1e-3], parts, 5.0, cpu, torch.float32, 0, torch.zeros(6), lambda: False
-        )
-        assert (steps, seen) == (1, 2)
-        results.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
-    # one Adam step is the sign of a gradient, so a gradient that is zero but for rounding may fall either way: compare nearly all
-    difference = (results[0] - results[1]).abs()
-    assert torch.quantile(difference[::97], 0.999) < 1e-6
+def test_accumulated_gradients_equal_those_of_the_whole_batch(optimizer, tmp_path, monkeypatch, request, no_charts):
+    """Two parts of one image each give the step of a batch of two (with batch norm in eval mode, since it sees one part)."""
+    (tmp_path / "empty.txt").write_text("")
+    first, second = (SAMPLE / "VOC2007" / "JPEGImages" / f"{name}.jpg" for name in ("000005", "000012"))
+    label = SAMPLE / "VOC2007" / "Annotations" / "000005.xml"
+    (tmp_path / "two.csv").write_text(f"{first},{label}\n{second},empty.txt\n")  # one image without objects
+    monkeypatch.setattr(YOLOv2, "train", lambda model, mode=True: torch.nn.Module.train(model, False))
+
+    gradients, weights, losses = [], [], []
+
+    def record(optimizer, args, kwargs):
+        gradients.append(torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]))
+
+    request.addfinalizer(register_optimizer_step_pre_hook(record).remove)
+    for subdivisions in (1, 2):
+        folder = tmp_path / str(subdivisions)
+        set_small_training(
+            monkeypatch, folder, DATA_DIR=str(tmp_path), IMAGE_SETS=["two.csv"], REPEAT=1, EPOCHS=1, SUBDIVISIONS=subdivisions,
+            OPTIMIZER=optimizer, LEARNING_RATE=1e-3, LR_SCHEDULE="constant", BURN_IN=0, CLIP_NORM=5.0,
+        )  # fmt: skip
+        train.main()
+        state = utils.load_checkpoint(folder / "yolov2.pt")
+        assert (state["step"], state["images_seen"], len(gradients)) == (1, 2, subdivisions)
+        weights.append(torch.cat([value.flatten() for name, value in state["model"].items() if "running" not in name]))
+        losses.append(float(read_rows(folder / "yolov2_metrics.csv")[0]["total"]))
+
+    utils.set_seed(train.SEED)
+    before = torch.cat([value.flatten() for name, value in YOLOv2().state_dict().items() if "running" not in name])
+    assert (weights[0] - before).abs().max() > 1e-5  # a step was taken
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert gradients[0].norm() > 0.1 and (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
+    # Adam's first step is the sign of the gradient, so rounding may flip those close to zero: compare nearly all
+    difference = (weights[0] - weights[1]).abs()
+    assert torch.quantile(difference, 0.999) < 1e-6
     if optimizer == "sgd":
         assert difference.max() < 1e-5
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_a_step(tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(tmp_path, monkeypatch):
     set_small_training(monkeypatch, tmp_path, LEARNING_RATE=1e30, OPTIMIZER="sgd", BURN_IN=0)
     with pytest.raises(ValueError, match="not finite in epoch 1, step"):
         train.main()
-    assert not (tmp_path / "yolov2.pt").exists()  # no epoch was finished
+    assert not (tmp_path / "yolov2.pt").exists()  # no epoch was completed
 
 
 @pytest.mark.parametrize(
@@ -143,13 +179,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_a_step(tmp_path, monkeyp
         ({"EPOCHS": 0}, "EPOCHS must be 1 or more, not 0"),
     ],
 )
-def test_a_wrong_setting_of_the_training_is_one_sentence(tmp_path, monkeypatch, setting, message):
+def test_a_wrong_setting_of_train_is_named_in_a_sentence(tmp_path, monkeypatch, setting, message):
     set_small_training(monkeypatch, tmp_path, **setting)
     with pytest.raises(ValueError, match=message):
         train.main()
 
 
-def test_test_prints_the_table_and_writes_csv_and_curves(trained, tmp_path, monkeypatch, capsys):
+# ---------------------------------------------------------------- test.py
+
+
+def test_test_prints_a_table_and_writes_a_csv_and_curves(trained, tmp_path, monkeypatch, capsys):
     set_globals(
         monkeypatch, test_script, DATA_DIR=str(SAMPLE), IMAGE_SETS=[("2007", "one")], CHECKPOINT=str(trained / "yolov2.pt"),
         OUTPUT=str(tmp_path / "test"), NUM_WORKERS=0, INPUT_SIZES=[64, 96], PRECISION="fp32",
@@ -158,7 +197,7 @@ def test_test_prints_the_table_and_writes_csv_and_curves(trained, tmp_path, monk
     out = capsys.readouterr().out
     assert all(name in out for name in ("aeroplane", "AP 11", "AP all", "AP@0.4", "mAP", "images/s", "at 96 px"))
     rows = {row["class"]: row for row in read_rows(tmp_path / "test.csv")}
-    assert len(rows) == 21 and float(rows["mAP"]["ap_all"]) == float(rows["dog"]["ap_all"])  # the one class with truths
+    assert len(rows) == 21 and float(rows["mAP"]["ap_all"]) == float(rows["dog"]["ap_all"])  # the only class with truths
     assert rows["dog"]["truths"] == "1" and rows["cat"]["truths"] == "0"
     assert math.isnan(float(rows["cat"]["ap_all"])) and 0 <= float(rows["dog"]["ap_all"]) <= 1
     with Image.open(tmp_path / "test_curves.png") as picture:
@@ -166,28 +205,31 @@ def test_test_prints_the_table_and_writes_csv_and_curves(trained, tmp_path, monk
 
 
 def test_measure_by_hand():
-    """Class 0: two truths; .9 hits, .6 misses, .3 hits. At .4 only the first two are shown."""
+    """Class 0 has two truths: the detection at .9 is right, .6 wrong, .3 right. At a threshold of .4 only the first two count."""
     truths = np.array([[0, 0, 0, 10, 10, 19, 19], [1, 0, 0, 10, 10, 19, 19], [1, 0, 1, 50, 50, 59, 59]], float)
     detections = np.array([[0, 0, 0.9, 10, 10, 19, 19], [0, 0, 0.6, 80, 80, 89, 89], [1, 0, 0.3, 10, 10, 19, 19]], float)
     rows, curves = test_script.measure(detections, truths, ["a", "b"], 0.4)
     row = rows[0]
     assert (row["truths"], row["difficult"], row["detections"]) == (2, 1, 3)
-    assert (row["precision"], row["recall"], row["f1"]) == (0.5, 0.5, 0.5)  # 1 of 2 shown is right, 1 of 2 truths found
+    assert (row["precision"], row["recall"], row["f1"]) == (0.5, 0.5, 0.5)  # 1 of 2 detections is right, 1 of 2 truths is found
     assert row["ap_all"] == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
     assert row["ap_at_fixed"] == pytest.approx(0.5)
     assert row["ap_11"] == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)
     assert math.isnan(rows[1]["ap_all"]) and len(curves) == 2
 
 
-def test_detect_draws_every_kind_of_image(trained, tmp_path, monkeypatch, capsys):
+# ---------------------------------------------------------------- detect.py
+
+
+def test_detect_draws_on_images_of_every_mode(trained, tmp_path, monkeypatch, capsys):
     photo = Image.open(SAMPLE / "VOC2007" / "JPEGImages" / "000005.jpg")
     source = tmp_path / "source"
     source.mkdir()
     photo.convert("L").save(source / "grey.png")
     photo.convert("RGBA").save(source / "rgba.png")
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera lay on its side
-    photo.crop((0, 0, 300, 200)).save(source / "turned.jpg", exif=exif)
+    exif[0x0112] = 6  # to be rotated by 90 degrees
+    photo.crop((0, 0, 300, 200)).save(source / "rotated.jpg", exif=exif)
     set_globals(
         monkeypatch, detect, SOURCE=str(source), CHECKPOINT=str(trained / "yolov2.pt"), OUTPUT_DIR=str(tmp_path / "out"),
         CONFIDENCE_THRESHOLD=0.0001, PRECISION="fp32",
@@ -195,12 +237,12 @@ def test_detect_draws_every_kind_of_image(trained, tmp_path, monkeypatch, capsys
     detect.main()
     out = capsys.readouterr().out
     assert len(re.findall(r"in \d+ ms", out)) == 3
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["grey.jpg", "rgba.jpg", "turned.jpg"]
-    with Image.open(tmp_path / "out" / "turned.jpg") as picture:
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["grey.jpg", "rgba.jpg", "rotated.jpg"]
+    with Image.open(tmp_path / "out" / "rotated.jpg") as picture:
         assert picture.size == (200, 300)
 
 
-def test_detect_goes_on_after_a_broken_image_and_says_so(trained, tmp_path, monkeypatch, capsys):
+def test_detect_skips_a_broken_image_and_reports_it(trained, tmp_path, monkeypatch, capsys):
     source = tmp_path / "source"
     source.mkdir()
     data = (SAMPLE / "VOC2007" / "JPEGImages" / "000005.jpg").read_bytes()
@@ -217,8 +259,25 @@ def test_detect_goes_on_after_a_broken_image_and_says_so(trained, tmp_path, monk
         detect.main()
 
 
-def run(*words, cwd=ROOT):
-    return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, timeout=120)
+# ---------------------------------------------------------------- command lines
+
+
+def run_here(script, *words):
+    """Runs a script with the words of a command line inside this process, which has imported torch already; drops its output."""
+    status, output, errors = 0, io.StringIO(), io.StringIO()
+    with (
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(errors),
+        contextlib.chdir(ROOT),
+        pytest.MonkeyPatch.context() as monkeypatch,
+    ):
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as stop:  # Python prints a sentence and then exits with status 1
+            status = 1 if isinstance(stop.code, str) else stop.code
+            errors.write(f"{stop.code}\n" if isinstance(stop.code, str) else "")
+    return subprocess.CompletedProcess(words, status, stderr=errors.getvalue())
 
 
 @pytest.mark.parametrize(
@@ -232,78 +291,110 @@ def run(*words, cwd=ROOT):
         (("dataset.py", "IMAGE_SETS=[('2007','nothing')]"), "nothing.txt"),
     ],
 )
-def test_bad_input_on_the_command_line_is_one_sentence(words, message):
-    result = run(*words)
+def test_bad_input_exits_with_one_sentence(words, message):
+    result = run_here(*words)
     assert result.returncode == 1
     assert message in result.stderr and "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_truncated_image_ends_a_training_with_its_name(tmp_path, workers):
-    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
-        (tmp_path / "VOC2007" / folder).mkdir(parents=True)
+def run(*words):
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # two such processes share two cores
+    return subprocess.run([sys.executable, *words], cwd=ROOT, env=one_thread, capture_output=True, text=True, timeout=300)
+
+
+def train_on_a_truncated_image(folder, workers, run_script):
     for name in ("JPEGImages/000005.jpg", "Annotations/000005.xml", "ImageSets/Main/one.txt"):
-        data = (SAMPLE / "VOC2007" / name).read_bytes()
-        (tmp_path / "VOC2007" / name).write_bytes(data[: len(data) // 2] if name.endswith(".jpg") else data)
-    words = [f"DATA_DIR={tmp_path}", "IMAGE_SETS=[('2007','one')]", "VAL_IMAGE_SETS=[]", "IMAGE_SIZE=32", f"NUM_WORKERS={workers}"]
-    result = run("train.py", *words, f"CHECKPOINT={tmp_path}/y.pt")
+        data, file = (SAMPLE / "VOC2007" / name).read_bytes(), folder / "VOC2007" / name
+        file.parent.mkdir(parents=True)
+        file.write_bytes(data[: len(data) // 2] if name.endswith(".jpg") else data)
+    words = [f"DATA_DIR={folder}", "IMAGE_SETS=[('2007','one')]", "VAL_IMAGE_SETS=[]", "IMAGE_SIZE=32", f"NUM_WORKERS={workers}"]
+    return run_script("train.py", *words, f"CHECKPOINT={folder}/y.pt")
+
+
+def train_and_detect(folder):
+    words = ["IMAGE_SETS=[('2007','one')]", "IMAGE_SIZE=64", "EPOCHS=1", "REPEAT=2", "BATCH_SIZE=2", "NUM_WORKERS=1"]
+    yield run("train.py", *words, "VAL_IMAGE_SETS=[]", f"CHECKPOINT={folder}/y.pt")
+    source = "data_samples/voc/VOC2007/JPEGImages/000005.jpg"
+    yield run("detect.py", f"CHECKPOINT={folder}/y.pt", f"OUTPUT_DIR={folder}/d", f"SOURCE={source}")
+
+
+def import_without_network():
+    guard = "import socket\ndef refuse(*a, **k): raise SystemExit('network')\nsocket.getaddrinfo = socket.socket.connect = refuse\n"
+    return run("-c", guard + "import train, test, detect, dataset")
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """Everything that needs a separate process, two at a time: importing torch takes seconds, on one core."""
+    folder = tmp_path_factory.mktemp("processes")
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            "folder": folder,
+            "train and detect": pool.submit(lambda: list(train_and_detect(folder))),
+            "truncated image": pool.submit(train_on_a_truncated_image, folder / "truncated", 1, run),
+            "import": pool.submit(import_without_network),
+        }
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_truncated_image_stops_the_training_and_is_named(workers, tmp_path, request):
+    if workers:
+        result = request.getfixturevalue("processes")["truncated image"].result()
+    else:
+        result = train_on_a_truncated_image(tmp_path, workers, run_here)
     assert result.returncode == 1
     assert result.stderr.strip().startswith("error: ") and len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert "000005.jpg" in result.stderr and "truncated" in result.stderr
 
 
-def test_scripts_run_from_the_command_line(tmp_path):
-    words = ["IMAGE_SETS=[('2007','one')]", "IMAGE_SIZE=64", "EPOCHS=1", "REPEAT=2", "BATCH_SIZE=2", "NUM_WORKERS=1"]
-    result = run("train.py", *words, "VAL_IMAGE_SETS=[]", f"CHECKPOINT={tmp_path}/y.pt")
-    assert result.returncode == 0, result.stderr
-    line = result.stdout.strip().splitlines()[-1]
+def test_scripts_run_from_the_command_line(processes):
+    trained, detected = processes["train and detect"].result()
+    assert trained.returncode == 0, trained.stderr
+    line = trained.stdout.strip().splitlines()[-1]
     assert re.match(r"epoch 1  learning_rate \S+  coord \S+  object \S+  no_object \S+  class \S+  prior \S+  total \S+  ", line)
-    result = run(
-        "detect.py",
-        f"CHECKPOINT={tmp_path}/y.pt",
-        f"OUTPUT_DIR={tmp_path}/d",
-        "SOURCE=data_samples/voc/VOC2007/JPEGImages/000005.jpg",
-    )
-    assert result.returncode == 0, result.stderr
-    assert os.listdir(tmp_path / "d") == ["000005.jpg"]
+    assert detected.returncode == 0, detected.stderr
+    assert os.listdir(processes["folder"] / "d") == ["000005.jpg"]
 
 
-def test_the_network_is_not_asked_for_anything_at_import():
-    """albumentations looks for a newer version of itself unless it is told not to."""
-    guard = "import socket\ndef refuse(*a, **k): raise SystemExit('network')\nsocket.getaddrinfo = socket.socket.connect = refuse\n"
-    result = run("-c", guard + "import train, test, detect, dataset")
+def test_importing_the_scripts_does_not_use_the_network(processes):
+    """albumentations looks for its newest version unless NO_ALBUMENTATIONS_UPDATE is set."""
+    result = processes["import"].result()
     assert result.returncode == 0, result.stderr
 
 
-def test_detect_txt_gives_back_the_numbers_of_test(trained, tmp_path, monkeypatch, capsys):
-    """The comp4 files hold the boxes unrounded: read back, they give test.py's APs; the whole-pixel files nearly the same."""
+# ---------------------------------------------------------------- detect_txt.py
+
+
+def test_the_files_of_detect_txt_give_the_average_precisions_of_test(trained, tmp_path, monkeypatch, capsys):
+    """The comp4 files hold unrounded boxes and give test.py's APs; the files with whole pixels give nearly the same."""
     data = {"DATA_DIR": str(SAMPLE), "IMAGE_SETS": [("2007", "tiny")], "CHECKPOINT": str(trained / "yolov2.pt"), "NUM_WORKERS": 0}
     set_globals(monkeypatch, test_script, **data, OUTPUT=str(tmp_path / "test"), PRECISION="fp32", CONFIDENCE_THRESHOLD=1e-4)
     set_globals(monkeypatch, detect_txt, **data, OUTPUT_DIR=str(tmp_path), PRECISION="fp32", CONFIDENCE_THRESHOLD=1e-4)
+    monkeypatch.setattr(test_script, "draw_curves", lambda *arguments: None)  # saves two seconds
     test_script.main()
     detect_txt.main()
     ids = (SAMPLE / "VOC2007" / "ImageSets" / "Main" / "tiny.txt").read_text().split()
     assert sorted(file.stem for file in (tmp_path / "detections").iterdir()) == ids
     assert sorted(file.stem for file in (tmp_path / "groundtruths").iterdir()) == ids
 
-    truths, whole, exact = [], [], []
+    truths, rounded, exact = [], [], []
     for index, name in enumerate(ids):
         for line in (tmp_path / "groundtruths" / f"{name}.txt").read_text().splitlines():
             label, *box = line.split()
             truths.append([index, VOC_CLASSES.index(label), 0, *map(int, box)])
         for line in (tmp_path / "detections" / f"{name}.txt").read_text().splitlines():
             label, confidence, *box = line.split()
-            whole.append([index, VOC_CLASSES.index(label), float(confidence), *map(int, box)])
+            rounded.append([index, VOC_CLASSES.index(label), float(confidence), *map(int, box)])
     for label, name in enumerate(VOC_CLASSES):
         for line in (tmp_path / f"comp4_det_test_{name}.txt").read_text().splitlines():
             image, *numbers = line.split()
             exact.append([ids.index(image), label, *map(float, numbers)])
-    assert len(exact) == len(whole) > 0
+    assert len(exact) == len(rounded) > 0
 
     dataset = VOCDataset(SAMPLE, [("2007", "tiny")], ANCHORS, 64)
     difficult = [[i, *row] for i in range(len(dataset)) for row in dataset.ground_truth(i)[0].tolist() if row[1]]
-    assert difficult  # the list has some, and the default form leaves them out
+    assert difficult  # the list has some, and by default the files leave them out
     *rows, mean = read_rows(tmp_path / "test.csv")
     expected = [float(row["ap_all"]) for row in rows]
     assert mean["class"] == "mAP" and float(mean["ap_all"]) == pytest.approx(np.nanmean(expected))
@@ -311,24 +402,24 @@ def test_detect_txt_gives_back_the_numbers_of_test(trained, tmp_path, monkeypatc
     assert np.nanmax(expected) > 0
     np.testing.assert_allclose(found, expected, atol=1e-6)
     np.testing.assert_allclose(
-        np.nanmean(utils.average_precision(whole, [*truths, *difficult], 20)), np.nanmean(expected), atol=0.05
+        np.nanmean(utils.average_precision(rounded, [*truths, *difficult], 20)), np.nanmean(expected), atol=0.05
     )
 
 
-def test_detect_txt_marks_difficult_objects_when_told(trained, tmp_path, monkeypatch):
+def test_detect_txt_marks_difficult_objects_if_asked(trained, tmp_path, monkeypatch):
     """Image 000014 of the sample has difficult objects."""
     set_globals(
         monkeypatch, detect_txt, DATA_DIR=str(SAMPLE), IMAGE_SETS=[("2007", "tiny")], CHECKPOINT=str(trained / "yolov2.pt"),
-        NUM_WORKERS=0, OUTPUT_DIR=str(tmp_path), PRECISION="fp32", MARK_DIFFICULT=True, CONFIDENCE_THRESHOLD=0.99,
+        NUM_WORKERS=0, OUTPUT_DIR=str(tmp_path), PRECISION="fp32", MARK_DIFFICULT=True, CONFIDENCE_THRESHOLD=1.0,
     )  # fmt: skip
     detect_txt.main()
     lines = [line for file in (tmp_path / "groundtruths").iterdir() for line in file.read_text().splitlines()]
     marked = [line for line in lines if line.endswith(" difficult")]
     assert marked and all(len(line.split()) == (6 if line in marked else 5) for line in lines)
-    assert all(file.read_text() == "" for file in (tmp_path / "detections").iterdir())  # nothing is that sure: empty files
+    assert all(file.read_text() == "" for file in (tmp_path / "detections").iterdir())  # none is above 1
 
-    detect_txt.main()  # the same images once more
-    stray = tmp_path / "groundtruths" / "street.txt"  # of a run over others
+    detect_txt.main()  # the same images again
+    stray = tmp_path / "groundtruths" / "street.txt"  # of a run over other images
     stray.write_text("cat 1 1 9 9\n")
     with pytest.raises(ValueError, match="street.txt: left by a run over other images"):
         detect_txt.main()

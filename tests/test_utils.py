@@ -1,4 +1,4 @@
-"""Settings, schedules, optimiser groups, checkpoints, logs, drawing and finding images."""
+"""Settings, schedules, optimiser groups, checkpoints, logs, charts, drawing and detect.py's search for images."""
 
 import csv
 import math
@@ -13,13 +13,14 @@ from PIL import Image
 from torch import nn
 
 import darknet_model
+import detect
 import utils
 
 # ---------------------------------------------------------------- settings of a script
 
 
 def script_globals(**extra) -> dict:
-    """What a script's globals() look like, with one setting of each type."""
+    """A script's globals(), with one setting of each type."""
     return {
         "__doc__": "Trains something.",
         "__file__": "/somewhere/train.py",
@@ -42,7 +43,7 @@ def script_globals(**extra) -> dict:
         ("EPOCHS=3", "EPOCHS", 3),
         ("EPOCHS=-1", "EPOCHS", -1),
         ("LEARNING_RATE=1e-3", "LEARNING_RATE", 0.001),
-        ("LEARNING_RATE=1", "LEARNING_RATE", 1.0),  # a whole number for a float
+        ("LEARNING_RATE=1", "LEARNING_RATE", 1.0),  # an int is accepted for a float
         ("RESUME=True", "RESUME", True),
         ("DATA_DIR=/data/my VOC", "DATA_DIR", "/data/my VOC"),  # text without quotes
         ("DATA_DIR='/data/VOC'", "DATA_DIR", "/data/VOC"),  # and with them
@@ -59,7 +60,7 @@ def script_globals(**extra) -> dict:
             [("2007", "trainval"), ("2012", "trainval")],
         ),
         ("IMAGE_SETS=['mine.csv']", "IMAGE_SETS", ["mine.csv"]),
-        ("SIZES=[416]", "SIZES", [416]),  # a list is as good as a tuple
+        ("SIZES=[416]", "SIZES", [416]),  # a list is accepted for a tuple
     ],
 )
 def test_a_word_sets_a_global(word, name, expected):
@@ -71,7 +72,7 @@ def test_a_word_sets_a_global(word, name, expected):
     }
 
 
-def test_several_words_are_set_and_no_word_changes_nothing():
+def test_words_are_applied_in_order_and_no_word_changes_nothing():
     settings = script_globals()
     utils.override_globals(settings, [])
     assert settings == script_globals()
@@ -80,7 +81,7 @@ def test_several_words_are_set_and_no_word_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    ("word", "wanted"),
+    ("word", "message"),
     [
         ("EPOCHS=1.5", "EPOCHS must be int"),
         ("EPOCHS=many", "EPOCHS must be int"),
@@ -94,11 +95,11 @@ def test_several_words_are_set_and_no_word_changes_nothing():
         ("--epochs", "'--epochs' is not of the form NAME=value"),
     ],
 )
-def test_a_wrong_word_ends_in_a_sentence(word, wanted):
+def test_a_wrong_word_exits_with_a_sentence(word, message):
     settings = script_globals()
     with pytest.raises(SystemExit) as stop:
         utils.override_globals(settings, [word])
-    assert str(stop.value.code).startswith("train.py: ") and wanted in stop.value.code
+    assert str(stop.value.code).startswith("train.py: ") and message in stop.value.code
     assert settings == script_globals()
 
 
@@ -112,7 +113,7 @@ def test_an_unknown_name_is_an_error_that_lists_the_known_ones(name):
 
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"], ["EPOCHS=3", "--help"]])
-def test_help_prints_the_docstring_and_the_globals_and_exits_well(words, capsys):
+def test_help_prints_the_docstring_and_the_globals_and_exits_with_status_0(words, capsys):
     settings = script_globals()
     with pytest.raises(SystemExit) as stop:
         utils.override_globals(settings, words)
@@ -125,19 +126,19 @@ def test_help_prints_the_docstring_and_the_globals_and_exits_well(words, capsys)
 
 
 @pytest.mark.parametrize("error", [ValueError("a.xml: broken"), FileNotFoundError("a.xml: broken")])
-def test_bad_input_ends_in_its_sentence_and_other_errors_stay_tracebacks(error):
+def test_bad_input_exits_with_its_sentence_and_other_errors_keep_their_traceback(error):
     with pytest.raises(SystemExit) as stop, utils.plain_errors():
         raise error
     assert stop.value.code == "error: a.xml: broken"
     with pytest.raises(KeyError), utils.plain_errors():
-        raise KeyError("a mistake in the program")
+        raise KeyError("a bug in the program")
 
 
-def test_a_seed_fixes_the_random_numbers_of_torch_numpy_and_python():
+def test_set_seed_seeds_torch_numpy_and_python():
     import random
 
     def draw():
-        return torch.rand(1).item(), np.random.random(), random.random()  # noqa: NPY002 - the global state is what is tested
+        return torch.rand(1).item(), np.random.random(), random.random()  # noqa: NPY002 - the test is about the global state
 
     utils.set_seed(5)
     first = draw()
@@ -185,7 +186,7 @@ def test_automatic_device_is_the_gpu_where_there_is_one(monkeypatch):
     [
         ("constant", 0, 2.0),
         ("constant", 99, 2.0),
-        ("steps", 9, 2.0),  # drops at 10 and 20: a tenth from each of them on
+        ("steps", 9, 2.0),  # drops at 10 and 20 divide it by 10 each
         ("steps", 10, 0.2),
         ("steps", 19, 0.2),
         ("steps", 20, 0.02),
@@ -203,29 +204,29 @@ def test_learning_rate_schedules_by_hand(schedule, step, expected):
     assert utils.learning_rate_at(step, 100, 2.0, schedule, drops=(10, 20)) == pytest.approx(expected, abs=1e-12)
 
 
-def test_the_exponent_of_the_polynomial_is_an_argument():
-    assert utils.learning_rate_at(75, 100, 1.0, "polynomial", power=0.5) == pytest.approx(0.5)  # the root of 1/4
+def test_the_power_of_the_polynomial_is_an_argument():
+    assert utils.learning_rate_at(75, 100, 1.0, "polynomial", power=0.5) == pytest.approx(0.5)  # sqrt(1/4)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "steps", "polynomial", "cosine"])
-def test_burn_in_grows_with_the_fourth_power_then_the_schedule_goes_on(schedule):
+def test_burn_in_rises_with_the_fourth_power_and_does_not_shift_the_schedule(schedule):
     def rate(step, **options):
         return utils.learning_rate_at(step, 100, 2.0, schedule, drops=(50,), **options)
 
-    # a burn-in of 4: the steps 0 .. 3 have (1/4)^4, (2/4)^4, (3/4)^4 and the whole of the rate
+    # with a burn-in of 4, steps 0 .. 3 have (1/4)^4, (2/4)^4, (3/4)^4 and 1 times the rate
     assert [rate(step, burn_in=4) for step in range(4)] == pytest.approx([2 / 256, 2 / 16, 2 * 81 / 256, 2])
     assert [rate(step, burn_in=4) for step in (4, 60)] == [rate(step) for step in (4, 60)]
 
 
 @pytest.mark.parametrize("step", [0, 20])
-def test_another_schedule_is_an_error_also_during_the_burn_in(step):
+def test_an_unknown_schedule_is_an_error_even_during_burn_in(step):
     with pytest.raises(ValueError, match="LR_SCHEDULE must be .* not 'stepz'"):
         utils.learning_rate_at(step, 100, 1.0, "stepz", burn_in=10)
 
 
-def test_weight_decay_is_on_kernels_only():
+def test_only_kernels_have_weight_decay():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1, bias=False), nn.Linear(2, 5))
-    decayed, others = darknet_model.parameter_groups(model, 5e-4)
+    decayed, others = utils.parameter_groups(model, 5e-4)
     assert (decayed["weight_decay"], others["weight_decay"]) == (5e-4, 0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert [names[id(parameter)] for parameter in decayed["params"]] == ["0.weight", "2.weight", "3.weight"]
@@ -235,29 +236,29 @@ def test_weight_decay_is_on_kernels_only():
 def test_frozen_parameters_are_in_no_group():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1))
     model[0].requires_grad_(False)
-    decayed, others = darknet_model.parameter_groups(model, 5e-4)
+    decayed, others = utils.parameter_groups(model, 5e-4)
     assert len(decayed["params"]) == 1 and decayed["params"][0] is model[1].weight
     assert len(others["params"]) == 1 and others["params"][0] is model[1].bias
 
 
 @pytest.mark.parametrize(("batches", "momentum"), [(0, 1.0), (10, 0.5), (90, 0.1), (990, 0.01), (80_000, 0.01)])
-def test_batch_norm_learns_its_statistics_faster_at_the_start(batches, momentum):
+def test_batch_norm_has_a_larger_momentum_at_the_start(batches, momentum):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.BatchNorm2d(4, momentum=0.3)), nn.BatchNorm2d(4))
-    darknet_model.warm_batch_norm(model, batches)  # 10 / (batches + 10), at least .01
+    utils.warm_batch_norm(model, batches)  # 10 / (batches + 10), at least .01
     assert [model[1][0].momentum, model[2].momentum] == pytest.approx([momentum, momentum])
 
 
-def test_a_compiled_model_keeps_darknets_momentum():
+def test_a_compiled_model_keeps_darknets_momentum(narrow):
     model = darknet_model.Darknet19(2)
-    darknet_model.warm_batch_norm(torch.compile(model), 0)
-    assert {module.momentum for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)} == {0.01}
+    utils.warm_batch_norm(torch.compile(model), 0)
+    assert {module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)} == {0.01}
 
 
 # ---------------------------------------------------------------- checkpoints
 
 
 def some_state() -> dict:
-    """A state such as the training scripts save, with an optimiser that has taken a step."""
+    """A state like those of the training scripts; the optimiser has taken one step."""
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -275,8 +276,8 @@ def some_state() -> dict:
     }
 
 
-def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
-    file = tmp_path / "runs" / "new" / "model.pt"  # folders are made as needed
+def test_a_checkpoint_is_loaded_as_it_was_saved(tmp_path):
+    file = tmp_path / "runs" / "new" / "model.pt"  # missing folders are created
     state = some_state()
     utils.save_checkpoint(file, **state)
     loaded = utils.load_checkpoint(file)
@@ -289,10 +290,28 @@ def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
     assert os.listdir(file.parent) == ["model.pt"]
 
 
-def test_a_new_checkpoint_takes_the_place_of_the_old_one(tmp_path):
+def test_a_new_checkpoint_replaces_the_old_one(tmp_path):
     for epoch in (1, 2):
         utils.save_checkpoint(tmp_path / "model.pt", epoch=epoch)
     assert utils.load_checkpoint(tmp_path / "model.pt") == {"epoch": 2}
+    assert os.listdir(tmp_path) == ["model.pt"]
+
+
+def test_a_checkpoint_behind_a_symbolic_link_is_replaced_and_the_link_stays(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "runs").mkdir()
+    link, target = tmp_path / "runs" / "model.pt", tmp_path / "disk" / "model.pt"
+    link.symlink_to(target)
+    for epoch in (1, 2):
+        utils.save_checkpoint(link, epoch=epoch)
+        assert link.is_symlink() and utils.load_checkpoint(target) == {"epoch": epoch}
+    assert os.listdir(tmp_path / "disk") == os.listdir(tmp_path / "runs") == ["model.pt"]
+
+
+def test_the_temporary_file_of_a_killed_run_is_replaced_by_the_next_save(tmp_path):
+    (tmp_path / "model.pt.tmp").write_bytes(b"PK half of it")  # kill -9 in the middle of a save
+    utils.save_checkpoint(tmp_path / "model.pt", epoch=1)
+    assert utils.load_checkpoint(tmp_path / "model.pt") == {"epoch": 1}
     assert os.listdir(tmp_path) == ["model.pt"]
 
 
@@ -300,13 +319,13 @@ def test_a_new_checkpoint_takes_the_place_of_the_old_one(tmp_path):
     ("error", "expected"),
     [
         (OSError(28, "No space left on device"), OSError),
-        (OSError(), OSError),  # an error without a text of its own
+        (OSError(), OSError),  # an error without a message
         (RuntimeError("[enforce fail at inline_container.cc] unexpected pos 64 vs 0"), OSError),
         (KeyboardInterrupt(), KeyboardInterrupt),
     ],
     ids=["disk_full", "no_text", "torch", "interrupted"],
 )
-def test_a_write_that_fails_half_way_keeps_the_old_checkpoint_and_leaves_no_other_file(tmp_path, monkeypatch, error, expected):
+def test_a_failed_write_keeps_the_old_checkpoint_and_leaves_no_temporary_file(tmp_path, monkeypatch, error, expected):
     file = tmp_path / "model.pt"
     utils.save_checkpoint(file, epoch=1)
     written = []
@@ -326,7 +345,7 @@ def test_a_write_that_fails_half_way_keeps_the_old_checkpoint_and_leaves_no_othe
 
 
 class MakesFolder:
-    """Makes a folder when it is unpickled: harmless, but any code could stand there."""
+    """Creates a folder when it is unpickled: harmless, but it could be any code."""
 
     def __init__(self, folder):
         self.folder = str(folder)
@@ -336,24 +355,24 @@ class MakesFolder:
 
 
 @pytest.mark.parametrize("writer", ["pickle", "torch"])
-def test_a_file_that_would_run_code_is_refused_and_does_not_run(tmp_path, writer):
-    file, folder = tmp_path / "bad.pt", tmp_path / "was_here"
+def test_a_file_that_would_run_code_is_refused_without_running_it(tmp_path, writer):
+    file, folder = tmp_path / "bad.pt", tmp_path / "created"
     with open(file, "wb") as stream:
         (pickle.dump if writer == "pickle" else torch.save)({"model": MakesFolder(folder)}, stream)
     with pytest.raises(ValueError, match=r"bad\.pt: .*not loaded"):
         utils.load_checkpoint(file)
     assert not folder.exists()
-    with open(file, "rb") as stream:  # the file does run code where it is let
+    with open(file, "rb") as stream:  # without the protection the file does run code
         pickle.load(stream) if writer == "pickle" else torch.load(stream, weights_only=False)
     assert folder.exists()
 
 
-@pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 0.9, 0.999])
-def test_a_truncated_checkpoint_is_named(tmp_path, share):
+@pytest.mark.parametrize("fraction", [0.02, 0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_checkpoint_is_named(tmp_path, fraction):
     file = tmp_path / "cut.pt"
     utils.save_checkpoint(file, **some_state())
     content = file.read_bytes()
-    file.write_bytes(content[: int(len(content) * share)])
+    file.write_bytes(content[: int(len(content) * fraction)])
     with pytest.raises(ValueError, match=r"cut\.pt: "):
         utils.load_checkpoint(file)
 
@@ -363,20 +382,20 @@ def test_a_truncated_checkpoint_is_named(tmp_path, share):
     [b"", b"epoch,loss\n1,2\n", b"\x00" * 1000, b"\x80\x02}", b"\x80\x02X\xff\xff\xff", bytes(range(256)), pickle.dumps([1, 2])],
     ids=["empty", "text", "zeros", "half_a_pickle", "cut_length", "bytes", "a_list"],
 )
-def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
+def test_a_file_that_is_not_a_checkpoint_is_named(tmp_path, content):
     (tmp_path / "odd.pt").write_bytes(content)
     with pytest.raises(ValueError, match=r"odd\.pt: .*not a checkpoint|odd\.pt: damaged"):
         utils.load_checkpoint(tmp_path / "odd.pt")
 
 
-def test_a_tensor_alone_is_no_checkpoint(tmp_path):
+def test_a_bare_tensor_is_not_a_checkpoint(tmp_path):
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     with pytest.raises(ValueError, match=r"tensor\.pt: not a checkpoint .*Tensor"):
         utils.load_checkpoint(tmp_path / "tensor.pt")
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
-    for missing in (tmp_path / "none.pt", tmp_path):  # a folder is no checkpoint either
+    for missing in (tmp_path / "none.pt", tmp_path):  # a folder is not a checkpoint either
         with pytest.raises(FileNotFoundError, match=re.escape(f"{missing}: no such checkpoint")):
             utils.load_checkpoint(missing)
 
@@ -389,7 +408,7 @@ def read_csv(file) -> list[list[str]]:
         return list(csv.reader(stream))
 
 
-def test_metrics_are_a_header_and_a_row_an_epoch(tmp_path):
+def test_metrics_are_a_header_and_one_row_per_epoch(tmp_path):
     file = tmp_path / "runs" / "metrics.csv"
     utils.append_metrics(file, {"epoch": 1, "learning_rate": 0.001, "total": 12.3456789, "val_map": ""})
     utils.append_metrics(file, {"epoch": 2, "learning_rate": 0.001, "total": 9.0, "val_map": 0.25})
@@ -401,7 +420,7 @@ def test_metrics_are_a_header_and_a_row_an_epoch(tmp_path):
     assert os.listdir(file.parent) == ["metrics.csv"]
 
 
-def test_a_repeated_epoch_takes_the_place_of_its_row_and_of_later_ones(tmp_path):
+def test_a_repeated_epoch_replaces_its_row_and_all_later_ones(tmp_path):
     file = tmp_path / "metrics.csv"
     for epoch in (1, 2, 3, 10):
         utils.append_metrics(file, {"epoch": epoch, "total": float(epoch)})
@@ -409,7 +428,7 @@ def test_a_repeated_epoch_takes_the_place_of_its_row_and_of_later_ones(tmp_path)
     assert read_csv(file) == [["epoch", "total"], ["1", "1"], ["2", "7.5"]]
 
 
-def test_metrics_may_get_and_lose_columns(tmp_path):
+def test_metrics_may_gain_and_lose_columns(tmp_path):
     file = tmp_path / "metrics.csv"
     utils.append_metrics(file, {"epoch": 1, "old": 1.0, "total": 2.0})
     utils.append_metrics(file, {"epoch": 2, "total": 3.0, "new": 4.0})
@@ -417,7 +436,7 @@ def test_metrics_may_get_and_lose_columns(tmp_path):
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
-def test_charts_are_a_readable_picture(tmp_path, epochs):
+def test_charts_are_drawn_as_a_png(tmp_path, epochs):
     for epoch in range(1, epochs + 1):
         row = {"epoch": epoch, "learning_rate": 0.001, "coord": 100.0 / epoch**4, "total": 3.0, "images_per_second": 9.0}
         utils.append_metrics(tmp_path / "metrics.csv", {**row, "train_map": "", "val_map": 0.1 * epoch if epoch > 1 else ""})
@@ -425,7 +444,7 @@ def test_charts_are_a_readable_picture(tmp_path, epochs):
     with Image.open(tmp_path / "charts.png") as picture:
         pixels = np.asarray(picture.convert("L"))
         assert picture.format == "PNG" and min(picture.size) > 300
-    assert pixels.min() < 100 < pixels.max()  # something is drawn on it
+    assert pixels.min() < 100 < pixels.max()  # something is drawn
     assert sorted(os.listdir(tmp_path)) == ["charts.png", "metrics.csv"]
 
 
@@ -436,37 +455,37 @@ def test_a_box_is_drawn_along_its_edges_in_the_colour_of_its_class():
     image = np.zeros((120, 100, 3), np.uint8)
     picture = utils.draw_boxes(image, torch.tensor([[20.0, 40.0, 80.0, 90.0]]), ["dog"], torch.tensor([3]))
     colour = utils.class_colour(3)
-    assert picture.size == (100, 120) and not image.any()  # the array given stays as it was
+    assert picture.size == (100, 120) and not image.any()  # the input array is unchanged
     for x, y in ((20, 65), (80, 65), (50, 90), (50, 40), (20, 90), (80, 40)):
         assert picture.getpixel((x, y)) == colour, (x, y)
     for x, y in ((18, 65), (82, 65), (50, 92), (50, 65), (23, 65), (50, 87)):  # outside and inside
         assert picture.getpixel((x, y)) == (0, 0, 0), (x, y)
 
 
-def test_the_label_stands_above_its_box_or_inside_where_there_is_no_room():
+def test_the_label_is_above_its_box_or_inside_if_there_is_no_room():
     for top, labelled, plain in ((40, slice(26, 39), slice(45, 60)), (0, slice(3, 14), slice(25, 60))):
         pixels = np.asarray(utils.draw_boxes(np.zeros((120, 100, 3), np.uint8), [[20, top, 80, 90]], ["dog"], [3]))
         assert (pixels[labelled, 24:40] == utils.class_colour(3)).all(axis=2).any()
         assert not pixels[plain, 24:70].any()
 
 
-def test_no_boxes_leave_the_picture_as_it_is():
+def test_without_boxes_the_picture_is_unchanged():
     image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     assert np.array_equal(np.asarray(utils.draw_boxes(image, torch.empty(0, 4), [], [])), image)
 
 
-def test_boxes_that_leave_the_picture_or_have_no_extent_are_drawn_without_an_error():
+def test_boxes_beyond_the_picture_or_without_extent_can_be_drawn():
     picture = utils.draw_boxes(np.zeros((40, 60, 3), np.uint8), [[-9, -9, 99, 99], [30, 20, 30.2, 20.2]], ["a", "b"], [0, 19])
     assert picture.getpixel((30, 20)) == utils.class_colour(19)
 
 
-def test_every_class_has_a_bright_colour_of_its_own():
+def test_every_class_has_a_distinct_bright_colour():
     colours = np.array([utils.class_colour(index) for index in range(20)])
     distances = np.linalg.norm(colours[:, None] - colours[None], axis=-1) + 1000 * np.eye(20)
     assert distances.min() > 15 and colours.max(axis=1).min() > 200
 
 
-# ---------------------------------------------------------------- finding images
+# ---------------------------------------------------------------- detect.find_images
 
 
 @pytest.fixture
@@ -478,9 +497,9 @@ def folder(tmp_path):
     return tmp_path / "photos"
 
 
-def test_a_file_a_folder_and_a_glob_give_sorted_image_files(folder):
+def test_a_file_a_folder_or_a_glob_gives_sorted_image_files(folder):
     def found(pattern):
-        return [os.path.relpath(file, folder) for file in utils.find_images(str(pattern))]
+        return [os.path.relpath(file, folder) for file in detect.find_images(str(pattern))]
 
     assert found(folder / "b.jpg") == ["b.jpg"]
     assert found(folder) == ["a.PNG", "b.jpg"]
@@ -491,15 +510,15 @@ def test_a_file_a_folder_and_a_glob_give_sorted_image_files(folder):
 
 def test_patterns_may_be_relative(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    assert utils.find_images("b.jpg") == ["b.jpg"]
-    assert utils.find_images("*.jpg") == ["b.jpg"]
-    assert utils.find_images(".") == ["a.PNG", "b.jpg"]
+    assert detect.find_images("b.jpg") == ["b.jpg"]
+    assert detect.find_images("*.jpg") == ["b.jpg"]
+    assert detect.find_images(".") == ["a.PNG", "b.jpg"]
     monkeypatch.chdir(folder / "more")
-    assert [os.path.basename(file) for file in utils.find_images("../*.jpg")] == ["b.jpg"]
+    assert [os.path.basename(file) for file in detect.find_images("../*.jpg")] == ["b.jpg"]
 
 
 @pytest.mark.parametrize("name", ["nothing.jpg", "*.bmp", "*.txt", "empty"])
-def test_no_image_is_an_error_that_repeats_the_pattern(folder, name):
+def test_a_pattern_without_images_is_an_error_that_names_it(folder, name):
     (folder / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=re.escape(f"{folder / name}: no image file there")):
-        utils.find_images(str(folder / name))
+        detect.find_images(str(folder / name))

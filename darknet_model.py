@@ -1,8 +1,9 @@
 """Darknet-19, the classification network that is YOLOv2's backbone (YOLO9000 sec. 3, Table 6), and Darknet's weight files.
 
-Shapes: N images of H x W pixels, H and W multiples of 32; images are float32 RGB in 0..1, without mean or std, as in Darknet.
+Letters: N images of H x W pixels, H and W multiples of 32. Images are float32 RGB in 0..1, without mean and std, as in Darknet.
 """
 
+import itertools
 import os
 from collections.abc import Iterator
 
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 import utils
 
-# Table 6 of the paper, top to bottom: (output channels, kernel size) of a convolution, or "pool" for a 2x2 max-pool of stride 2.
-# The 1x1 convolutions reduce the channels between the 3x3 ones, which keeps the network cheap.
+# Table 6 from top to bottom: (output channels, kernel size) of each convolution; "pool" is a 2x2 max-pool of stride 2.
+# The 1x1 convolutions between the 3x3 ones reduce the channels, which keeps the network cheap.
 DARKNET19_LAYERS = [
     (32, 3), "pool",
     (64, 3), "pool",
@@ -25,10 +26,8 @@ DARKNET19_LAYERS = [
 
 
 def convolution(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
-    """Darknet's [convolutional] section: convolution without bias, batch norm, leaky ReLU; keeps height and width.
-
-    Batch norm averages with momentum .01 and the leak is .1 (src/batchnorm_layer.c, src/activations.h).
-    """
+    """Darknet's [convolutional] section: convolution without bias, batch norm (momentum .01), leaky ReLU (slope .1); keeps height
+    and width (src/batchnorm_layer.c, src/activations.h)."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
         nn.BatchNorm2d(out_channels, eps=1e-5, momentum=0.01),
@@ -37,7 +36,7 @@ def convolution(in_channels: int, out_channels: int, kernel_size: int) -> nn.Seq
 
 
 def darknet19_features() -> nn.Sequential:
-    """The 18 convolutions and 5 max-pools in front of the classifier: (N, 3, H, W) -> (N, 1024, H/32, W/32)."""
+    """The 18 convolutions and 5 max-pools before the classifier: (N, 3, H, W) -> (N, 1024, H/32, W/32)."""
     layers, channels = [], 3
     for layer in DARKNET19_LAYERS:
         if layer == "pool":
@@ -49,7 +48,7 @@ def darknet19_features() -> nn.Sequential:
 
 
 def initialise_kernels(model: nn.Module) -> None:
-    """Kernels drawn from N(0, 2 / (k^2 c_in)), biases 0, as Darknet's make_convolutional_layer does."""
+    """Draws kernels from N(0, 2 / (k^2 c_in)) and sets biases to 0, as Darknet's make_convolutional_layer does."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, a=0, mode="fan_in", nonlinearity="relu")
@@ -58,10 +57,10 @@ def initialise_kernels(model: nn.Module) -> None:
 
 
 def add_identity(model: nn.Module, weight: float) -> None:
-    """Adds `weight` to the centre of each kernel from channel `o mod c_in` to channel `o`, except in the first and last layer.
+    """Adds `weight` to the kernel centre from input channel `o mod c_in` to output channel `o`, except in the first and last layer.
 
-    Such a layer starts as a scaled identity plus its random kernel (Zagoruyko and Komodakis, DiracNets, 2017). Without it, batch
-    norm makes gradients grow from layer to layer during backward, which a run of a few thousand steps does not recover from.
+    Each layer then starts as a scaled identity plus its random kernel (Zagoruyko and Komodakis, DiracNets, 2017). Without it,
+    batch norm makes gradients grow from layer to layer in the backward pass; runs of a few thousand steps do not recover from that.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.bias is None and module.in_channels > 3:
@@ -81,20 +80,20 @@ class Darknet19(nn.Module):
         initialise_kernels(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: (N, 3, H, W) -> logits (N, num_classes); the softmax is left to the loss."""
+        """images: (N, 3, H, W) -> logits (N, num_classes), before the softmax."""
         maps = self.classifier(self.features(images))  # (N, num_classes, H/32, W/32)
         return maps.mean(dim=(2, 3))  # global average pooling -> (N, num_classes)
 
 
 # ---------------------------------------------------------------- Darknet's weight files
-# A header, then for every convolution in the order of the cfg file: biases, batch-norm scales, running means, running variances,
-# kernels (out, in, height, width); a convolution without batch norm has biases and kernels only. All numbers are little-endian
-# float32. The header is int32 major, minor, revision, and the count of images seen: int32 before version 0.2, int64 from then on
+# A header, then for each convolution in the order of the cfg file: biases, batch-norm scales, running means, running variances and
+# kernels (out, in, height, width); a convolution without batch norm has only biases and kernels. All numbers are little-endian
+# float32. The header is int32 major, minor, revision and the number of images seen, int32 before version 0.2 and int64 since then
 # (load_weights_upto in Darknet's src/parser.c).
 
 
 def darknet_tensors(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Yields, for each convolution in file order, its tensors in file order (our modules are registered in cfg order)."""
+    """Yields the tensors of each convolution in file order (our modules are registered in the order of the cfg file)."""
     modules = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
     for module, following in zip(modules, modules[1:] + [None], strict=True):
         if isinstance(module, nn.BatchNorm2d):
@@ -104,73 +103,76 @@ def darknet_tensors(model: nn.Module) -> Iterator[list[Tensor]]:
         elif module.bias is not None:
             yield [module.bias, module.weight]
         else:
-            raise ValueError("this model has a convolution with neither bias nor batch norm, which no Darknet file can hold")
+            raise ValueError("this model has a convolution with neither bias nor batch norm; a Darknet file cannot store it")
 
 
 def open_darknet_file(file: str | os.PathLike) -> tuple[np.ndarray, int]:
-    """Memory-maps a Darknet weights file -> (its float32 numbers after the header, images seen).
+    """Memory-maps a Darknet weights file -> its float32 numbers after the header, and the number of images seen.
 
-    Raises FileNotFoundError or ValueError, naming the file, where it is missing or too short to be one.
+    Raises FileNotFoundError or ValueError, naming the file, if it is missing or not a Darknet file.
     """
     if not os.path.isfile(file):
         raise FileNotFoundError(f"{file}: no such weights file")
     size = os.path.getsize(file)
     if size < 16:
         raise ValueError(f"{file}: {size} bytes are too few for a Darknet weights file; download or export it again")
-    major, minor = (int(number) for number in np.fromfile(file, "<i4", count=2))
+    with open(file, "rb") as stream:
+        start = stream.read(512)
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
+        raise ValueError(f"{file}: this is a web page, not weights; download the file from another address")
+    major, minor = np.frombuffer(start, "<i4", count=2).tolist()
     if not (0 <= major < 1000 and 0 <= minor < 1000):
         raise ValueError(f"{file}: not a Darknet weights file (its header says version {major}.{minor})")
     wide = major * 10 + minor >= 2  # version 0.2 and later count the images in 64 bits
     header = 20 if wide else 16
     if size < header or (size - header) % 4:
-        raise ValueError(f"{file}: {size} bytes are not a whole Darknet weights file; download or export it again")
-    images_seen = int(np.fromfile(file, "<i8" if wide else "<i4", count=1, offset=12)[0])
+        raise ValueError(f"{file}: {size} bytes are not a complete Darknet weights file; download or export it again")
+    images_seen = int(np.frombuffer(start, "<i8" if wide else "<i4", count=1, offset=12)[0])
     if size == header:
         return np.empty(0, "<f4"), images_seen
     return np.memmap(file, "<f4", mode="c", offset=header), images_seen
 
 
-def copy_convolutions(convolutions: list[list[Tensor]], numbers: np.ndarray) -> None:
-    """Copies the first numbers of a Darknet file into the tensors of these convolutions, straight from the memory map."""
-    position = 0
+def copy_convolutions(convolutions: list[list[Tensor]], numbers: np.ndarray, file: str | os.PathLike) -> None:
+    """Copies the first numbers of a Darknet file into the tensors of these convolutions.
+
+    Raises ValueError, naming the file, for damaged weights (utils.check_weights); the tensors are then unchanged.
+    """
+    pieces, position = {}, 0
+    for number, tensors in enumerate(convolutions):
+        names = ("bias", "scale", "running_mean", "running_var", "kernel") if len(tensors) == 5 else ("bias", "kernel")
+        for name, tensor in zip(names, tensors, strict=True):
+            pieces[f"{number}.{name}"] = torch.from_numpy(numbers[position : position + tensor.numel()]).view(tensor.shape)
+            position += tensor.numel()
+    utils.check_weights(file, pieces)
     with torch.no_grad():
-        for tensors in convolutions:
-            for tensor in tensors:
-                piece = torch.from_numpy(numbers[position : position + tensor.numel()])
-                tensor.copy_(piece.view(tensor.shape))
-                position += tensor.numel()
+        for tensor, piece in zip(itertools.chain.from_iterable(convolutions), pieces.values(), strict=True):
+            tensor.copy_(piece)
 
 
 def load_darknet_weights(model: nn.Module, file: str | os.PathLike) -> int:
-    """Loads a Darknet file into a Darknet19 or YOLOv2 -> the number of convolutions that were loaded, which is also printed.
+    """Loads a Darknet file into a Darknet19 or YOLOv2; prints and returns the number of convolutions loaded.
 
-    The file may hold all convolutions or only the first ones (`darknet19_448.conv.23`: 18 convolutions, 23 counts the pools).
-    Where it is damaged or of another network, raises FileNotFoundError or ValueError, naming it, and the model is unchanged.
+    The file may contain all convolutions or only the first ones (`darknet19_448.conv.23`: 18 convolutions, 23 counts the pools).
+    Raises FileNotFoundError or ValueError, naming the file, if it is damaged or of another network; the model is then unchanged.
     """
     numbers, images_seen = open_darknet_file(file)
     convolutions = list(darknet_tensors(model))
-    ends = np.cumsum([sum(tensor.numel() for tensor in tensors) for tensors in convolutions])
-    count = int(np.searchsorted(ends, numbers.size, side="right"))
-    held = int(ends[count - 1]) if count else 0
-    if count == 0 or held != numbers.size:
-        above = int(ends[min(count, len(ends) - 1)])
-        near = (
-            f"{above:,}" if count in (0, len(ends)) else f"{held:,} (first {count} convolutions) or {above:,} (first {count + 1})"
-        )
+    ends = np.cumsum([sum(tensor.numel() for tensor in tensors) for tensors in convolutions]).tolist()
+    count = sum(end <= numbers.size for end in ends)
+    if numbers.size not in ends:
+        sizes = [f"{end:,} ({convolution} convolutions)" for convolution, end in enumerate(ends, start=1)]
         raise ValueError(
-            f"{file}: holds {numbers.size:,} numbers, but this {type(model).__name__} takes {near}; the file is damaged, or of "
-            f"another network or number of classes"
+            f"{file}: contains {numbers.size:,} numbers, but this {type(model).__name__} takes "
+            f"{' or '.join(sizes[max(count - 1, 0) : count + 1])}; the file is damaged, or of another network or number of classes"
         )
-    copy_convolutions(convolutions[:count], numbers)
+    copy_convolutions(convolutions[:count], numbers, file)
     print(f"{file}: loaded {count} of {len(convolutions)} convolutions ({images_seen:,} images seen in training)")
     return count
 
 
 def save_darknet_weights(model: nn.Module, file: str | os.PathLike, images_seen: int = 0) -> None:
-    """Writes a Darknet19 or YOLOv2 as a Darknet weights file, version 0.2; an old file stays until the new one is complete.
-
-    Raises ValueError for a fused model, which has no batch norms any more.
-    """
+    """Writes a Darknet19 or YOLOv2 as a Darknet file, version 0.2, with utils.atomic_write. Raises ValueError for a fused model."""
     if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         raise ValueError("a fused model has no batch norms to write; save the model it was made from")
     with utils.atomic_write(file) as temporary, open(temporary, "wb") as stream:
@@ -184,9 +186,9 @@ def save_darknet_weights(model: nn.Module, file: str | os.PathLike, images_seen:
 def load_classifier(model: Darknet19, file: str | os.PathLike) -> None:
     """Loads all weights of a Darknet19 from a checkpoint of darknet_train*.py (`.pt`) or a Darknet file.
 
-    Raises FileNotFoundError or ValueError, naming the file, where it is missing, damaged or of other classes.
+    Raises FileNotFoundError or ValueError, naming the file, if it is missing, damaged or has another number of classes.
     """
-    if not os.fspath(file).endswith((".pt", ".pth")):
+    if not utils.is_torch_file(file):
         load_darknet_weights(model, file)
         return
     state, ours = utils.load_checkpoint(file, "cpu").get("model", {}), model.state_dict()
@@ -195,7 +197,7 @@ def load_classifier(model: Darknet19, file: str | os.PathLike) -> None:
     classes, expected = len(state["classifier.bias"]), len(ours["classifier.bias"])
     if classes != expected:
         raise ValueError(
-            f"{file}: was trained on {classes} classes, not {expected}. To keep its backbone alone, write that to a Darknet file "
+            f"{file}: was trained on {classes} classes, not {expected}. To use only its backbone, write that to a Darknet file "
             f"and start with RESUME_WEIGHTS=backbone.conv.23: "
             f'python -c "import darknet_model as d; m = d.Darknet19({classes}); d.load_classifier(m, {os.fspath(file)!r}); '
             f"d.save_darknet_weights(m.features, 'backbone.conv.23')\""

@@ -1,6 +1,6 @@
 """Pre-trains Darknet-19 on ImageNet, on one GPU or on the CPU (YOLO9000 sec. 3, "Training for classification").
 
-    python darknet_train.py                                     the sample: a look at the loop, a minute on a CPU
+    python darknet_train.py                                     the sample of 18 images, a minute on a CPU
     python darknet_train.py DATA_DIR=/data/imagenet NUM_WORKERS=8 IMAGE_SIZE=224 BATCH_SIZE=128 EPOCHS=160
 
 Writes, named after CHECKPOINT: `runs/darknet19.pt` after each epoch, `runs/darknet19_best.pt` (best top-1),
@@ -30,14 +30,14 @@ CROP_SCALE = (0.5, 1.75)  # short side of the scaled image, relative to the crop
 NUM_WORKERS = 2  # processes that load images
 BROKEN_IMAGES = "stop"  # or "skip": use the next image instead of an unreadable one, and list it in a file
 # model
-IDENTITY_INIT = 0.0  # weight of an identity added to each new kernel; 0 in Darknet, 2 for runs of a few thousand steps
+IDENTITY_INIT = 0.0  # weight of an identity added to each new kernel; 0 in Darknet; ours: 2 for runs of a few thousand steps
 # optimiser
 BATCH_SIZE = 6  # images per optimiser step; 128 in darknet19.cfg
 SUBDIVISIONS = 1  # gradient-accumulation steps per batch
 LEARNING_RATE = 0.01  # 0.1 in the paper, 1e-3 in its second stage
-MOMENTUM = 0.9
-WEIGHT_DECAY = 5e-4  # on kernels only
-LABEL_SMOOTHING = 0.0
+MOMENTUM = 0.9  # YOLO9000 sec. 3
+WEIGHT_DECAY = 5e-4  # on kernels only; YOLO9000 sec. 3
+LABEL_SMOOTHING = 0.0  # none in darknet19.cfg
 # schedule
 EPOCHS = 4  # 160 in the paper, 10 in its second stage
 LR_SCHEDULE = "polynomial"  # "constant", "steps", "polynomial" or "cosine"
@@ -47,33 +47,39 @@ BURN_IN = 0  # optimiser steps with a rising rate; 1000 in darknet19.cfg
 # run
 CHECKPOINT = "runs/darknet19.pt"
 RESUME = False  # continue from CHECKPOINT
-SAVE_EVERY_MINUTES = 30.0  # within long epochs
-MAX_HOURS = 0.0  # save and stop after so long, for the time limit of a queue; 0 for no limit
+SAVE_EVERY_MINUTES = 30.0  # also within an epoch
+MAX_HOURS = 0.0  # save and stop after this time, for queues with a time limit; 0 for no limit
 RESUME_WEIGHTS = ""  # a checkpoint or Darknet file whose weights a new run starts from, as for the 448 px stage
 SEED = 0
-DEVICE = "auto"  # "cuda", "cuda:1", "cpu"
-PRECISION = "auto"  # "fp32", "bf16", "fp16"; auto: half precision where the device computes it natively
-COMPILE = False  # torch.compile, worth its minutes of start-up on a GPU
+DEVICE = "auto"  # or "cuda", "cuda:1", "cpu"
+PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device supports it natively
+COMPILE = False  # torch.compile: faster on a GPU, after minutes of start-up
+
+
+def check_settings():
+    """Raises ValueError or OSError for an invalid setting."""
+    utils.check_at_least(1, EPOCHS=EPOCHS, BATCH_SIZE=BATCH_SIZE, SUBDIVISIONS=SUBDIVISIONS)
+    utils.check_at_least(32, IMAGE_SIZE=IMAGE_SIZE)  # Darknet-19 halves it five times
+    utils.check_at_least(0, MOMENTUM=MOMENTUM, WEIGHT_DECAY=WEIGHT_DECAY, LABEL_SMOOTHING=LABEL_SMOOTHING, BURN_IN=BURN_IN)
+    utils.check_at_least(0, SEED=SEED, NUM_WORKERS=NUM_WORKERS, LEARNING_RATE=LEARNING_RATE)
+    utils.check_one_of(("stop", "skip"), BROKEN_IMAGES=BROKEN_IMAGES)
+    utils.check_one_of(utils.LR_SCHEDULES, LR_SCHEDULE=LR_SCHEDULE)
+    if BATCH_SIZE % SUBDIVISIONS:
+        raise ValueError(f"BATCH_SIZE {BATCH_SIZE} must be a multiple of SUBDIVISIONS {SUBDIVISIONS}")
+    if BATCH_SIZE == SUBDIVISIONS and IMAGE_SIZE < 64:
+        raise ValueError("batch norm needs two values per channel: set IMAGE_SIZE=64, or BATCH_SIZE to twice SUBDIVISIONS or more")
+    utils.check_writable(CHECKPOINT)
+
 
 # may not change on RESUME
 FIXED = ("IMAGE_SIZE", "BATCH_SIZE", "SUBDIVISIONS", "MOMENTUM", "WEIGHT_DECAY", "SEED", "classes", "training images")
 
 
-def check_settings():
-    """Raises ValueError for a setting that cannot be right."""
-    utils.check_at_least(1, EPOCHS=EPOCHS, BATCH_SIZE=BATCH_SIZE, SUBDIVISIONS=SUBDIVISIONS)
-    utils.check_at_least(32, IMAGE_SIZE=IMAGE_SIZE)  # Darknet-19 halves it five times
-    utils.check_one_of(("stop", "skip"), BROKEN_IMAGES=BROKEN_IMAGES)
-    utils.check_one_of(utils.LR_SCHEDULES, LR_SCHEDULE=LR_SCHEDULE)
-    if BATCH_SIZE % SUBDIVISIONS:
-        raise ValueError(f"BATCH_SIZE {BATCH_SIZE} must be a multiple of SUBDIVISIONS {SUBDIVISIONS}")
-
-
 @torch.no_grad()
 def validate(model, loader, device, dtype, stop):
-    """One pass over the loader -> sums of the loss, of images whose class is the first guess, among the first five, of images.
+    """One pass over the loader -> (4,) sums: loss, correct first guesses, correct among the first five guesses, number of images.
 
-    Unreadable images have the label -100 and do not count. Returns early when the run is asked to stop.
+    Unreadable images have the label -100 and do not count. Returns early if the run is asked to stop.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)
@@ -114,25 +120,25 @@ def main():
     model.to(device, memory_format=torch.channels_last)
     if RESUME_WEIGHTS and not RESUME:
         darknet_model.load_classifier(model, RESUME_WEIGHTS)
-    network = model  # holds the same weights
+    network = model  # what the loop calls; shares the weights of model
     if COMPILE:
         network = torch.compile(network)
     groups = utils.parameter_groups(model, WEIGHT_DECAY)
     optimizer = torch.optim.SGD(groups, LEARNING_RATE, momentum=MOMENTUM, fused=dtype != torch.float16)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    # the run's position, and this epoch's sums of loss, correct first guesses and images
+    # the run's position, and the epoch's sums: loss, correct first guesses, number of images
     state = {"epoch": 0, "step": 0, "images_seen": 0, "best": -1.0}
     state["sums"] = torch.zeros(3, dtype=torch.float64, device=device)
     settings = utils.script_settings(globals()) | {"PRECISION": str(dtype), "classes": train_set.classes}
     settings["training images"] = utils.fingerprint(train_set.samples)
     if RESUME:
         state = utils.resume(CHECKPOINT, model, optimizer, scaler, settings, FIXED)
-    about = {"classes": train_set.classes, "image_size": IMAGE_SIZE, "settings": settings}
+    metadata = {"classes": train_set.classes, "image_size": IMAGE_SIZE, "settings": settings}
 
     def save():
         optimizing = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        utils.save_checkpoint(CHECKPOINT, model=model.state_dict(), **optimizing, **state, **about)
+        utils.save_checkpoint(CHECKPOINT, model=model.state_dict(), **optimizing, **state, **metadata)
 
     print(f"{len(train_set)} training and {len(val_set)} validation images of {len(train_set.classes)} classes on {device}")
     batches = batches_from(state["step"])
@@ -197,11 +203,11 @@ def main():
         state["sums"].zero_()
         improved = top1 >= state["best"]
         state["best"] = max(top1, state["best"])
-        save()
         if improved:
-            utils.save_checkpoint(f"{stem}_best.pt", model=model.state_dict(), **state, **about)
+            utils.save_checkpoint(f"{stem}_best.pt", model=model.state_dict(), **state, **metadata)
         bar.clear()
         utils.log_epoch(stem, row)
+        save()  # last: a run that dies before repeats the epoch's end, and loses neither row nor best network
     bar.close()
     if os.path.isfile(train_set.broken_list):
         print(f"{train_set.broken_list} lists the images that could not be read")

@@ -2,9 +2,10 @@
 
     python darknet_train_multigpu.py DATA_DIR=/data/imagenet NUM_WORKERS=16 IMAGE_SIZE=224 BATCH_SIZE=256 EPOCHS=160
 
-It is darknet_train.py with the lines under "DataParallel:" added. One process splits each batch over the GPUs and gathers the
-outputs; it copies the model to every GPU in every step and drives them all from Python, so darknet_train_multigpu_distr.py is
-faster. Without a GPU it runs on the CPU. It writes what darknet_train.py writes; their checkpoints are interchangeable.
+This is darknet_train.py plus the lines under "DataParallel:" comments. One process splits each batch over the GPUs and gathers the
+outputs. It copies the model to every GPU in every step and runs them all from one Python process, so
+darknet_train_multigpu_distr.py is faster. Without a GPU it runs on the CPU. It writes the same files as darknet_train.py; the
+checkpoints are interchangeable.
 """
 
 import functools
@@ -29,14 +30,14 @@ CROP_SCALE = (0.5, 1.75)  # short side of the scaled image, relative to the crop
 NUM_WORKERS = 2  # processes that load images
 BROKEN_IMAGES = "stop"  # or "skip": use the next image instead of an unreadable one, and list it in a file
 # model
-IDENTITY_INIT = 0.0  # weight of an identity added to each new kernel; 0 in Darknet, 2 for runs of a few thousand steps
+IDENTITY_INIT = 0.0  # weight of an identity added to each new kernel; 0 in Darknet; ours: 2 for runs of a few thousand steps
 # optimiser
 BATCH_SIZE = 6  # images per optimiser step; 128 in darknet19.cfg
 SUBDIVISIONS = 1  # gradient-accumulation steps per batch
 LEARNING_RATE = 0.01  # 0.1 in the paper, 1e-3 in its second stage
-MOMENTUM = 0.9
-WEIGHT_DECAY = 5e-4  # on kernels only
-LABEL_SMOOTHING = 0.0
+MOMENTUM = 0.9  # YOLO9000 sec. 3
+WEIGHT_DECAY = 5e-4  # on kernels only; YOLO9000 sec. 3
+LABEL_SMOOTHING = 0.0  # none in darknet19.cfg
 # schedule
 EPOCHS = 4  # 160 in the paper, 10 in its second stage
 LR_SCHEDULE = "polynomial"  # "constant", "steps", "polynomial" or "cosine"
@@ -46,27 +47,29 @@ BURN_IN = 0  # optimiser steps with a rising rate; 1000 in darknet19.cfg
 # run
 CHECKPOINT = "runs/darknet19.pt"
 RESUME = False  # continue from CHECKPOINT
-SAVE_EVERY_MINUTES = 30.0  # within long epochs
-MAX_HOURS = 0.0  # save and stop after so long, for the time limit of a queue; 0 for no limit
+SAVE_EVERY_MINUTES = 30.0  # also within an epoch
+MAX_HOURS = 0.0  # save and stop after this time, for queues with a time limit; 0 for no limit
 RESUME_WEIGHTS = ""  # a checkpoint or Darknet file whose weights a new run starts from, as for the 448 px stage
 SEED = 0
-DEVICE = "auto"  # "cuda", "cuda:1", "cpu"
-PRECISION = "auto"  # "fp32", "bf16", "fp16"; auto: half precision where the device computes it natively
-COMPILE = False  # torch.compile, worth its minutes of start-up on a GPU
-
-# may not change on RESUME
-FIXED = ("IMAGE_SIZE", "BATCH_SIZE", "SUBDIVISIONS", "MOMENTUM", "WEIGHT_DECAY", "SEED", "classes", "training images")
+DEVICE = "auto"  # or "cuda", "cuda:1", "cpu"
+PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device supports it natively
+COMPILE = False  # torch.compile: faster on a GPU, after minutes of start-up
 
 
 def check_settings():
-    """Raises ValueError for a setting that cannot be right."""
+    """Raises ValueError or OSError for an invalid setting."""
     utils.check_at_least(1, EPOCHS=EPOCHS, BATCH_SIZE=BATCH_SIZE, SUBDIVISIONS=SUBDIVISIONS)
     utils.check_at_least(32, IMAGE_SIZE=IMAGE_SIZE)  # Darknet-19 halves it five times
+    utils.check_at_least(0, MOMENTUM=MOMENTUM, WEIGHT_DECAY=WEIGHT_DECAY, LABEL_SMOOTHING=LABEL_SMOOTHING, BURN_IN=BURN_IN)
+    utils.check_at_least(0, SEED=SEED, NUM_WORKERS=NUM_WORKERS, LEARNING_RATE=LEARNING_RATE)
     utils.check_one_of(("stop", "skip"), BROKEN_IMAGES=BROKEN_IMAGES)
     utils.check_one_of(utils.LR_SCHEDULES, LR_SCHEDULE=LR_SCHEDULE)
     if BATCH_SIZE % SUBDIVISIONS:
         raise ValueError(f"BATCH_SIZE {BATCH_SIZE} must be a multiple of SUBDIVISIONS {SUBDIVISIONS}")
-    # DataParallel: every GPU gets an equal share of each batch; its copies of a compiled model would run the first GPU's code
+    if BATCH_SIZE == SUBDIVISIONS and IMAGE_SIZE < 64:
+        raise ValueError("batch norm needs two values per channel: set IMAGE_SIZE=64, or BATCH_SIZE to twice SUBDIVISIONS or more")
+    utils.check_writable(CHECKPOINT)
+    # DataParallel: every GPU gets an equal share of each batch; copies of a compiled model would run the code of the first GPU
     device, gpus = utils.pick_device(DEVICE), torch.cuda.device_count()
     if device.index:
         raise ValueError(f"DEVICE={DEVICE}: DataParallel uses all visible GPUs; choose them with CUDA_VISIBLE_DEVICES")
@@ -76,11 +79,15 @@ def check_settings():
         raise ValueError("COMPILE works on one GPU; use darknet_train_multigpu_distr.py for several")
 
 
+# may not change on RESUME
+FIXED = ("IMAGE_SIZE", "BATCH_SIZE", "SUBDIVISIONS", "MOMENTUM", "WEIGHT_DECAY", "SEED", "classes", "training images")
+
+
 @torch.no_grad()
 def validate(model, loader, device, dtype, stop):
-    """One pass over the loader -> sums of the loss, of images whose class is the first guess, among the first five, of images.
+    """One pass over the loader -> (4,) sums: loss, correct first guesses, correct among the first five guesses, number of images.
 
-    Unreadable images have the label -100 and do not count. Returns early when the run is asked to stop.
+    Unreadable images have the label -100 and do not count. Returns early if the run is asked to stop.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)
@@ -103,9 +110,10 @@ def main():
     utils.set_seed(SEED)
     device = utils.pick_device(DEVICE)
     dtype = utils.pick_precision(PRECISION, device)
-    # DataParallel: autocast in its threads does not see a choice of bfloat16
+    # DataParallel: autocast in its threads ignores bfloat16 and uses float16
     if device.type == "cuda" and torch.cuda.device_count() > 1 and dtype == torch.bfloat16:
         dtype = torch.float16
+        print("float16 instead of bfloat16, because DataParallel cannot use bfloat16")
     stop = utils.catch_stop_signals(MAX_HOURS)
     stem = CHECKPOINT.removesuffix(".pt")
 
@@ -124,9 +132,9 @@ def main():
     model.to(device, memory_format=torch.channels_last)
     if RESUME_WEIGHTS and not RESUME:
         darknet_model.load_classifier(model, RESUME_WEIGHTS)
-    network = model  # holds the same weights
-    # DataParallel: batch norm sees one GPU's share of the batch; the running statistics are those of the first GPU. It takes every
-    # GPU that PyTorch sees, so it is left out with DEVICE=cpu; without GPUs it only calls the model.
+    network = model  # what the loop calls; shares the weights of model
+    # DataParallel: batch norm sees one GPU's share of the batch, and the running statistics are those of the first GPU. The wrapper
+    # uses every GPU that PyTorch sees, so DEVICE=cpu leaves it out; without GPUs it only calls the model.
     if device.type == "cuda" or not torch.cuda.is_available():
         network = torch.nn.DataParallel(network)
     if COMPILE:
@@ -135,18 +143,18 @@ def main():
     optimizer = torch.optim.SGD(groups, LEARNING_RATE, momentum=MOMENTUM, fused=dtype != torch.float16)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    # the run's position, and this epoch's sums of loss, correct first guesses and images
+    # the run's position, and the epoch's sums: loss, correct first guesses, number of images
     state = {"epoch": 0, "step": 0, "images_seen": 0, "best": -1.0}
     state["sums"] = torch.zeros(3, dtype=torch.float64, device=device)
     settings = utils.script_settings(globals()) | {"PRECISION": str(dtype), "classes": train_set.classes}
     settings["training images"] = utils.fingerprint(train_set.samples)
     if RESUME:
         state = utils.resume(CHECKPOINT, model, optimizer, scaler, settings, FIXED)
-    about = {"classes": train_set.classes, "image_size": IMAGE_SIZE, "settings": settings}
+    metadata = {"classes": train_set.classes, "image_size": IMAGE_SIZE, "settings": settings}
 
     def save():
         optimizing = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        utils.save_checkpoint(CHECKPOINT, model=model.state_dict(), **optimizing, **state, **about)
+        utils.save_checkpoint(CHECKPOINT, model=model.state_dict(), **optimizing, **state, **metadata)
 
     print(f"{len(train_set)} training and {len(val_set)} validation images of {len(train_set.classes)} classes on {device}")
     batches = batches_from(state["step"])
@@ -211,11 +219,11 @@ def main():
         state["sums"].zero_()
         improved = top1 >= state["best"]
         state["best"] = max(top1, state["best"])
-        save()
         if improved:
-            utils.save_checkpoint(f"{stem}_best.pt", model=model.state_dict(), **state, **about)
+            utils.save_checkpoint(f"{stem}_best.pt", model=model.state_dict(), **state, **metadata)
         bar.clear()
         utils.log_epoch(stem, row)
+        save()  # last: a run that dies before repeats the epoch's end, and loses neither row nor best network
     bar.close()
     if os.path.isfile(train_set.broken_list):
         print(f"{train_set.broken_list} lists the images that could not be read")

@@ -2,13 +2,13 @@
 
     torchrun --nproc_per_node=4 darknet_train_multigpu_distr.py DATA_DIR=/data/imagenet NUM_WORKERS=8 IMAGE_SIZE=224 ...
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv-backend=c10d --rdzv-endpoint=HOST:29400 darknet_train_multigpu_distr.py ...
-    torchrun --nproc_per_node=4 --max-restarts=3 ...            resumes after a crash from the last checkpoint (one machine; on
-                                                                several, start all again with RESUME=True)
+    torchrun --nproc_per_node=4 --max-restarts=3 ...            after a crash, resumes from the last checkpoint (one machine only;
+                                                                on several, start all of them again with RESUME=True)
     python darknet_train_multigpu_distr.py                      one process
 
-It is darknet_train.py with the lines under "DDP:" added. BATCH_SIZE counts the images of all processes. nccl on GPUs, gloo on CPUs.
-Only the first process prints and writes, the same files as darknet_train.py; their checkpoints are interchangeable. MAX_HOURS
-counts from each start.
+This is darknet_train.py plus the lines under "DDP:" comments. BATCH_SIZE counts the images of all processes together. The backend
+is nccl on GPUs, gloo on CPUs. Only the first process prints and writes. It writes the same files as darknet_train.py; the
+checkpoints are interchangeable. MAX_HOURS counts from each (re)start.
 """
 
 import atexit
@@ -39,14 +39,14 @@ CROP_SCALE = (0.5, 1.75)  # short side of the scaled image, relative to the crop
 NUM_WORKERS = 2  # processes that load images
 BROKEN_IMAGES = "stop"  # or "skip": use the next image instead of an unreadable one, and list it in a file
 # model
-IDENTITY_INIT = 0.0  # weight of an identity added to each new kernel; 0 in Darknet, 2 for runs of a few thousand steps
+IDENTITY_INIT = 0.0  # weight of an identity added to each new kernel; 0 in Darknet; ours: 2 for runs of a few thousand steps
 # optimiser
 BATCH_SIZE = 6  # images per optimiser step; 128 in darknet19.cfg
 SUBDIVISIONS = 1  # gradient-accumulation steps per batch
 LEARNING_RATE = 0.01  # 0.1 in the paper, 1e-3 in its second stage
-MOMENTUM = 0.9
-WEIGHT_DECAY = 5e-4  # on kernels only
-LABEL_SMOOTHING = 0.0
+MOMENTUM = 0.9  # YOLO9000 sec. 3
+WEIGHT_DECAY = 5e-4  # on kernels only; YOLO9000 sec. 3
+LABEL_SMOOTHING = 0.0  # none in darknet19.cfg
 # schedule
 EPOCHS = 4  # 160 in the paper, 10 in its second stage
 LR_SCHEDULE = "polynomial"  # "constant", "steps", "polynomial" or "cosine"
@@ -56,34 +56,40 @@ BURN_IN = 0  # optimiser steps with a rising rate; 1000 in darknet19.cfg
 # run
 CHECKPOINT = "runs/darknet19.pt"
 RESUME = False  # continue from CHECKPOINT
-SAVE_EVERY_MINUTES = 30.0  # within long epochs
-MAX_HOURS = 0.0  # save and stop after so long, for the time limit of a queue; 0 for no limit
+SAVE_EVERY_MINUTES = 30.0  # also within an epoch
+MAX_HOURS = 0.0  # save and stop after this time, for queues with a time limit; 0 for no limit
 RESUME_WEIGHTS = ""  # a checkpoint or Darknet file whose weights a new run starts from, as for the 448 px stage
 SEED = 0
-DEVICE = "auto"  # "cuda", "cuda:1", "cpu"
-PRECISION = "auto"  # "fp32", "bf16", "fp16"; auto: half precision where the device computes it natively
-COMPILE = False  # torch.compile, worth its minutes of start-up on a GPU
+DEVICE = "auto"  # or "cuda", "cuda:1", "cpu"
+PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device supports it natively
+COMPILE = False  # torch.compile: faster on a GPU, after minutes of start-up
 SYNC_BATCH_NORM = False  # DDP: batch norm over the images of all processes instead of each process's own (GPUs only)
+
+
+def check_settings():
+    """Raises ValueError or OSError for an invalid setting."""
+    utils.check_at_least(1, EPOCHS=EPOCHS, BATCH_SIZE=BATCH_SIZE, SUBDIVISIONS=SUBDIVISIONS)
+    utils.check_at_least(32, IMAGE_SIZE=IMAGE_SIZE)  # Darknet-19 halves it five times
+    utils.check_at_least(0, MOMENTUM=MOMENTUM, WEIGHT_DECAY=WEIGHT_DECAY, LABEL_SMOOTHING=LABEL_SMOOTHING, BURN_IN=BURN_IN)
+    utils.check_at_least(0, SEED=SEED, NUM_WORKERS=NUM_WORKERS, LEARNING_RATE=LEARNING_RATE)
+    utils.check_one_of(("stop", "skip"), BROKEN_IMAGES=BROKEN_IMAGES)
+    utils.check_one_of(utils.LR_SCHEDULES, LR_SCHEDULE=LR_SCHEDULE)
+    if BATCH_SIZE % SUBDIVISIONS:
+        raise ValueError(f"BATCH_SIZE {BATCH_SIZE} must be a multiple of SUBDIVISIONS {SUBDIVISIONS}")
+    if BATCH_SIZE == SUBDIVISIONS and IMAGE_SIZE < 64:
+        raise ValueError("batch norm needs two values per channel: set IMAGE_SIZE=64, or BATCH_SIZE to twice SUBDIVISIONS or more")
+    utils.check_writable(CHECKPOINT)
+
 
 # may not change on RESUME
 FIXED = ("IMAGE_SIZE", "BATCH_SIZE", "SUBDIVISIONS", "MOMENTUM", "WEIGHT_DECAY", "SEED", "classes", "training images")
 
 
-def check_settings():
-    """Raises ValueError for a setting that cannot be right."""
-    utils.check_at_least(1, EPOCHS=EPOCHS, BATCH_SIZE=BATCH_SIZE, SUBDIVISIONS=SUBDIVISIONS)
-    utils.check_at_least(32, IMAGE_SIZE=IMAGE_SIZE)  # Darknet-19 halves it five times
-    utils.check_one_of(("stop", "skip"), BROKEN_IMAGES=BROKEN_IMAGES)
-    utils.check_one_of(utils.LR_SCHEDULES, LR_SCHEDULE=LR_SCHEDULE)
-    if BATCH_SIZE % SUBDIVISIONS:
-        raise ValueError(f"BATCH_SIZE {BATCH_SIZE} must be a multiple of SUBDIVISIONS {SUBDIVISIONS}")
-
-
 @torch.no_grad()
 def validate(model, loader, device, dtype, stop):
-    """One pass over the loader -> sums of the loss, of images whose class is the first guess, among the first five, of images.
+    """One pass over the loader -> (4,) sums: loss, correct first guesses, correct among the first five guesses, number of images.
 
-    Unreadable images have the label -100 and do not count. Returns early when the run is asked to stop.
+    Unreadable images have the label -100 and do not count. Returns early if the run is asked to stop.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)
@@ -104,7 +110,7 @@ def validate(model, loader, device, dtype, stop):
 
 
 def join_processes() -> torch.device:
-    """Joins the group of processes that torchrun has started, or makes a group of one -> the device of this process."""
+    """Joins the processes started by torchrun, or forms a group of one -> the device of this process."""
     device = utils.pick_device(DEVICE)
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", device.index or 0))
@@ -115,8 +121,8 @@ def join_processes() -> torch.device:
     if not dist.is_initialized():
         store, rank, world = dist.HashStore(), 0, 1
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            # torchrun's key-value store survives a crash. Each start uses its own names in it: with the old addresses, new
-            # processes would wait for those that have died.
+            # torchrun's key-value store survives a crash. Every start gets its own prefix: with the addresses of an earlier start
+            # in it, new processes would wait for dead ones.
             store, rank, world = next(rendezvous("env://"))
             store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
@@ -125,7 +131,7 @@ def join_processes() -> torch.device:
 
 
 def any_process(stop, device) -> bool:
-    """Whether any process was asked to stop: a signal may have reached only one of them, but all must stop at the same step."""
+    """Whether any process was asked to stop. A signal may reach only one of them, but all must stop at the same step."""
     asked = torch.tensor(float(utils.should_stop(stop)), device=device)
     dist.all_reduce(asked, dist.ReduceOp.MAX)
     if asked and not stop.reason:
@@ -134,7 +140,7 @@ def any_process(stop, device) -> bool:
 
 
 def is_own_checkpoint(launcher: str) -> bool:
-    """After a restart by torchrun: whether CHECKPOINT was written by the same torchrun, and not by an older run."""
+    """Whether this is a restart by torchrun and CHECKPOINT was written under the same torchrun, not by an older run."""
     own = [False]
     if dist.get_rank() == 0 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and os.path.isfile(CHECKPOINT):
         own = [utils.load_checkpoint(CHECKPOINT).get("launcher") == launcher]
@@ -143,7 +149,7 @@ def is_own_checkpoint(launcher: str) -> bool:
 
 
 def check_same_step(step: int) -> None:
-    """Raises ValueError where the processes have loaded different checkpoints."""
+    """Raises ValueError if the processes have loaded different checkpoints."""
     steps = [None] * dist.get_world_size()
     dist.all_gather_object(steps, step)
     if len(set(steps)) > 1:
@@ -173,7 +179,7 @@ def main():
     train_set.broken_list = val_set.broken_list = f"{stem}_broken.txt" if BROKEN_IMAGES == "skip" else ""
     loading = {"num_workers": NUM_WORKERS, "pin_memory": device.type == "cuda", "worker_init_fn": utils.ignore_signals}
     val_loader = DataLoader(val_set, BATCH_SIZE // SUBDIVISIONS, **loading)
-    # DDP: each process validates every world-th image, so none is counted twice, though some processes may have one more
+    # DDP: each process validates every world-th image: each image is counted once, and some processes get one image more
     val_loader = DataLoader(Subset(val_set, range(rank, len(val_set), world)), BATCH_SIZE // SUBDIVISIONS // world, **loading)
     steps = steps_per_epoch(len(train_set), BATCH_SIZE, SUBDIVISIONS)
     # DDP: an incomplete batch cannot be split evenly
@@ -186,7 +192,7 @@ def main():
     model.to(device, memory_format=torch.channels_last)
     if RESUME_WEIGHTS and not RESUME:
         darknet_model.load_classifier(model, RESUME_WEIGHTS)
-    network = model  # holds the same weights
+    network = model  # what the loop calls; shares the weights of model
     # DDP: averages the gradients of all processes during backward
     if SYNC_BATCH_NORM:
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -198,32 +204,32 @@ def main():
     optimizer = torch.optim.SGD(groups, LEARNING_RATE, momentum=MOMENTUM, fused=dtype != torch.float16)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    # the run's position, and this epoch's sums of loss, correct first guesses and images
+    # the run's position, and the epoch's sums: loss, correct first guesses, number of images
     state = {"epoch": 0, "step": 0, "images_seen": 0, "best": -1.0}
     state["sums"] = torch.zeros(3, dtype=torch.float64, device=device)
     settings = utils.script_settings(globals()) | {"PRECISION": str(dtype), "classes": train_set.classes}
     settings["training images"] = utils.fingerprint(train_set.samples)
-    # DDP: torchrun restarts all processes when one has crashed (--max-restarts); they resume from its own last checkpoint
+    # DDP: torchrun restarts all processes if one crashes (--max-restarts); they resume from the last checkpoint of this launch
     launcher = f"{os.environ.get('TORCHELASTIC_RUN_ID')} {socket.gethostname()} {os.getppid()}"
     if not RESUME and is_own_checkpoint(launcher):
         state = utils.resume(CHECKPOINT, model, optimizer, scaler, settings, FIXED)
     if RESUME:
         state = utils.resume(CHECKPOINT, model, optimizer, scaler, settings, FIXED)
-    about = {"classes": train_set.classes, "image_size": IMAGE_SIZE, "settings": settings}
-    # DDP: the processes must agree on where they are
+    metadata = {"classes": train_set.classes, "image_size": IMAGE_SIZE, "settings": settings}
+    # DDP: all processes must resume at the same step
     check_same_step(state["step"])
-    about["launcher"] = launcher
+    metadata["launcher"] = launcher
 
     def save():
         # DDP: the first process writes
         if rank > 0:
             return
         optimizing = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        utils.save_checkpoint(CHECKPOINT, model=model.state_dict(), **optimizing, **state, **about)
+        utils.save_checkpoint(CHECKPOINT, model=model.state_dict(), **optimizing, **state, **metadata)
 
     print(f"{len(train_set)} training and {len(val_set)} validation images of {len(train_set.classes)} classes on {device}")
     batches = batches_from(state["step"])
-    # DDP: all processes draw the same batches, and each takes every world-th image of them
+    # DDP: all processes draw the same batches; each takes every world-th image
     batches = (batch[rank::world] for batch in batches)
     data = iter(DataLoader(train_set, batch_sampler=batches, **loading))
     bar = tqdm(total=EPOCHS * steps, initial=state["step"], unit="step", disable=None)
@@ -255,7 +261,7 @@ def main():
                 correct = (logits.argmax(dim=1) == labels).sum()
                 step_sums += torch.stack([loss.detach() * len(images), correct, torch.full_like(correct, len(images))])
 
-            # DDP: the sums of all processes, so that all find the same loss
+            # DDP: sums over all processes, so that all check the same loss
             dist.all_reduce(step_sums)
             norm = get_total_norm([parameter.grad for parameter in model.parameters()])
             if problem := utils.problem_of_step(("cross-entropy",), step_sums[:1], norm, scaler):
@@ -280,12 +286,12 @@ def main():
 
         images, seconds = state["images_seen"] - images_before, time.monotonic() - start
         if not stopping:
-            # DDP: all validate the network that the first process saves; batch norm has seen other images in each of them
+            # DDP: validate the network that the first process saves; batch norm has seen different images in each process
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
             val_sums = validate(model, val_loader, device, dtype, stop)
             stopping = utils.should_stop(stop)
-            # DDP: the sums of all processes
+            # DDP: sums over all processes
             dist.all_reduce(val_sums)
             stopping = any_process(stop, device)
         if stopping:
@@ -304,11 +310,11 @@ def main():
         # DDP: the first process writes
         if rank > 0:
             continue
-        save()
         if improved:
-            utils.save_checkpoint(f"{stem}_best.pt", model=model.state_dict(), **state, **about)
+            utils.save_checkpoint(f"{stem}_best.pt", model=model.state_dict(), **state, **metadata)
         bar.clear()
         utils.log_epoch(stem, row)
+        save()  # last: a run that dies before repeats the epoch's end, and loses neither row nor best network
     bar.close()
     if os.path.isfile(train_set.broken_list):
         print(f"{train_set.broken_list} lists the images that could not be read")

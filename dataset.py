@@ -1,24 +1,27 @@
 """Data sets: Pascal VOC in the devkit's layout or as lists of files, ImageNet folders; augmentation, targets and k-means anchors.
 
-As a script it checks a data set before you spend hours on it (`python dataset.py DATA_DIR=... IMAGE_SETS=...`): objects per class,
-every unusable file with the reason, how well the anchors fit, and `runs/label_sheet.png`, augmented samples with encoded boxes.
+`python dataset.py DATA_DIR=... IMAGE_SETS=...` checks a data set before a long run. It prints the objects per class, every unusable
+file with the reason, and how well the anchors fit, and draws augmented samples with their boxes to `runs/label_sheet.png`.
 
 Letters: M boxes of an image, A anchors (5), S_h x S_w grid cells (13 x 13 at 416 x 416). Rows are y, columns are x.
 """
 
 import contextlib
 import csv
+import io
 import itertools
 import math
 import os
 import random
+import re
+import struct
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # otherwise it looks for its newest version on the network when imported
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # otherwise importing it looks online for a newer version
 
 import albumentations
 import cv2
@@ -28,11 +31,16 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
+from torchvision.ops import box_convert
 from tqdm import tqdm
 
 import utils
 
-cv2.setNumThreads(0)  # one thread per process: the loader's workers run side by side
+cv2.setNumThreads(0)  # one thread per process, because the loader's workers run in parallel
+
+# every format that Pillow reads, without MPEG videos; .mpo (two JPEGs in one file) is missing because Pillow opens it as JPEG
+IMAGE_SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+IMAGE_SUFFIXES = IMAGE_SUFFIXES - {".mpg", ".mpeg"} | {".mpo"}
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
@@ -40,14 +48,15 @@ VOC_CLASSES = (
 )  # fmt: skip
 
 # data
-DATA_DIR = "data_samples/voc"  # holds VOC2007/ ..., or VOCdevkit/VOC2007/ ..., or the .csv lists
+DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv lists
 IMAGE_SETS = [("2007", "train")]  # (year, list) pairs, or names of .csv files with lines image,label
-CLASSES = VOC_CLASSES
+CLASSES = VOC_CLASSES  # any names, or a Darknet .names file
+TOLERATE = []  # "other classes": skip objects that CLASSES does not name; "missing labels": such images have no objects
 # model
 IMAGE_SIZE = 416  # pixels of the sheet's samples, a multiple of 32
 # run
 SHEET = "runs/label_sheet.png"  # augmented samples with boxes
-SHEET_IMAGES = 20
+SHEET_IMAGES = 20  # samples on the sheet
 SEED = 0
 
 # ---------------------------------------------------------------- reading images
@@ -55,23 +64,22 @@ SEED = 0
 
 @contextlib.contextmanager
 def open_image(file: str | os.PathLike):
-    """PIL's Image.open; whatever goes wrong inside becomes a FileNotFoundError or ValueError that names the file."""
+    """PIL's Image.open; any error in the block becomes a FileNotFoundError or ValueError that names the file."""
     try:
         with Image.open(file) as image:
             yield image
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: no such image") from None
-    except (OSError, ValueError, SyntaxError, TypeError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file}: not a readable image ({error}); replace it or take it off the list") from None
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(f"{file}: not a readable image ({utils.first_line(error)}); replace it or take it off the list") from None
 
 
 def read_image(file: str | os.PathLike) -> np.ndarray:
-    """Reads an image of any mode as a viewer shows it (EXIF rotation applied) -> (H, W, 3) uint8 RGB.
-
-    Transparent parts become white. Raises FileNotFoundError or ValueError, naming the file, where it is missing or broken.
-    """
+    """Reads an image of any mode as a viewer shows it (EXIF rotation applied, transparent parts white) -> (H, W, 3) uint8 RGB.
+    Raises FileNotFoundError or ValueError, naming the file."""
     with open_image(file) as image:
-        ImageOps.exif_transpose(image, in_place=True)  # in place: otherwise it copies every image, rotated or not
+        with contextlib.suppress(SyntaxError, TypeError, ValueError, KeyError, struct.error):  # unreadable EXIF data
+            ImageOps.exif_transpose(image, in_place=True)  # in place: the default copies every image, rotated or not
         if image.mode.startswith("I;16"):  # 16-bit grey: keep the upper eight bits
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         elif image.mode in ("I", "F"):
@@ -83,135 +91,232 @@ def read_image(file: str | os.PathLike) -> np.ndarray:
 
 
 def image_size(file: str | os.PathLike) -> tuple[int, int]:
-    """Width and height in pixels as read_image would return them, from the file's header alone; raises as read_image does."""
+    """Width and height in pixels of what read_image returns, from the file's header alone. Raises the same errors."""
     with open_image(file) as image:
-        turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 are rotated by 90 degrees
-        return (image.height, image.width) if turned else (image.width, image.height)
+        if image.format == "TIFF":  # some versions of Pillow rotate these when opening them
+            return read_image(file).shape[1::-1]
+        orientation = 1
+        with contextlib.suppress(SyntaxError, TypeError, ValueError, KeyError, struct.error):
+            orientation = image.getexif().get(0x0112, 1)
+        return (image.height, image.width) if orientation in (5, 6, 7, 8) else (image.width, image.height)  # rotated by 90 degrees
 
 
 # ---------------------------------------------------------------- reading lists and labels
 
 
+def read_text(file: str | os.PathLike, missing: str = "no such file") -> str:
+    """Reads UTF-8 or, with a byte order mark, UTF-16. Raises FileNotFoundError (with the text `missing`) or ValueError."""
+    if not os.path.isfile(file):
+        raise FileNotFoundError(f"{file}: {missing}")
+    content = Path(file).read_bytes()
+    try:
+        return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{file}: not UTF-8 text; save it as UTF-8") from None
+
+
+def read_classes(classes) -> list[str]:
+    """Class names from a list or a Darknet `.names` file (one per line). Raises FileNotFoundError, or ValueError for bad names:
+    empty, repeated (`a b` and `a_b` would share a file of results), or with control characters or slashes."""
+    source = "CLASSES"
+    if isinstance(classes, str):
+        source, missing = classes, "no such file of class names; CLASSES is a list of names or a .names file"
+        classes = [line.strip() for line in read_text(source, missing).splitlines() if line.strip()]
+    return utils.check_classes(source, list(classes))
+
+
 def list_samples(root: str | os.PathLike, image_sets) -> list[tuple[str, str]]:
     """Pairs (image file, label file) of a data set, in list order.
 
-    image_sets: (year, list) pairs of the VOC devkit, or names of `.csv` files in root with lines `image,label`, both relative to
-    the csv file; without image_sets, root is such a csv file. Raises FileNotFoundError or ValueError, naming what is missing.
+    image_sets: (year, list) pairs of the VOC devkit, or names of list files in root: `.csv` with lines `image,label`, or Darknet's
+    `.txt` with one image per line (images/x.jpg has labels/x.txt). If it is empty, root is itself a csv file. Raises
+    FileNotFoundError or ValueError, naming what is missing.
     """
     if os.fspath(root).endswith(".csv"):
         if image_sets:
             raise ValueError(f"{root}: DATA_DIR must be the folder of the lists that IMAGE_SETS names ({image_sets})")
         root, image_sets = os.path.dirname(root), [os.path.basename(root)]
-    if isinstance(image_sets, str):
-        image_sets = [image_sets]
+    if isinstance(image_sets, str) or (len(image_sets) == 2 and str(image_sets[0]).isdigit()):
+        image_sets = [image_sets]  # a single set, not in a list
     samples = []
     for image_set in image_sets:
-        if isinstance(image_set, str):
+        if isinstance(image_set, str) and image_set.lower().endswith(".csv"):
             samples += read_csv_list(os.path.join(root, image_set))
-            continue
-        year, name = image_set
-        folders = [Path(root) / f"VOC{year}", Path(root) / "VOCdevkit" / f"VOC{year}"]
-        folder = next((folder for folder in folders if folder.is_dir()), None)
-        if folder is None:
-            raise FileNotFoundError(f"{folders[0]}: no such folder; DATA_DIR must hold VOC{year} or VOCdevkit/VOC{year}")
-        list_file = folder / "ImageSets" / "Main" / f"{name}.txt"
-        if not list_file.is_file():
-            raise FileNotFoundError(f"{list_file}: no such list of images; name another one in IMAGE_SETS")
-        for line in list_file.read_text(errors="replace").splitlines():
-            if line.strip():
-                image_id = line.split()[0]  # the devkit's lists per class have a second column
-                samples.append((f"{folder}/JPEGImages/{image_id}.jpg", f"{folder}/Annotations/{image_id}.xml"))
+        elif isinstance(image_set, str) and image_set.lower().endswith(".txt"):
+            samples += read_darknet_list(os.path.join(root, image_set))
+        elif isinstance(image_set, (tuple, list)) and len(image_set) == 2:
+            samples += read_voc_list(Path(root), *image_set)
+        else:
+            raise ValueError(f"IMAGE_SETS holds {image_set!r}; it takes [('2007', 'trainval')], ['train.csv'] or ['train.txt']")
     if not samples:
         raise ValueError(f"{root}: the lists {image_sets} name no image")
     return samples
 
 
-def read_csv_list(file: str) -> list[tuple[str, str]]:
-    """Lines `image,label` -> pairs of paths, both relative to the csv file; a first line of exactly these words is skipped."""
-    if not os.path.isfile(file):
-        raise FileNotFoundError(f"{file}: no such list of images")
-    samples, folder = [], os.path.dirname(file)
-    with open(file, newline="", encoding="utf-8-sig", errors="replace") as stream:
-        for number, row in enumerate(csv.reader(line.replace("\0", "") for line in stream), start=1):
-            row = [cell.strip() for cell in row]
-            if not any(row) or (number == 1 and row == ["image", "label"]):
-                continue
-            if len(row) != 2 or not row[1].lower().endswith((".xml", ".txt")) or not "".join(row).isprintable():
-                raise ValueError(
-                    f"{file}, line {number}: expected image,label with a .xml or .txt label, found {','.join(row)[:80]!r}"
-                )
-            samples.append((os.path.join(folder, row[0]), os.path.join(folder, row[1])))
+def read_voc_list(root: Path, year: str, name: str) -> list[tuple[str, str]]:
+    """The images of a list of the VOC devkit; their files may have any suffix."""
+    folders = [root / f"VOC{year}", root / "VOCdevkit" / f"VOC{year}"]
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    if folder is None:
+        raise FileNotFoundError(f"{folders[0]}: no such folder; DATA_DIR must hold VOC{year} or VOCdevkit/VOC{year}")
+    missing = "no such list of images; name another one in IMAGE_SETS"
+    lines = read_text(folder / "ImageSets" / "Main" / f"{name}.txt", missing).splitlines()
+    image_folder, files, samples = folder / "JPEGImages", {}, []
+    for file in os.listdir(image_folder) if image_folder.is_dir() else []:
+        image_id, suffix = os.path.splitext(file)
+        if suffix.lower() in IMAGE_SUFFIXES:
+            files.setdefault(image_id, []).append(file)
+    for image_id in filter(None, map(str.strip, lines)):
+        first, _, last = image_id.rpartition(" ")
+        if first and last in ("-1", "0", "1"):  # the second column of a list per class
+            image_id = first.strip()
+        found = files.get(image_id, [f"{image_id}.jpg"])
+        if len(found) > 1:
+            raise ValueError(f"{image_folder}: {' and '.join(sorted(found))} are both images of {image_id}; remove one")
+        samples.append((f"{image_folder}/{found[0]}", f"{folder}/Annotations/{image_id}.xml"))
     return samples
 
 
-def read_labels(label_file: str, classes) -> np.ndarray:
-    """One label file -> (G, 6) float64: class, difficult, x1, y1, x2, y2. A VOC `.xml` gives devkit pixels, a YOLO `.txt`
-    fractions of the image.
-
-    Raises FileNotFoundError or ValueError, naming the file: missing, broken, unknown class, empty box.
-    """
+def read_csv_list(file: str) -> list[tuple[str, str]]:
+    """Lines `image,label` -> pairs of paths, both relative to the csv file; a header line of these two words is skipped."""
     try:
-        labels = read_voc_xml(label_file, classes) if is_voc_xml(label_file) else read_yolo_txt(label_file, classes)
+        rows = list(csv.reader(io.StringIO(read_text(file, "no such list of images"), newline="")))
+    except csv.Error as error:
+        raise ValueError(f"{file}: not readable as csv ({error}); look for an unbalanced quote") from None
+    samples = []
+    for number, row in enumerate(rows, start=1):
+        row = [cell.strip() for cell in row]
+        if not any(row) or (number == 1 and row == ["image", "label"]):
+            continue
+        line = ",".join(row)
+        if len(row) != 2 or not row[1].lower().endswith((".xml", ".txt")) or utils.printable(line) != line:
+            found = utils.printable(line[:80])
+            raise ValueError(f"{file}, line {number}: expected image,label with a .xml or .txt label, found {found!r}")
+        samples.append(tuple(join_path(os.path.dirname(file), cell) for cell in row))
+    return samples
+
+
+def read_darknet_list(file: str) -> list[tuple[str, str]]:
+    """Lines with an image path relative to the list -> pairs with the label file. Darknet's rule for its path: the last `images` or
+    `JPEGImages` becomes `labels`, the suffix `.txt`."""
+    samples = []
+    for line in filter(None, map(str.strip, read_text(file, "no such list of images").splitlines())):
+        image = join_path(os.path.dirname(file), line)
+        label = re.sub(r"(.*[\\/])(JPEGImages|images)([\\/])", r"\1labels\3", image, count=1)
+        samples.append((image, os.path.splitext(label)[0] + ".txt"))
+    return samples
+
+
+def join_path(folder: str, name: str) -> str:
+    """The path of a file that a list in `folder` names; a list made on Windows may separate folders by backslashes."""
+    path = os.path.join(folder, name)
+    return path if os.path.exists(path) else os.path.join(folder, name.replace("\\", "/"))
+
+
+def read_labels(label_file: str, classes, tolerate=()) -> tuple[np.ndarray, tuple[int, int]]:
+    """-> (G, 6) float64: class, difficult, x1, y1, x2, y2; and width and height that the file declares for the image, or (0, 0).
+    The boxes of a VOC `.xml` are in devkit pixels, those of a YOLO `.txt` in fractions of the image.
+
+    tolerate: "other classes" skips objects of classes that are not in `classes`; "missing labels" reads a missing file as one
+    without objects. Raises FileNotFoundError or ValueError, naming the file.
+    """
+    read = read_voc_xml if is_voc_xml(label_file) else read_yolo_txt
+    try:
+        labels, size = read(label_file, classes, tolerate)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{label_file}: no such label file, but a list names it") from None
-    return np.array(labels, dtype=np.float64).reshape(-1, 6)
+        if "missing labels" not in tolerate:
+            advice = "make one, or set TOLERATE=['missing labels'] if such images have no objects"
+            raise FileNotFoundError(f"{label_file}: no such label file, but a list names it; {advice}") from None
+        labels, size = [], (0, 0)
+    return np.array(labels, dtype=np.float64).reshape(-1, 6), size
 
 
 def is_voc_xml(label_file: str) -> bool:
     return label_file.lower().endswith(".xml")
 
 
-def read_voc_xml(file: str, classes) -> list[list[float]]:
-    """The objects of a VOC annotation, possibly none."""
+def boxes_in_fractions(boxes: np.ndarray, label_file: str, width: int, height: int) -> np.ndarray:
+    """Boxes (M, 4) xyxy in the unit of their label file -> in fractions of the image."""
+    return (boxes - 1) / [width, height, width, height] if is_voc_xml(label_file) else boxes
+
+
+def read_voc_xml(file: str, classes, tolerate=()) -> tuple[list[list[float]], tuple[int, int]]:
+    """The objects of a VOC annotation, and the image size that it declares."""
     try:
-        root = ElementTree.parse(file).getroot()
+        root = ElementTree.fromstring(Path(file).read_bytes())
     except (ElementTree.ParseError, ValueError, LookupError) as error:
-        raise ValueError(f"{file}: not readable as XML ({error})") from None
+        raise ValueError(f"{file}: not readable as XML ({error}); if its text is right, save it as UTF-8") from None
+    if root.tag.startswith("{"):  # a namespace
+        for element in root.iter():
+            element.tag = element.tag.rpartition("}")[2]
+    if root.tag != "annotation":
+        raise ValueError(f"{file}: not a VOC annotation (its root is <{root.tag}>); export the labels as Pascal VOC XML")
+    flags = {"": 0, "0": 0, "0.0": 0, "false": 0, "no": 0, "unspecified": 0, "1": 1, "1.0": 1, "true": 1, "yes": 1}
     labels = []
     for item in root.iter("object"):
         name = (item.findtext("name") or "").strip()
         if name not in classes:
-            raise ValueError(f"{file}: unknown class {name!r}; correct it, or add it to CLASSES ({', '.join(classes)})")
+            if "other classes" in tolerate:
+                continue
+            advice = f"correct it, add it to CLASSES ({', '.join(classes)}), or set TOLERATE=['other classes']"
+            raise ValueError(f"{file}: unknown class {name!r}; {advice}")
+        boxes = item.findall("bndbox")
+        if len(boxes) > 1:
+            raise ValueError(f"{file}: an object of class {name} has {len(boxes)} bndbox; give each box an object of its own")
         try:
-            box = [float(item.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")]
-            difficult = float(int(item.findtext("difficult") or 0) != 0)
-        except (TypeError, ValueError):
+            box = [float(boxes[0].findtext(side)) for side in ("xmin", "ymin", "xmax", "ymax")]
+        except (TypeError, ValueError, IndexError):
             raise ValueError(f"{file}: an object of class {name} has no bndbox of four numbers") from None
+        difficult = flags.get((item.findtext("difficult") or "").strip().lower())
+        if difficult is None:
+            raise ValueError(f"{file}: difficult of an object of class {name} must be 0 or 1, not {item.findtext('difficult')!r}")
         if not all(map(math.isfinite, box)) or box[2] <= box[0] or box[3] <= box[1]:
             raise ValueError(f"{file}: the box {box} of class {name} has no extent (xmax <= xmin or ymax <= ymin)")
         labels.append([classes.index(name), difficult, *box])
-    return labels
+    size = [(root.findtext(f"size/{side}") or "").strip() for side in ("width", "height")]
+    return labels, tuple(int(side) if side.isdecimal() else 0 for side in size)
 
 
-def read_yolo_txt(file: str, classes) -> list[list[float]]:
-    """The objects of a YOLO label file, lines `class x y w h` with centre and size in fractions of the image."""
+def read_yolo_txt(file: str, classes, tolerate=()) -> tuple[list[list[float]], tuple[int, int]]:
+    """The objects of a YOLO label file: lines `class x y w h`, centre and size in fractions of the image."""
     labels = []
-    with open(file, encoding="utf-8-sig", errors="replace") as stream:
-        lines = [line.split() for line in stream]
-    for number, words in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
+        words = line.split()
         if not words:
             continue
         try:
-            label, x, y, w, h = int(words[0]), *(float(word) for word in words[1:])
+            label, x, y, w, h = map(float, words)
+            if not label.is_integer():
+                raise ValueError
         except ValueError:
-            raise ValueError(f"{file}, line {number}: expected `class x y w h`, found {' '.join(words)[:80]!r}") from None
+            guess = ""
+            if not re.match(r"[-+.\d]", words[0]):
+                guess = " (the class is a position in CLASSES, not a name)"
+            elif len(words) > 5:
+                guess = " (a sixth number, a confidence?)" if len(words) == 6 else " (a polygon?)"
+            found = utils.printable(" ".join(words)[:80])
+            raise ValueError(f"{file}, line {number}: expected `class x y w h`, found {found!r}{guess}") from None
         if not 0 <= label < len(classes):
-            raise ValueError(f"{file}, line {number}: class {label} is not one of the {len(classes)} in CLASSES")
-        if not (0 <= x <= 1 and 0 <= y <= 1 and 0 < w <= 1 and 0 < h <= 1):
+            if "other classes" in tolerate:
+                continue
+            raise ValueError(f"{file}, line {number}: class {int(label)} is not one of the {len(classes)} in CLASSES")
+        slack = 1e-4  # for rounding by the tool that wrote the file
+        if not all(-slack <= value <= 1 + slack for value in (x, y, w, h)) or w <= 0 or h <= 0:
             raise ValueError(f"{file}, line {number}: x y w h must be fractions of the image in 0..1 and w, h above 0")
+        x, y, w, h = np.clip((x, y, w, h), 0, 1)
         labels.append([label, 0, x - w / 2, y - h / 2, x + w / 2, y + h / 2])
-    return labels
+    return labels, (0, 0)
 
 
 # ---------------------------------------------------------------- augmentation
 
 
 class DarknetColour(albumentations.ImageOnlyTransform):
-    """Darknet's random_distort_image in HSV: hue shifted by up to `hue` of the circle, saturation and exposure (value)
-    multiplied by a factor between 1/x and x (src/image.c). The library's own jitters only add, or blend with grey."""
+    """Darknet's random_distort_image (src/image.c): in HSV, shifts the hue by up to `hue` of the circle and multiplies saturation
+    and value by factors between 1/x and x. Albumentations' own colour jitters add instead, or blend with grey."""
 
-    def __init__(self, hue: float = 0.1, saturation: float = 1.5, exposure: float = 1.5, p: float = 1.0):
-        super().__init__(p=p)
+    def __init__(self, hue: float, saturation: float, exposure: float):
+        super().__init__(p=1.0)
         self.hue, self.saturation, self.exposure = hue, saturation, exposure
 
     def get_params(self) -> dict:
@@ -223,44 +328,34 @@ class DarknetColour(albumentations.ImageOnlyTransform):
         return {"shift": shift, "factors": (factor(self.saturation), factor(self.exposure))}
 
     def apply(self, image: np.ndarray, shift: float, factors: tuple, **params) -> np.ndarray:
-        # "full": the circle of hues has 256 steps, so that uint8 wraps around it
+        # FULL: a full circle of hues is 256 steps, so uint8 arithmetic wraps around correctly
         hue, saturation, value = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL))
         hue += np.uint8(round(shift * 256) % 256)
-        saturation, value = (  # clipped at 255; channel by channel, which is faster than one call for all three
-            cv2.convertScaleAbs(channel, alpha=factor) for channel, factor in zip((saturation, value), factors, strict=True)
-        )
+        saturation = cv2.convertScaleAbs(saturation, alpha=factors[0])  # clips at 255
+        value = cv2.convertScaleAbs(value, alpha=factors[1])
         return cv2.cvtColor(cv2.merge([hue, saturation, value]), cv2.COLOR_HSV2RGB_FULL)
 
 
 def train_transform(image_size: int) -> albumentations.Compose:
-    """Augmentation to a square of image_size pixels; transforms boxes (M, 5) too: xyxy in fractions, class.
-
-    Each side of the image moves by up to a fifth, outwards over grey or inwards, which jitters scale, aspect and placement (as
-    load_data_region in Darknet's src/data.c); then resize, flip, colours. Boxes of which less than a tenth is left are dropped.
-    """
-    return albumentations.Compose(
-        [
-            albumentations.CropAndPad(percent=(-0.2, 0.2), keep_size=False, fill=127, sample_independently=True),
-            albumentations.Resize(image_size, image_size, interpolation=cv2.INTER_LINEAR),
-            albumentations.HorizontalFlip(p=0.5),
-            DarknetColour(hue=0.1, saturation=1.5, exposure=1.5),
-        ],
-        bbox_params=albumentations.BboxParams(
-            format="albumentations",
-            min_visibility=0.1,
-            clip=True,
-            filter_invalid_bboxes=True,
-            check_each_transform=False,  # the check at the end gives the same boxes in less time
-        ),
+    """Augmentation to a square of image_size pixels, with the boxes (M, 5): xyxy in fractions, class. Boxes of which less than a
+    tenth is left are dropped. Crops or pads each side by up to a fifth, as load_data_region in Darknet's src/data.c."""
+    transforms = [
+        albumentations.CropAndPad(percent=(-0.2, 0.2), keep_size=False, fill=127, sample_independently=True),
+        albumentations.Resize(image_size, image_size, interpolation=cv2.INTER_LINEAR),
+        albumentations.HorizontalFlip(p=0.5),
+        DarknetColour(hue=0.1, saturation=1.5, exposure=1.5),
+    ]
+    boxes = albumentations.BboxParams(  # checking the boxes once, at the end, gives the same result in less time
+        format="albumentations", min_visibility=0.1, clip=True, filter_invalid_bboxes=True, check_each_transform=False
     )
+    return albumentations.Compose(transforms, bbox_params=boxes)
 
 
 def test_transform(image_size: int) -> albumentations.Compose:
-    """The whole image stretched to a square of image_size pixels; transforms boxes (M, 5) too: xyxy in fractions, class."""
-    return albumentations.Compose(
-        [albumentations.Resize(image_size, image_size, interpolation=cv2.INTER_LINEAR)],
-        bbox_params=albumentations.BboxParams(format="albumentations", clip=True, filter_invalid_bboxes=True),
-    )
+    """Stretches the whole image to a square of image_size pixels, with its boxes (M, 5): xyxy in fractions, class."""
+    resize = albumentations.Resize(image_size, image_size, interpolation=cv2.INTER_LINEAR)
+    boxes = albumentations.BboxParams(format="albumentations", clip=True, filter_invalid_bboxes=True)
+    return albumentations.Compose([resize], bbox_params=boxes)
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
@@ -275,18 +370,18 @@ def encode_targets(boxes, labels, anchors, grid_height: int, grid_width: int) ->
     """boxes: (M, 4) cxcywh in fractions of the image; labels: (M,); anchors: A pairs in grid cells -> (A, S_h, S_w, 6) float32:
     objectness, x, y (offset in the cell, 0..1), w, h (in grid cells), class; zeros where there is no object.
 
-    An object belongs to the cell of its centre and to the anchor whose shape it overlaps best, both placed at the origin. Where
-    two objects want the same slot the later one takes it (forward_region_layer in Darknet's src/region_layer.c).
+    An object belongs to the cell of its centre and to the anchor with the best IoU of shapes. If two objects claim the same slot,
+    the later one gets it (forward_region_layer in Darknet's src/region_layer.c).
     """
     boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
     anchors = np.asarray(anchors, dtype=np.float64)
     targets = np.zeros((len(anchors), grid_height, grid_width, 6), dtype=np.float32)
     x, y, w, h = (boxes * [grid_width, grid_height, grid_width, grid_height]).T  # in grid cells
-    column = np.clip(x.astype(int), 0, grid_width - 1)  # a centre on the right or lower border stays inside
+    column = np.clip(x.astype(int), 0, grid_width - 1)  # for a centre on the right or lower border
     row = np.clip(y.astype(int), 0, grid_height - 1)
     anchor = shape_iou(np.stack([w, h], axis=1), anchors).argmax(dim=1).numpy() if len(boxes) else []
     values = np.stack([np.ones_like(x), x - column, y - row, w, h, np.asarray(labels, dtype=np.float64).reshape(-1)], axis=1)
-    targets[anchor, row, column] = values  # numpy writes in order: of two objects in one slot the later one stays
+    targets[anchor, row, column] = values  # numpy writes in order: the later object wins a shared slot
     return torch.from_numpy(targets)
 
 
@@ -302,11 +397,8 @@ def shape_iou(sizes, anchors) -> Tensor:
 
 
 def read_or_next(samples: list[tuple], index: int, broken_list: str) -> tuple[np.ndarray, int]:
-    """The image of samples[index], and the index of the image that was read.
-
-    An image that cannot be read is an error, naming it. If broken_list names a file, the image is listed there instead and the
-    next readable one is returned, so that one bad file does not end a run of several days.
-    """
+    """The image of samples[index] and its index. Raises FileNotFoundError or ValueError for an unreadable image; but if broken_list
+    names a file, lists the image there and returns the next readable one, so that one bad file does not end a long run."""
     for _ in range(len(samples)):
         try:
             return read_image(samples[index][0]), index
@@ -314,7 +406,7 @@ def read_or_next(samples: list[tuple], index: int, broken_list: str) -> tuple[np
             if not broken_list:
                 raise
             os.makedirs(os.path.dirname(os.path.abspath(broken_list)), exist_ok=True)
-            with open(broken_list, "a+", encoding="utf-8") as stream:  # shared by the loader's workers
+            with open(broken_list, "a+", encoding="utf-8") as stream:  # the loader's workers share the file
                 stream.seek(0)
                 if f"{error}\n" not in stream:
                     stream.write(f"{error}\n")
@@ -323,57 +415,50 @@ def read_or_next(samples: list[tuple], index: int, broken_list: str) -> tuple[np
 
 
 class VOCDataset(Dataset):
-    """Images and encoded targets of VOC image sets or of csv lists (see list_samples).
+    """Images and encoded targets of VOC image sets or of lists of files (see list_samples).
 
-    anchors: A pairs in grid cells; image_size: pixels, a multiple of 32; limit: use only the first so many images. All labels are
-    read here, so that a wrong one shows at once. Difficult objects are ground truth but no targets, as in Darknet's voc_label.py.
-    Raises FileNotFoundError or ValueError, naming the file.
+    anchors: A pairs in grid cells; image_size: pixels, a multiple of 32; limit: use only the first `limit` images; tolerate: see
+    read_labels. All labels are read at once, so that errors show before training. Difficult objects are ground truth but not
+    targets, as in Darknet's voc_label.py. Raises FileNotFoundError or ValueError, naming the file.
     """
 
-    def __init__(self, root, image_sets, anchors, image_size=416, classes=VOC_CLASSES, augment=False, limit: int | None = None):
+    def __init__(self, root, image_sets, anchors, image_size=416, classes=VOC_CLASSES, augment=False, limit=None, tolerate=()):
         if image_size % 32 or image_size <= 0:
             raise ValueError(f"IMAGE_SIZE must be a multiple of 32 pixels, not {image_size}")
-        self.anchors, self.image_size, self.classes, self.augment = anchors, image_size, list(classes), augment
+        if unknown := set(tolerate) - {"other classes", "missing labels"}:
+            raise ValueError(f'TOLERATE takes "other classes" and "missing labels", not {unknown.pop()!r}')
+        self.anchors, self.image_size, self.classes, self.augment = anchors, image_size, read_classes(classes), augment
         self.samples = list_samples(root, image_sets)[:limit]
-        self.labels = [read_labels(label_file, self.classes) for _, label_file in self.samples]  # (G, 6) each, see read_labels
+        read = [read_labels(label_file, self.classes, tolerate) for _, label_file in self.samples]
+        self.labels = [labels for labels, _ in read]  # (G, 6) each
+        self.declared_sizes = [size for _, size in read]  # (width, height) of each image according to its label file
         self.transforms = {}  # one per image size
-        self.broken_list = ""  # a file: an image that cannot be read is listed there and replaced by the next one
+        self.broken_list = ""  # see read_or_next
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, key: int | tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         """key: an index, or (index, image size, seed of the augmentation) -> image (3, H, W), targets (A, S_h, S_w, 6).
-
-        The size is part of the key because a worker process would not see a changed attribute; the seed makes an augmentation
-        the same in every worker.
-        """
+        Size and seed are part of the key because a worker process does not see later changes of the data set."""
         index, size, seed = key if isinstance(key, tuple) else (key, self.image_size, None)
         if size not in self.transforms:
             self.transforms[size] = train_transform(size) if self.augment else test_transform(size)
         if self.augment and seed is not None:
-            # one stream for all transforms: set_random_seed gives each the same numbers, and flip and hue would be correlated
+            # one generator for all: set_random_seed would give each transform the same numbers, and correlate flip and hue
             self.transforms[size].set_random_state(np.random.default_rng(seed), random.Random(seed))
         image, index = read_or_next(self.samples, index, self.broken_list)
         height, width = image.shape[:2]
         labels = self.labels[index][self.labels[index][:, 1] == 0]  # without difficult objects
-        boxes = np.column_stack([self.in_fractions(index, labels[:, 2:], width, height), labels[:, 0]])  # (M, 5) xyxy, class
-        augmented = self.transforms[size](image=image, bboxes=boxes)
-        boxes = np.asarray(augmented["bboxes"], dtype=np.float64).reshape(-1, 5)
-        centres, sizes = (boxes[:, 0:2] + boxes[:, 2:4]) / 2, boxes[:, 2:4] - boxes[:, 0:2]
-        cells = size // 32
-        targets = encode_targets(np.concatenate([centres, sizes], axis=1), boxes[:, 4], self.anchors, cells, cells)
-        return to_tensor(augmented["image"]), targets
-
-    def in_fractions(self, index: int, boxes: np.ndarray, width: int, height: int) -> np.ndarray:
-        """Boxes (M, 4) xyxy of image `index`, in the unit of its label file -> fractions of the image of this size."""
-        return (boxes - 1) / [width, height, width, height] if is_voc_xml(self.samples[index][1]) else boxes
+        fractions = boxes_in_fractions(labels[:, 2:], self.samples[index][1], width, height)
+        augmented = self.transforms[size](image=image, bboxes=np.column_stack([fractions, labels[:, 0]]))
+        boxes = torch.as_tensor(np.asarray(augmented["bboxes"]), dtype=torch.float64).reshape(-1, 5)  # (M, 5) xyxy, class
+        cxcywh = box_convert(boxes[:, :4], "xyxy", "cxcywh")
+        return to_tensor(augmented["image"]), encode_targets(cxcywh, boxes[:, 4], self.anchors, size // 32, size // 32)
 
     def ground_truth(self, index: int, size: tuple[int, int] | None = None) -> tuple[Tensor, str]:
         """-> (G, 6) float64: class, difficult, x1, y1, x2, y2 in devkit pixels of the original image; and the image id.
-
-        size: width and height of the image, where they are known already.
-        """
+        size: width and height of the image, if they are already known."""
         image_file, label_file = self.samples[index]
         labels = self.labels[index].copy()
         if not is_voc_xml(label_file):
@@ -381,7 +466,7 @@ class VOCDataset(Dataset):
         return torch.from_numpy(labels), Path(image_file).stem
 
     def images_and_sizes(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """The images of a batch as at test time (N, 3, H, W), and their original widths and heights (N, 2)."""
+        """The images of a batch without augmentation (N, 3, H, W), and their original widths and heights (N, 2)."""
         transform, images, sizes = test_transform(self.image_size), [], []
         for index in indices:
             image = read_image(self.samples[index][0])
@@ -391,14 +476,37 @@ class VOCDataset(Dataset):
 
 
 def drop_broken_images(dataset: VOCDataset, broken_list: str) -> None:
-    """Lists the unreadable images of a data set for evaluation and removes them: there, no other image can replace them."""
+    """Lists the unreadable images of an evaluation set in a file and removes them: evaluation cannot replace them by others."""
     for index in reversed(range(len(dataset))):
         if read_or_next(dataset.samples, index, broken_list)[1] != index:
-            del dataset.samples[index], dataset.labels[index]
+            del dataset.samples[index], dataset.labels[index], dataset.declared_sizes[index]
+
+
+def doubt_about(label_file: str, labels: np.ndarray, declared: tuple[int, int], size: tuple[int, int]) -> str:
+    """A sentence on labels (G, 6) that are readable but probably wrong, otherwise "": the file declares another width and height
+    than the image has (`size`), or some objects lie completely outside the image."""
+    width, height = size
+    if all(declared) and declared != size:
+        cause = "labelled without its EXIF rotation" if declared == (height, width) else "resized after labelling"
+        return f"{label_file}: made for an image of {declared[0]} x {declared[1]}, but it is {width} x {height} ({cause}?)"
+    boxes = boxes_in_fractions(labels[:, 2:], label_file, width, height).clip(0, 1)
+    outside = int((boxes[:, 2:] <= boxes[:, :2]).any(axis=1).sum())
+    units = "; VOC XML is in pixels, not in fractions" if outside and labels[:, 2:].max() <= 1 else ""
+    return f"{label_file}: {outside} of {len(labels)} objects are outside the image and give no target{units}" if outside else ""
+
+
+def print_doubts(dataset: VOCDataset) -> None:
+    """Prints how many label files of a data set are probably wrong, and why the first of them is."""
+    doubts = []
+    for (image_file, label_file), labels, declared in zip(dataset.samples, dataset.labels, dataset.declared_sizes, strict=True):
+        with contextlib.suppress(OSError, ValueError):  # an unreadable image is reported when it is used
+            doubts.append(doubt_about(label_file, labels, declared, image_size(image_file)))
+    if doubts := list(filter(None, doubts)):
+        print(f"{len(doubts)} of {len(dataset)} label files look wrong (python dataset.py lists them), the first: {doubts[0]}")
 
 
 def steps_per_epoch(count: int, batch_size: int, subdivisions: int = 1) -> int:
-    """Optimiser steps per epoch of `count` images: whole batches, or a single incomplete one of a data set that fills none."""
+    """Optimiser steps per epoch of `count` images: the number of full batches, or 1 if the images do not fill one."""
     if count < batch_size and subdivisions > 1:
         raise ValueError(f"{count} images per epoch do not fill a batch of {batch_size}; lower BATCH_SIZE, or set SUBDIVISIONS=1")
     return max(1, count // batch_size)
@@ -407,28 +515,29 @@ def steps_per_epoch(count: int, batch_size: int, subdivisions: int = 1) -> int:
 def training_batches(
     count: int, batch_size: int, subdivisions: int, image_sizes: list[int], seed: int, first_step: int = 0, repeat: int = 1
 ) -> Iterator[list[tuple[int, int, int]]]:
-    """Yields the batches of a training run from an optimiser step on, without end, as lists of VOCDataset keys (index, image size,
-    seed of the augmentation). Each step has `subdivisions` of them, with batch_size / subdivisions images each.
+    """Yields batches endlessly, from optimiser step first_step on, as lists of VOCDataset keys. Each step takes `subdivisions` of
+    them, with batch_size / subdivisions images each.
 
-    Every epoch shows each of `count` images `repeat` times in a new order; images that do not fill a batch are left out. Every 10
-    steps a new size is drawn (YOLO9000 sec. 2, multi-scale training). Everything is a function of seed and step alone, so a
-    resumed run sees the same batches as one that was never stopped.
+    Every epoch shows each of the `count` images `repeat` times in a new order and leaves out those that do not fill a batch. A new
+    size is drawn every 10 steps (YOLO9000 sec. 2, multi-scale training). All of it depends on seed and step alone, so a resumed run
+    sees the same batches as an uninterrupted one.
     """
     steps = steps_per_epoch(count * repeat, batch_size, subdivisions)
-    part = batch_size // subdivisions
+    images = batch_size // subdivisions
     for epoch in itertools.count(first_step // steps):
         rng = np.random.default_rng([seed, epoch])
         order = np.concatenate([rng.permutation(count) for _ in range(repeat)])
         seeds = rng.integers(2**31, size=len(order))
         for step in range(max(epoch * steps, first_step), (epoch + 1) * steps):
             size = int(np.random.default_rng([seed, step // 10, 1]).choice(image_sizes))
-            for start in range((step - epoch * steps) * batch_size, (step - epoch * steps + 1) * batch_size, part):
-                chosen = slice(start, start + part)
-                yield [(int(index), size, int(s)) for index, s in zip(order[chosen], seeds[chosen], strict=True)]
+            first = (step - epoch * steps) * batch_size
+            for start in range(first, first + batch_size, images):
+                keys = zip(order[start : start + images], seeds[start : start + images], strict=True)
+                yield [(int(index), size, int(augmentation_seed)) for index, augmentation_seed in keys]
 
 
 def files_of_step(samples: list[tuple], batches: Iterator, subdivisions: int) -> list[str]:
-    """The image files of the next optimiser step of training_batches."""
+    """The image files of the next optimiser step; `batches` comes from training_batches."""
     return [samples[index][0] for batch in itertools.islice(batches, subdivisions) for index, _, _ in batch]
 
 
@@ -436,73 +545,78 @@ def files_of_step(samples: list[tuple], batches: Iterator, subdivisions: int) ->
 
 
 class DarknetCrop(albumentations.ImageOnlyTransform):
-    """Darknet's random_augment_image in one resampling: the image is scaled to a short side drawn from `sides`, stretched by an
-    aspect between `aspect` and its inverse, rotated by up to `angle` degrees, and a square of `size` is cut out at random."""
+    """Darknet's random_augment_image in one resampling: scales the image to a short side in the range `sides`, stretches it by an
+    aspect ratio between 3/4 and 4/3, rotates it by up to 7 degrees and crops a square of `size` at random (darknet19.cfg)."""
 
-    def __init__(self, size: int, sides: tuple[float, float], aspect: float = 0.75, angle: float = 7.0):
+    def __init__(self, size: int, sides: tuple[float, float]):
         super().__init__(p=1.0)
-        self.size, self.sides, self.aspect, self.angle = size, sides, aspect, angle
+        self.size, self.sides = size, sides
 
     def get_params_dependent_on_data(self, params: dict, data: dict) -> dict:
         height, width = params["shape"][:2]
-        aspect = self.py_random.uniform(self.aspect, 1)
+        aspect = self.py_random.uniform(0.75, 1)
         aspect = aspect if self.py_random.random() < 0.5 else 1 / aspect
         scale = self.py_random.uniform(*self.sides) / min(height, width * aspect)
         scale_x, scale_y = scale * aspect, scale
-        # how far the centre of the square may be from the centre of the image, in pixels of the scaled image
-        room_x, room_y = abs(width * scale_x - self.size) / 2, abs(height * scale_y - self.size) / 2
-        dx, dy = self.py_random.uniform(-room_x, room_x), self.py_random.uniform(-room_y, room_y)
-        angle = math.radians(self.py_random.uniform(-self.angle, self.angle))
+        # largest offset of the square's centre from the image's centre, in pixels of the scaled image
+        max_dx, max_dy = abs(width * scale_x - self.size) / 2, abs(height * scale_y - self.size) / 2
+        dx, dy = self.py_random.uniform(-max_dx, max_dx), self.py_random.uniform(-max_dy, max_dy)
+        angle = math.radians(self.py_random.uniform(-7.0, 7.0))
         rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
         matrix = rotation @ np.diag([scale_x, scale_y])
         shift = np.array([self.size / 2 + dx, self.size / 2 + dy]) - matrix @ np.array([width / 2, height / 2])
         return {"matrix": np.column_stack([matrix, shift])}
 
     def apply(self, image: np.ndarray, matrix: np.ndarray, **params) -> np.ndarray:
-        size = (self.size, self.size)
-        return cv2.warpAffine(image, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        return cv2.warpAffine(image, matrix, (self.size, self.size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
 class ImageNetFolder(ImageFolder):
-    """torchvision's ImageFolder with the keys of VOCDataset -> image (3, size, size) float32 in 0..1, class index.
-
-    Where `broken_list` is set, training replaces an unreadable image by the next one, and validation labels it -100.
-    """
+    """torchvision's ImageFolder with the keys of VOCDataset -> image (3, size, size) float32 in 0..1, class index. If `broken_list`
+    is set, training replaces an unreadable image by the next one, and validation gives it the label -100."""
 
     def __init__(self, folder: str, image_size: int, augment: bool, crop_scale: tuple[float, float]):
-        super().__init__(folder)
+        self.skipped = []
+        super().__init__(folder, is_valid_file=self.is_image)
         self.image_size, self.augment, self.crop_scale, self.transforms = image_size, augment, crop_scale, {}
-        self.broken_list = ""  # as in VOCDataset
+        self.broken_list = ""  # see read_or_next
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        """As in torchvision, but without hidden folders such as .ipynb_checkpoints."""
+        classes, _ = super().find_classes(directory)
+        classes = [name for name in classes if not name.startswith(".")]
+        return classes, {name: index for index, name in enumerate(classes)}
+
+    def is_image(self, file: str) -> bool:
+        if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES:
+            return True
+        self.skipped.append(file)
+        return False
 
     def __getitem__(self, key: int | tuple[int, int, int]) -> tuple[Tensor, int]:
         index, size, seed = key if isinstance(key, tuple) else (key, self.image_size, None)
         if size not in self.transforms:
-            self.transforms[size] = albumentations.Compose(
-                [
-                    DarknetCrop(size, (size * self.crop_scale[0], size * self.crop_scale[1])),
-                    albumentations.HorizontalFlip(p=0.5),
-                    DarknetColour(hue=0.1, saturation=4 / 3, exposure=4 / 3),
-                ]
-                if self.augment
-                else [albumentations.SmallestMaxSize(size), albumentations.CenterCrop(size, size)]
-            )
+            if self.augment:
+                crop = DarknetCrop(size, (size * self.crop_scale[0], size * self.crop_scale[1]))
+                transforms = [crop, albumentations.HorizontalFlip(p=0.5), DarknetColour(hue=0.1, saturation=4 / 3, exposure=4 / 3)]
+            else:
+                transforms = [albumentations.SmallestMaxSize(size), albumentations.CenterCrop(size, size)]
+            self.transforms[size] = albumentations.Compose(transforms)
         if self.augment and seed is not None:
-            # one stream of numbers for all transforms, as in VOCDataset
+            # one generator for all transforms, as in VOCDataset
             self.transforms[size].set_random_state(np.random.default_rng(seed), random.Random(seed))
-        image, taken = read_or_next(self.samples, index, self.broken_list)
-        label = self.samples[taken][1] if self.augment or taken == index else -100  # validation counts no image twice
+        image, read_index = read_or_next(self.samples, index, self.broken_list)
+        label = self.samples[read_index][1] if self.augment or read_index == index else -100  # validation counts no image twice
         return to_tensor(self.transforms[size](image=image)["image"]), label
 
 
-def imagenet_dataset(
-    root, split: str, image_size: int, augment: bool, crop_scale: tuple[float, float] = (0.5, 1.75), classes=None
-) -> ImageNetFolder:
-    """The images of root/split/<wnid>/, as ImageNet's tools lay them out; classes are the sorted wnids.
+def imagenet_dataset(root, split: str, image_size: int, augment: bool, crop_scale=(0.5, 1.75), classes=None) -> ImageNetFolder:
+    """The images of root/split/<wnid>/, ImageNet's usual layout; classes are the sorted wnids.
 
-    augment: darknet19.cfg's crops, rotation, flips and colours; otherwise the centre square. crop_scale: smallest and largest
-    short side of the image that a crop is taken from, relative to the crop (Darknet's min_crop and max_crop over its input: 128
-    and 448 over 256 in darknet19.cfg; 448 and 512 over 448 in darknet19_448.cfg). classes: the wnids that must be there. Raises
-    FileNotFoundError or ValueError, naming the folder, where it is missing or not sorted into the right class folders.
+    augment: the crops, rotations, flips and colours of darknet19.cfg; otherwise the centre square. crop_scale: smallest and largest
+    short side of the scaled image, relative to the crop (Darknet's min_crop and max_crop over its input: 128 and 448 over 256 in
+    darknet19.cfg, 448 and 512 over 448 in darknet19_448.cfg). classes: the wnids that must be there. Raises FileNotFoundError or
+    ValueError, naming the folder.
     """
     if not (len(crop_scale) == 2 and 0 < crop_scale[0] <= crop_scale[1]):
         raise ValueError(f"CROP_SCALE {crop_scale} must be two rising numbers above 0, such as (0.5, 1.75)")
@@ -516,11 +630,13 @@ def imagenet_dataset(
         )
     try:
         dataset = ImageNetFolder(folder, image_size, augment, crop_scale)
-    except FileNotFoundError as error:  # torchvision's, for class folders without images
+    except FileNotFoundError as error:  # torchvision's error for class folders without images
         raise ValueError(f"{folder}: {utils.first_line(error)}") from None
+    if dataset.skipped:
+        print(f"{folder}: {len(dataset.skipped)} files skipped that are no images, {dataset.skipped[0]} first")
     if classes is not None and dataset.classes != classes:
-        odd = sorted(set(dataset.classes) ^ set(classes))
-        raise ValueError(f"{root}: train/ and val/ have different class folders ({', '.join(odd[:5])}); both need all of them")
+        unshared = sorted(set(dataset.classes) ^ set(classes))
+        raise ValueError(f"{root}: train/ and val/ have different class folders ({', '.join(unshared[:5])}); both need all of them")
     return dataset
 
 
@@ -528,30 +644,27 @@ def imagenet_dataset(
 
 
 def average_best_iou(box_sizes, anchors) -> float:
-    """The mean over the boxes of the IoU with the best anchor, shapes alone (YOLO9000 Table 1); the same unit for both."""
+    """Mean IoU of shapes between each box and its best anchor (YOLO9000 Table 1); sizes and anchors in the same unit."""
     return float(shape_iou(box_sizes, anchors).amax(dim=1).mean())
 
 
 def kmeans_anchors(box_sizes, k: int, seeds: int = 5) -> Tensor:
-    """k anchors by the paper's clustering with the distance 1 - IoU (YOLO9000 sec. 2, dimension clusters).
-
-    box_sizes: (M, 2) widths and heights -> (k, 2) of the same unit, by rising area; the best of `seeds` starts. Raises ValueError
-    where there are fewer boxes than anchors.
-    """
+    """k-means with the distance 1 - IoU (YOLO9000 sec. 2, dimension clusters), the best of `seeds` starts. box_sizes: (M, 2) widths
+    and heights -> anchors (k, 2) in the same unit, by rising area. Raises ValueError if M < k."""
     box_sizes = torch.as_tensor(np.asarray(box_sizes), dtype=torch.float64)
     if len(box_sizes) < k:
         raise ValueError(f"{len(box_sizes)} boxes are too few for {k} anchors")
     best, best_iou = None, -1.0
     for seed in range(seeds):
-        anchors, nearest = box_sizes[np.random.default_rng(seed).choice(len(box_sizes), k, replace=False)], None
+        anchors = box_sizes[np.random.default_rng(seed).choice(len(box_sizes), k, replace=False)]
         for _ in range(300):
-            assignment = shape_iou(box_sizes, anchors).argmax(dim=1)  # the largest IoU is the smallest distance
-            if nearest is not None and torch.equal(assignment, nearest):
-                break
-            nearest = assignment
+            previous = anchors.clone()
+            nearest = shape_iou(box_sizes, anchors).argmax(dim=1)  # the largest IoU is the smallest distance
             for cluster in range(k):
                 if (nearest == cluster).any():
                     anchors[cluster] = box_sizes[nearest == cluster].mean(dim=0)
+            if torch.equal(anchors, previous):
+                break
         if (iou := average_best_iou(box_sizes, anchors)) > best_iou:
             best, best_iou = anchors, iou
     return best[best.prod(dim=1).argsort()]
@@ -560,14 +673,14 @@ def kmeans_anchors(box_sizes, k: int, seeds: int = 5) -> Tensor:
 # ---------------------------------------------------------------- python dataset.py: checking a data set
 
 
-def check_dataset(samples: list[tuple[str, str]], classes) -> tuple[list[str], list[np.ndarray], np.ndarray]:
+def check_dataset(samples: list[tuple[str, str]], classes, tolerate=()) -> tuple[list[str], list[np.ndarray], np.ndarray]:
     """Reads every file of a data set -> problems (one sentence each, naming the file), labels per image, box sizes in fractions."""
-    problems, all_labels, sizes = [], [], [np.empty((0, 2))]
-    problems += [f"{image}: listed {count} times" for (image, _), count in Counter(samples).items() if count > 1]
+    problems = [f"{image}: listed {count} times" for (image, _), count in Counter(samples).items() if count > 1]
+    all_labels, sizes = [], [np.empty((0, 2))]
     for image_file, label_file in tqdm(samples, desc="reading", unit="image", leave=False, disable=None):
         labels = image = None
         try:
-            labels = read_labels(label_file, classes)
+            labels, declared = read_labels(label_file, classes, tolerate)
             all_labels.append(labels)
         except (OSError, ValueError) as error:
             problems.append(str(error))
@@ -578,47 +691,41 @@ def check_dataset(samples: list[tuple[str, str]], classes) -> tuple[list[str], l
         if labels is None or image is None:
             continue
         height, width = image.shape[:2]
+        if doubt := doubt_about(label_file, labels, declared, (width, height)):
+            problems.append(doubt)
         boxes = labels[:, 2:] if is_voc_xml(label_file) else utils.to_devkit_pixels(labels[:, 2:], width, height)
         outside = (boxes[:, :2] < 0).any(axis=1) | (boxes[:, 2] > width + 1.5) | (boxes[:, 3] > height + 1.5)
-        problems += [
-            f"{label_file}: the box {box.round(1).tolist()} extends beyond the image of {width} x {height}"
-            for box in boxes[outside]
-        ]
+        for box in boxes[outside].round(1).tolist():
+            problems.append(f"{label_file}: the box {box} extends beyond the image of {width} x {height}")
         sizes.append((boxes[:, 2:] - boxes[:, :2]) / [width, height])
-    for kind, position in (("image", 0), ("label", 1)):  # files of the same folders that no list names
-        named = {os.path.abspath(sample[position]) for sample in samples}
-        suffixes = {os.path.splitext(file)[1] for file in named}
-        for folder in sorted({os.path.dirname(file) for file in named if os.path.isdir(os.path.dirname(file))}):
-            extra = [entry for entry in os.scandir(folder) if Path(entry).suffix in suffixes and entry.path not in named]
-            if extra:
-                first = min(entry.name for entry in extra)
-                print(f"{folder}: {len(extra)} {kind} files that are in none of these lists, {first} first")
+    for kind, position in (("image", 0), ("label", 1)):  # files of the same folders that are in none of the lists
+        listed = {os.path.abspath(sample[position]) for sample in samples}
+        suffixes = {os.path.splitext(file)[1] for file in listed}
+        for folder in filter(os.path.isdir, sorted({os.path.dirname(file) for file in listed})):
+            files = [name for name in os.listdir(folder) if os.path.splitext(name)[1] in suffixes]
+            if unlisted := [name for name in files if os.path.join(folder, name) not in listed]:
+                print(f"{folder}: {len(unlisted)} {kind} files that are in none of these lists, {min(unlisted)} first")
     return problems, all_labels, np.concatenate(sizes)
 
 
 def draw_label_sheet(dataset: VOCDataset, file: str, count: int, seed: int) -> None:
-    """Draws `count` samples as the network gets them, with the boxes decoded from their targets."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    """Draws `count` samples as the network sees them, with the boxes decoded from their targets."""
     from matplotlib import pyplot as plt
 
-    columns, rows = 5, math.ceil(count / 5)
-    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3 * rows), squeeze=False)
+    rows = math.ceil(count / 5)
+    figure, axes = plt.subplots(rows, 5, figsize=(15, 3 * rows), squeeze=False)
     chosen = np.random.default_rng(seed).permutation(len(dataset))
     for axis, place in zip(axes.flat, range(count), strict=False):
         index = int(chosen[place % len(chosen)])
         image, targets = dataset[(index, dataset.image_size, seed + place)]
-        cell = image.shape[-1] / targets.shape[2]  # pixels
         _, row, column = torch.nonzero(targets[..., 0], as_tuple=True)
         _, x, y, w, h, labels = targets[targets[..., 0] > 0].T
-        centres = torch.stack([column + x, row + y], dim=1) * cell
-        extents = torch.stack([w, h], dim=1) * cell / 2
-        boxes = torch.cat([centres - extents, centres + extents], dim=1)
+        boxes = box_convert(torch.stack([column + x, row + y, w, h], dim=1) * 32, "cxcywh", "xyxy")  # a cell is 32 pixels
         names = [dataset.classes[int(label)] for label in labels]
         pixels = (image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
         axis.imshow(utils.draw_boxes(pixels, boxes, names, labels))
-        axis.set_title(Path(dataset.samples[index][0]).stem, fontsize=9)
+        title, font = utils.drawable(Path(dataset.samples[index][0]).stem, f"image {index}")
+        axis.set_title(title, fontsize=9, parse_math=False, font=font and Path(font))
     for axis in axes.flat:
         axis.axis("off")
     figure.tight_layout()
@@ -628,32 +735,32 @@ def draw_label_sheet(dataset: VOCDataset, file: str, count: int, seed: int) -> N
 
 
 def main() -> None:
-    from model import ANCHORS  # here, because model.py is not needed by the module itself
+    from model import ANCHORS  # not needed when dataset.py is imported
 
-    samples = list_samples(DATA_DIR, IMAGE_SETS)
-    problems, all_labels, sizes = check_dataset(samples, list(CLASSES))
+    samples, classes = list_samples(DATA_DIR, IMAGE_SETS), read_classes(CLASSES)
+    problems, all_labels, sizes = check_dataset(samples, classes, TOLERATE)
     labels = np.concatenate(all_labels) if all_labels else np.empty((0, 6))
     print(f"{len(samples)} images, {len(labels)} objects, {int(labels[:, 1].sum())} of them difficult")
-    empty = sum(len(part) == 0 for part in all_labels)
-    print(f"{empty} images without objects; at most {max((len(part) for part in all_labels), default=0)} objects in an image")
-    for index, name in enumerate(CLASSES):
+    counts = [len(rows) for rows in all_labels]
+    print(f"{counts.count(0)} images without objects; at most {max(counts, default=0)} objects per image")
+    for index, name in enumerate(classes):
         difficult = labels[labels[:, 0] == index, 1] > 0
         print(f"  {name:16s} {int((~difficult).sum()):6d}  difficult {int(difficult.sum()):5d}")
     if len(sizes):
         sides = np.percentile(np.sqrt(sizes.prod(axis=1)), [0, 25, 50, 75, 100])
         text = ", ".join(f"{side:.3f}" for side in sides)
-        print(f"box size, square root of its share of the image: {text} (minimum, quartiles, maximum)")
-        cells = IMAGE_SIZE / 32
-        print(f"average IoU of the anchors in use: {average_best_iou(sizes * cells, ANCHORS):.3f}")
-        if len(sizes) >= len(ANCHORS):
-            fresh = kmeans_anchors(sizes * cells, len(ANCHORS))
-            text = ", ".join(f"({w:.2f}, {h:.2f})" for w, h in fresh.tolist())
-            print(f"average IoU of new anchors:        {average_best_iou(sizes * cells, fresh):.3f}  {text} cells at {IMAGE_SIZE}")
+        print(f"box size, as the square root of its share of the image: {text} (minimum, quartiles, maximum)")
+        cells = sizes * (IMAGE_SIZE / 32)
+        print(f"average IoU of the anchors in use: {average_best_iou(cells, ANCHORS):.3f}")
+        if len(cells) >= len(ANCHORS):
+            anchors = kmeans_anchors(cells, len(ANCHORS))
+            text = ", ".join(f"({w:.2f}, {h:.2f})" for w, h in anchors.tolist())
+            print(f"average IoU of new anchors:        {average_best_iou(cells, anchors):.3f}  {text} cells at {IMAGE_SIZE}")
     for problem in problems:
         print(f"problem: {problem}")
     if problems:
-        sys.exit(f"{len(problems)} problems; the label sheet is drawn when they are corrected")
-    dataset = VOCDataset(DATA_DIR, IMAGE_SETS, ANCHORS, IMAGE_SIZE, CLASSES, augment=True)
+        sys.exit(f"{len(problems)} problems; correct them to get the label sheet")
+    dataset = VOCDataset(DATA_DIR, IMAGE_SETS, ANCHORS, IMAGE_SIZE, classes, augment=True, tolerate=TOLERATE)
     draw_label_sheet(dataset, SHEET, SHEET_IMAGES, SEED)
     print(f"no problems; look at {SHEET}: every box should enclose its object")
 

@@ -1,6 +1,6 @@
 """Draws a trained YOLOv2's detections on images.
 
-    python detect.py                                           the sample's photographs, with the checkpoint that train.py left
+    python detect.py                                           the photographs of the sample, with the checkpoint of train.py
     python detect.py SOURCE=street.jpg CHECKPOINT=yolov2-voc.weights CONFIDENCE_THRESHOLD=0.5
 
 Writes each image with its boxes, class names and confidences to `runs/detections/`, and prints what was found and how long it took.
@@ -15,39 +15,48 @@ from pathlib import Path
 import torch
 
 import utils
-from dataset import VOC_CLASSES, read_image, test_transform, to_tensor
+from dataset import IMAGE_SUFFIXES, VOC_CLASSES, read_image, test_transform, to_tensor
 from model import load_detector
 
 # data
 SOURCE = "data_samples/voc/VOC2007/JPEGImages/00000*.jpg"  # an image, a folder of images, or a glob
 # model
-CHECKPOINT = "runs/yolov2.pt"  # of train.py (yolov2_best.pt: its best epoch), or a Darknet file of yolov2-voc.cfg
+CHECKPOINT = "runs/yolov2.pt"  # from train.py (its best epoch is yolov2_best.pt), or a Darknet file for yolov2-voc.cfg
 IMAGE_SIZE = None  # pixels, a multiple of 32; None for the checkpoint's own
 # detection
-CONFIDENCE_THRESHOLD = 0.4  # lowest objectness x class probability that is drawn
-NMS_IOU_THRESHOLD = 0.45  # of two boxes of a class with a larger IoU, the more confident one stays
+CONFIDENCE_THRESHOLD = 0.4  # lowest confidence (objectness x class probability) that is drawn
+NMS_IOU_THRESHOLD = 0.45  # of two boxes of one class with a larger IoU, only the more confident one is kept
 # run
 OUTPUT_DIR = "runs/detections"
-DEVICE = "auto"  # "cuda", "cuda:1", "cpu"
-PRECISION = "auto"  # "fp32", "bf16", "fp16"; auto: half precision where the device computes it natively
-COMPILE = False  # torch.compile with frozen weights; worth its start-up from some thousand images on
+DEVICE = "auto"  # or "cuda", "cuda:1", "cpu"
+PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device supports it natively
+COMPILE = False  # torch.compile with frozen weights; pays off its start-up after a few thousand images
+
+
+def check_settings():
+    """Raises ValueError for an invalid setting."""
+    utils.check_at_least(0, CONFIDENCE_THRESHOLD=CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD=NMS_IOU_THRESHOLD)
+    if IMAGE_SIZE is not None and (IMAGE_SIZE < 32 or IMAGE_SIZE % 32):
+        raise ValueError(f"IMAGE_SIZE must be a multiple of 32 pixels or None, not {IMAGE_SIZE}")
 
 
 def find_images(pattern: str) -> list[str]:
-    """A file, a folder (its images, sorted) or a glob -> image files. Raises FileNotFoundError where there are none."""
+    """A file, a folder (its images, sorted) or a glob -> image files. Raises FileNotFoundError if there are none."""
     path = Path(pattern)
-    suffixes = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
     if path.is_file():
         return [str(path)]
     root = Path(path.anchor or ".")
     found = sorted(path.iterdir()) if path.is_dir() else sorted(root.glob(os.path.relpath(pattern, root)))
-    files = [str(file) for file in found if file.suffix.lower() in suffixes]
+    files = [str(file) for file in found if file.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
         raise FileNotFoundError(f"{pattern}: no image file there; give an image, a folder of images or a glob")
+    if others := [file.name for file in found if file.is_file() and str(file) not in set(files)]:
+        print(f"{pattern}: {len(others)} files skipped that are no images, {utils.printable(others[0])} first")
     return files
 
 
 def main():
+    check_settings()
     utils.keep_freed_memory()
     device = utils.pick_device(DEVICE)
     files = find_images(SOURCE)
@@ -57,13 +66,15 @@ def main():
     for name, count in Counter(outputs).items():
         if count > 1:
             raise ValueError(f"{name}: would be the picture of {count} files of {SOURCE}; draw them one folder or suffix at a time")
+    if overwritten := {os.path.realpath(file) for file in files} & {os.path.realpath(output) for output in outputs}:
+        raise ValueError(f"{min(overwritten)}: the picture would replace its own source; set another OUTPUT_DIR")
     os.makedirs(OUTPUT_DIR, exist_ok=True)
     unreadable = 0
     for file, output in zip(files, outputs, strict=True):
         try:
             image = read_image(file)
         except (OSError, ValueError) as error:
-            print(f"error: {error}")
+            print(utils.printable(f"error: {error}"))
             unreadable += 1
             continue
         start = time.perf_counter()
@@ -80,7 +91,7 @@ def main():
         picture = utils.draw_boxes(image, boxes, labels, found[:, 5])
         picture.save(output, quality=92)
         summary = ", ".join(f"{count} {name}" for name, count in Counter(names).items()) or "nothing"
-        print(f"{file}: {summary} in {milliseconds:.0f} ms -> {output}")
+        print(utils.printable(f"{file}: {summary} in {milliseconds:.0f} ms -> {output}"))
     if unreadable:
         sys.exit(f"{unreadable} of {len(files)} images could not be read")
 

@@ -1,9 +1,9 @@
 """The loss of YOLOv2: the region layer of Darknet, and the printed equation of YOLOv1 with the boxes of YOLOv2.
 
-    python loss.py        works the loss of one small image out by hand, with every number put in
+    python loss.py        computes the loss of a small example by hand and prints every number
 
 Letters: N images, A anchors (5), S_h x S_w grid cells (13 x 13 at 416), C classes (20), K objects in the whole batch. A slot is one
-(anchor, row, column); the slot that an object is assigned to is "responsible" for it. Boxes are cxcywh in grid cells.
+(anchor, row, column); the slot to which an object is assigned is "responsible" for it. Boxes are cxcywh in grid cells.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from utils import box_iou
 
-PRIOR_IMAGES = 12_800  # Darknet pulls every box towards its anchor during so many images (src/region_layer.c)
+PRIOR_IMAGES = 12_800  # Darknet pulls all boxes towards their anchors for this many images (src/region_layer.c)
 PRIOR_WEIGHT = 0.01
 
 
@@ -50,7 +50,7 @@ class YoloLoss(nn.Module):
         images_seen: images trained on before this batch (None: the prior phase is over).
 
         -> scalars coord, object, no_object, class, prior (weighted, summed over the image, averaged over the N images) and
-        total, their sum. Raises ValueError where the two shapes do not fit. Neither input is changed.
+        total, their sum. Raises ValueError if the shapes do not fit. The inputs are not changed.
         """
         n, a, s_h, s_w, channels = predictions.shape
         if targets.shape != (n, a, s_h, s_w, 6) or a != len(self.anchors):
@@ -58,21 +58,21 @@ class YoloLoss(nn.Module):
                 f"predictions {tuple(predictions.shape)} and {len(self.anchors)} anchors do not fit targets {tuple(targets.shape)}"
             )
         if predictions.dtype != torch.float64:
-            predictions = predictions.float()  # outputs may be half precision, the loss is computed in float32
+            predictions = predictions.float()  # outputs may be half precision; the loss needs float32
         targets, anchors = targets.to(predictions.dtype), self.anchors.to(predictions.dtype)
 
         # ---- The responsible slots, what they predict, and their objects (ground truth)
         has_object = targets[..., 0] > 0  # (N, A, S_h, S_w)
         image, anchor, row, column = has_object.nonzero(as_tuple=True)  # (K,) each
         t_xy, t_wh, t_o, class_logits = predictions[has_object].split([2, 2, 1, channels - 5], dim=-1)  # (K, 2 or 1 or C)
-        _, xy, wh, label = targets[has_object].split([1, 2, 2, 1], dim=-1)  # offsets in the cell and sizes in grid cells
+        _, xy, wh, label = targets[has_object].split([1, 2, 2, 1], dim=-1)  # offset in the cell; size in grid cells
         label = label[:, 0].long()  # (K,)
         c_xy = torch.stack([column, row], dim=-1)  # (K, 2) the cell's corner
         p_wh = anchors[anchor]  # (K, 2) the anchor's size
         truth = torch.cat([xy + c_xy, wh], dim=-1)  # (K, 4)
         box = torch.cat([torch.sigmoid(t_xy) + c_xy, p_wh * torch.exp(t_wh)], dim=-1)  # (K, 4) YOLO9000 Fig. 3
 
-        # ---- All boxes of the image, and which of them overlap any object well enough to be left alone; no gradient here
+        # ---- The boxes that overlap any object by more than ignore_threshold: no_object leaves them out (no gradient here)
         all_xy, all_wh, all_o = predictions[..., 0:2], predictions[..., 2:4], predictions[..., 4]  # t_x t_y, t_w t_h, t_o
         ignored = torch.zeros_like(has_object)  # (N, A, S_h, S_w)
         if self.equation == "darknet":
@@ -86,24 +86,24 @@ class YoloLoss(nn.Module):
         if self.equation == "darknet":
             # ---- coord: 1/2 lambda_coord (2 - w h) [(sigma(t_x) - x)^2 + (sigma(t_y) - y)^2
             #                                         + (t_w - ln w/p_w)^2 + (t_h - ln h/p_h)^2]
-            # w h is the object's share of the image: small objects count up to twice as much as large ones.
+            # w h is the object's share of the image: small objects weigh up to twice as much as large ones.
             share = wh.prod(dim=-1) / (s_h * s_w)  # (K,)
             error = (torch.sigmoid(t_xy) - xy) ** 2 + (t_wh - torch.log(wh / p_wh)) ** 2  # (K, 2)
             coord = 0.5 * self.lambda_coord * ((2 - share) * error.sum(dim=-1)).sum()
-            half = 0.5  # every square of the region layer has a factor 1/2, so that its gradient is the plain difference
+            half = 0.5  # the region layer's squares have the factor 1/2, so that their gradients are plain differences
 
             # ---- class: cross-entropy of the softmax over the classes
             classes = self.lambda_class * F.cross_entropy(class_logits, label, reduction="sum")
         else:
             # ---- coord: lambda_coord [(b_x - x)^2 + (b_y - y)^2 + (sqrt(b_w) - sqrt(w))^2 + (sqrt(b_h) - sqrt(h))^2]
-            # in grid cells: rows 1 and 2 of the equation; the square roots give an error more weight in a small box.
-            root = torch.sqrt(box[:, 2:].clamp(min=1e-12))  # the slope of the root is infinite at 0
+            # in grid cells: rows 1 and 2 of the equation; the square roots give errors in small boxes more weight.
+            root = torch.sqrt(box[:, 2:].clamp(min=1e-12))  # the root's slope is infinite at 0
             error = (box[:, :2] - truth[:, :2]) ** 2 + (root - torch.sqrt(wh)) ** 2  # (K, 2)
             coord = self.lambda_coord * error.sum()
             half = 1.0
 
-            # ---- class: lambda_class sum_c (p(c) - 1[c is the object's class])^2: row 5, for the responsible slot instead of
-            # the cell, because in YOLOv2 every box has its own classes.
+            # ---- class: lambda_class sum_c (p(c) - 1[c is the object's class])^2: row 5, per responsible slot instead of per
+            # cell, because in YOLOv2 every box has its own classes.
             difference = torch.softmax(class_logits, dim=-1) - F.one_hot(label, channels - 5)  # (K, C)
             classes = self.lambda_class * (difference**2).sum()
 
@@ -116,13 +116,13 @@ class YoloLoss(nn.Module):
         no_object = half * self.lambda_no_object * (torch.sigmoid(all_o) ** 2 * background).sum()
 
         # ---- prior: 1/2 .01 [(sigma(t_x) - .5)^2 + (sigma(t_y) - .5)^2 + t_w^2 + t_h^2] in all slots without an object, at the
-        # start of training: a box begins as its anchor in the middle of its cell.
+        # start of training: pulls each box towards its anchor, centred in its cell.
         prior = predictions.new_zeros(())
         if self.equation == "darknet" and images_seen is not None and images_seen < PRIOR_IMAGES:
             offset = (torch.sigmoid(all_xy) - 0.5) ** 2 + all_wh**2  # (N, A, S_h, S_w, 2)
             prior = 0.5 * PRIOR_WEIGHT * (offset.sum(dim=-1) * ~has_object).sum()
 
-        # The sum over the boxes is divided by the number of images, never by the number of boxes.
+        # The sums are divided by the number of images, not by the number of boxes.
         terms = {"coord": coord, "object": objects, "no_object": no_object, "class": classes, "prior": prior}
         terms = {name: value / n for name, value in terms.items()}
         return {**terms, "total": sum(terms.values())}
@@ -132,13 +132,13 @@ class YoloLoss(nn.Module):
 
 
 def print_example(equation: str) -> None:
-    """Prints the loss of one image, term by term, in plain arithmetic with every number put in, beside what YoloLoss gives.
+    """Prints the terms of the loss for one image in plain arithmetic, with every number, next to the values of YoloLoss.
 
-    The image has 2 x 2 cells, 2 anchors and 3 classes; one object of class 1 belongs to anchor 1, row 1, column 0.
+    The image has 2 x 2 cells, 2 anchors and 3 classes; its only object, of class 1, is assigned to anchor 1, row 1, column 0.
     """
     anchors, (x, y, w, h) = [(1.0, 1.0), (1.5, 0.75)], (0.7, 0.4, 1.2, 0.8)  # in grid cells; x, y: offset in the cell
     predictions, targets = torch.zeros(1, 2, 2, 2, 8).double(), torch.zeros(1, 2, 2, 2, 6).double()
-    predictions[..., 4] = -2.0  # confidence sigma(-2) = .119 everywhere, except in the responsible slot and one that overlaps it
+    predictions[..., 4] = -2.0  # confidence .119 everywhere except in the responsible slot and one that overlaps
     predictions[0, 1, 1, 0] = torch.tensor([0.4, -0.4, -0.2, 0.1, 0.8, 0.0, 1.0, -1.0]).double()
     predictions[0, 0, 1, 0] = torch.tensor([0.8, -0.4, 0.1, -0.2, 0.5, 0.0, 0.0, 0.0]).double()
     targets[0, 1, 1, 0] = torch.tensor([1, x, y, w, h, 1]).double()

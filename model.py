@@ -27,11 +27,26 @@ ANCHORS = [(1.3221, 1.73145), (3.19275, 4.00944), (5.05587, 8.09892), (9.47112, 
 STRIDE = 32  # pixels of the image per grid cell
 
 
+def read_anchors(anchors, image_sizes: list[int]) -> list[list[float]]:
+    """anchors: pairs of width and height in grid cells, or the flat list of a cfg file -> a list of pairs. Raises ValueError for
+    other forms, and for anchors larger than the grid of the largest image size (at least 416 px), which are probably in pixels."""
+    pairs = list(anchors)
+    if pairs and all(isinstance(anchor, (int, float)) for anchor in pairs) and len(pairs) % 2 == 0:
+        pairs = list(zip(pairs[::2], pairs[1::2], strict=True))
+    if not pairs or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+        raise ValueError(f"ANCHORS must hold pairs of width and height, not {anchors}")
+    pairs = [[float(width), float(height)] for width, height in pairs]
+    grid = max(416, *image_sizes) // STRIDE
+    if wrong := [side for pair in pairs for side in pair if not 0 < side <= grid]:
+        raise ValueError(f"ANCHORS must be in grid cells, above 0 and at most {grid}, not {wrong[0]}; divide pixels by {STRIDE}")
+    return pairs
+
+
 def reorg(maps: Tensor, stride: int = 2) -> Tensor:
     """Darknet's reorg layer: (N, C, H, W) -> (N, 4C, H/2, W/2) at stride 2 (src/reorg_layer.c, as its forward pass calls it).
 
     It is neither pixel_unshuffle nor a plain space-to-depth: Darknet applies its depth-to-space formula to the input, which mixes
-    the channels. Official weights were trained with exactly this order.
+    the channels. The official weights need exactly this order.
     """
     n, c, h, w = maps.shape
     maps = maps.reshape(n, c // stride**2, h, stride, w, stride)  # (N, C/4, H, 2, W, 2)
@@ -40,15 +55,15 @@ def reorg(maps: Tensor, stride: int = 2) -> Tensor:
 
 
 class YOLOv2(nn.Module):
-    """YOLOv2 as in yolov2-voc.cfg; the modules are registered in the order of its sections, which is that of a Darknet file."""
+    """YOLOv2 as in yolov2-voc.cfg; its modules are registered in the order of the cfg file, which is that of a Darknet file."""
 
     def __init__(self, num_classes: int = 20, num_anchors: int = 5):
         super().__init__()
         self.num_classes, self.num_anchors = num_classes, num_anchors
-        self.features = darknet19_features()  # the names of Darknet19.features, so that its weights fit
-        fine, coarse = DARKNET19_LAYERS[16][0], DARKNET19_LAYERS[-1][0]  # channels of the 26 x 26 and the 13 x 13 map: 512, 1024
+        self.features = darknet19_features()  # named as in Darknet19, whose weights are loaded here
+        fine, coarse = DARKNET19_LAYERS[16][0], DARKNET19_LAYERS[-1][0]  # channels of the 26 x 26 and 13 x 13 maps: 512, 1024
         self.head = nn.Sequential(convolution(coarse, coarse, 3), convolution(coarse, coarse, 3))
-        self.passthrough = convolution(fine, fine // 8, 1)  # 512 -> 64 channels before reorg, which makes them 256
+        self.passthrough = convolution(fine, fine // 8, 1)  # 512 -> 64 channels; reorg turns them into 256
         self.merge = convolution(fine // 8 * 4 + coarse, coarse, 3)
         self.output = nn.Conv2d(coarse, num_anchors * (5 + num_classes), kernel_size=1)  # no batch norm, no activation
         initialise_kernels(self)
@@ -56,12 +71,12 @@ class YOLOv2(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images: (N, 3, H, W) -> raw outputs (N, A, S_h, S_w, 5 + C): t_x, t_y, t_w, t_h, t_o, class logits.
 
-        Raises ValueError where height or width is not a multiple of 32.
+        Raises ValueError if height or width is not a multiple of 32.
         """
         n, _, h, w = images.shape
-        images = images.to(self.output.weight.dtype)  # a half-precision model accepts float32 images
         if h % STRIDE or w % STRIDE:
             raise ValueError(f"YOLOv2 takes images whose height and width are multiples of {STRIDE} pixels, not {h} x {w}")
+        images = images.to(self.output.weight.dtype)  # a half-precision model accepts float32 images
         fine = self.features[:17](images)  # up to the 13th convolution: (N, 512, H/16, W/16)
         coarse = self.head(self.features[17:](fine))  # (N, 1024, S_h, S_w)
         passed = reorg(self.passthrough(fine))  # (N, 256, S_h, S_w)
@@ -70,37 +85,42 @@ class YOLOv2(nn.Module):
         return maps.permute(0, 1, 3, 4, 2)  # (N, A, S_h, S_w, 5+C)
 
 
-def load_pretrained_backbone(model: YOLOv2, file: str | os.PathLike) -> int:
-    """Loads Darknet-19's 18 feature convolutions into a YOLOv2 -> the number of convolutions that were loaded.
+def load_pretrained_backbone(model: YOLOv2, file: str | os.PathLike, classes: list[str] | None = None) -> int:
+    """Loads Darknet-19's 18 feature convolutions into a YOLOv2; prints and returns the number of convolutions loaded.
 
-    file: a checkpoint of darknet_train*.py or train.py (`.pt`), or a Darknet file (any other suffix): `darknet19.weights`,
-    `darknet19_448.conv.23`, a YOLOv2 file. A YOLOv2 with as many classes and anchors is loaded completely, to be trained further.
-    Raises FileNotFoundError or ValueError, naming the file; the model is then unchanged.
+    file: a checkpoint of darknet_train*.py or train.py, or a Darknet file (`darknet19.weights`, `darknet19_448.conv.23` or of
+    YOLOv2). A YOLOv2 checkpoint with the same number of anchors and the same classes is loaded completely, and so is a YOLOv2
+    Darknet file of the same size. Raises FileNotFoundError or ValueError, naming the file; the model is then unchanged.
     """
-    if os.fspath(file).endswith((".pt", ".pth")):
-        state = utils.load_checkpoint(file, "cpu").get("model", {})
-        for part, names in ((model, list(model.state_dict())), (model.features, list(model.features.state_dict()))):
-            prefix = "" if part is model else "features."
-            fits = all(prefix + name in state and state[prefix + name].shape == part.state_dict()[name].shape for name in names)
-            if fits:
-                part.load_state_dict({name: state[prefix + name] for name in names})
-                count = sum(isinstance(module, nn.Conv2d) for module in part.modules())
-                print(f"{file}: loaded {count} of 23 convolutions")
-                return count
-        raise ValueError(f"{file}: holds no Darknet-19 backbone; make one with darknet_train.py, or use a Darknet file")
+    if utils.is_torch_file(file):
+        checkpoint = utils.load_checkpoint(file, "cpu")
+        state, own = checkpoint.get("model", {}), model.state_dict()
+        fitting = {name for name, tensor in own.items() if name in state and state[name].shape == tensor.shape}
+        same_classes = classes is None or checkpoint.get("classes", classes) == classes
+        if len(fitting) == len(own) and same_classes:
+            model.load_state_dict({name: state[name] for name in own})
+            print(f"{file}: loaded all 23 convolutions")
+            return 23
+        backbone = [name for name in own if name.startswith("features.")]
+        if not fitting.issuperset(backbone):
+            raise ValueError(f"{file}: contains no Darknet-19 backbone; train one with darknet_train.py, or use a Darknet file")
+        model.load_state_dict({name: state[name] for name in backbone}, strict=False)
+        reason = "" if same_classes else "; its classes are different, or in another order"
+        print(f"{file}: loaded 18 of 23 convolutions, the backbone{reason}")
+        return 18
 
     numbers, _ = open_darknet_file(file)
-    detector, backbone = list(darknet_tensors(model)), list(darknet_tensors(model.features))
-    detector_size, backbone_size = (sum(tensor.numel() for part in parts for tensor in part) for parts in (detector, backbone))
-    if backbone_size < numbers.size != detector_size:  # another network that begins with the same 18 convolutions
-        copy_convolutions(backbone, numbers)
+    convolutions = list(darknet_tensors(model))
+    sizes = [sum(tensor.numel() for tensor in tensors) for tensors in convolutions]
+    if sum(sizes[:18]) < numbers.size != sum(sizes):  # another network that begins with the same 18 convolutions
+        copy_convolutions(convolutions[:18], numbers, file)
         print(f"{file}: loaded its first 18 convolutions, the backbone")
         return 18
     return load_darknet_weights(model, file)
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """A copy for inference in which every batch norm is folded into the convolution before it; the model itself is unchanged.
+    """A copy for inference with every batch norm folded into the convolution before it.
 
     y = (conv(x) - mean) / sqrt(var + eps) * scale + bias is again a convolution, with scaled kernels and a bias.
     """
@@ -115,29 +135,28 @@ def fuse(model: nn.Module) -> nn.Module:
 def load_detector(
     file: str | os.PathLike, darknet_classes, device: torch.device, precision: str = "auto", compiled: bool = False
 ) -> tuple[nn.Module, list[str], list, int]:
-    """A trained YOLOv2, prepared for inference -> model, class names, anchors, image size that it was trained at.
+    """Loads a trained YOLOv2 for inference, fused and channels-last -> model, class names, anchors, image size of its training.
 
-    file: a checkpoint of train.py (`.pt`), which knows the other three, or a Darknet file of yolov2-voc.cfg, which gets
-    darknet_classes, ANCHORS and 416. The batch norms are fused, the memory format is channels-last, the precision as in
-    utils.pick_precision. compiled: torch.compile with frozen weights, for long runs. Raises FileNotFoundError or ValueError,
-    naming the file.
+    file: a checkpoint of train.py (`.pt`), which contains all four, or a Darknet file of yolov2-voc.cfg, which gets
+    darknet_classes, ANCHORS and 416. precision: as in utils.pick_precision. compiled: torch.compile with frozen weights, for long
+    runs. Raises FileNotFoundError or ValueError, naming the file.
     """
-    if os.fspath(file).endswith((".pt", ".pth")):
+    if utils.is_torch_file(file):
         state = utils.load_checkpoint(file, "cpu", keys=("model", "classes", "anchors", "image_size"))
         classes, anchors, image_size = list(state["classes"]), state["anchors"], state["image_size"]
         model = YOLOv2(len(classes), len(anchors))
         try:
             model.load_state_dict(state["model"])
         except (RuntimeError, TypeError, AttributeError):
-            raise ValueError(f"{file}: its weights are not those of a YOLOv2 with {len(classes)} classes") from None
+            raise ValueError(f"{file}: these are not the weights of a YOLOv2 with {len(classes)} classes") from None
     else:
         classes, anchors, image_size = list(darknet_classes), ANCHORS, 416
         model = YOLOv2(len(classes), len(anchors))
         if load_darknet_weights(model, file) < 23:
-            raise ValueError(f"{file}: holds only a backbone, which detects nothing; give it to train.py as PRETRAINED")
+            raise ValueError(f"{file}: contains only a backbone, not a detector; pass it to train.py as PRETRAINED")
     model = fuse(model).to(device, utils.pick_precision(precision, device), memory_format=torch.channels_last)
     if compiled:
-        # freezing makes the weights constants in each kernel's best layout; as an option of torch.compile() it has no effect
+        # freezing turns the weights into constants in the best layout; it has no effect as an option of torch.compile()
         from torch._inductor import config as inductor  # here, because it takes a second to import
 
         inductor.freezing = True

@@ -1,44 +1,48 @@
 """Measures a trained YOLOv2 on a test set by the rules of the VOC devkit (average precision at IoU 0.5, difficult objects ignored).
 
-    python test.py                                             the sample, with the checkpoint that train.py left
+    python test.py                                             the sample, with the checkpoint of train.py
     python test.py CHECKPOINT=yolov2-voc.weights DATA_DIR=/data/VOCdevkit "IMAGE_SETS=[('2007','test')]" "INPUT_SIZES=[416,544]"
 
 Prints one row per class and the mAP by three metrics: 11 points (VOC 2007, the paper's), all points (VOC 2010 and later, Padilla et
-al.), and all points of the detections with at least FIXED_THRESHOLD. Writes the table to `runs/test.csv` and the precision-recall
-curves to `runs/test_curves.png`, both for the last input size.
+al.), and all points using only detections with at least FIXED_THRESHOLD. Writes the table to `runs/test.csv` and the
+precision-recall curves to `runs/test_curves.png`, both for the last input size.
 """
 
 import csv
 import math
-import os
 import sys
-
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from pathlib import Path
 
 import utils
-from dataset import VOC_CLASSES, VOCDataset
+from dataset import VOC_CLASSES, VOCDataset, print_doubts
 from model import load_detector
 
 # data
 DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv lists
-IMAGE_SETS = [("2007", "tiny")]  # the images trained on; VOC: [("2007", "test")]
+IMAGE_SETS = [("2007", "tiny")]  # the sample's training images; VOC: [("2007", "test")]
+TOLERATE = []  # "other classes": skip objects of classes that the model lacks; "missing labels": such images have no objects
 NUM_WORKERS = 2  # processes that load images
-BATCH_SIZE = 8  # images
+BATCH_SIZE = 8  # images per forward pass
 # model
-CHECKPOINT = "runs/yolov2.pt"  # of train.py (yolov2_best.pt: its best epoch), or a Darknet file of yolov2-voc.cfg
+CHECKPOINT = "runs/yolov2.pt"  # from train.py (its best epoch is yolov2_best.pt), or a Darknet file for yolov2-voc.cfg
 INPUT_SIZES = []  # pixels; the paper's Table 3 has [288, 352, 416, 480, 544]; [] for the checkpoint's own
 # detection
-CONFIDENCE_THRESHOLD = 0.005  # lowest confidence of the curves; examples/detector.c, validate_detector
-NMS_IOU_THRESHOLD = 0.45  # the same
-FIXED_THRESHOLD = 0.4  # for precision, recall and F1 as a user would see them
+CONFIDENCE_THRESHOLD = 0.005  # lowest confidence on the curves; validate_detector in Darknet's examples/detector.c
+NMS_IOU_THRESHOLD = 0.45  # from the same function
+FIXED_THRESHOLD = 0.4  # for precision, recall and F1 at a threshold as in use (detect.py)
 # run
-OUTPUT = "runs/test"  # .csv and _curves.png are added
-DEVICE = "auto"  # "cuda", "cuda:1", "cpu"
-PRECISION = "auto"  # "fp32", "bf16", "fp16"; auto: half precision where the device computes it natively
-COMPILE = False  # torch.compile with frozen weights; worth its start-up from some thousand images on
+OUTPUT = "runs/test"  # start of the two file names
+DEVICE = "auto"  # or "cuda", "cuda:1", "cpu"
+PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device supports it natively
+COMPILE = False  # torch.compile with frozen weights; pays off its start-up after a few thousand images
+
+
+def check_settings():
+    """Raises ValueError or OSError for an invalid setting."""
+    utils.check_at_least(1, BATCH_SIZE=BATCH_SIZE)
+    utils.check_at_least(0, NUM_WORKERS=NUM_WORKERS, CONFIDENCE_THRESHOLD=CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD=NMS_IOU_THRESHOLD)
+    utils.check_writable(f"{OUTPUT}.csv")
+
 
 PAPER_MAP = {288: 69.0, 352: 73.7, 416: 76.8, 480: 77.8, 544: 78.6}  # VOC 2007 test, trained on 07+12; YOLO9000 Table 3
 COLUMNS = ("class", "truths", "difficult", "detections", "ap_11", "ap_all", "ap_at_fixed", "precision", "recall", "f1")
@@ -48,14 +52,14 @@ def measure(detections, truths, classes, fixed_threshold):
     """-> a row (dict of COLUMNS) and a curve (precisions, recalls) per class; AP is NaN where a class has no ground truth."""
     confident = detections[detections[:, 2] >= fixed_threshold]
     ap_11, ap_all, ap_fixed = (
-        utils.average_precision(some, truths, len(classes), metric=metric).tolist()
-        for some, metric in ((detections, "voc2007"), (detections, "all_points"), (confident, "all_points"))
+        utils.average_precision(selected, truths, len(classes), metric=metric).tolist()
+        for selected, metric in ((detections, "voc2007"), (detections, "all_points"), (confident, "all_points"))
     )
     curves = utils.precision_recall(detections, truths, len(classes))
     rows = []
     for c, (name, (confidences, precisions, recalls)) in enumerate(zip(classes, curves, strict=True)):
         of_class = truths[truths[:, 1] == c]
-        shown = int((confidences >= fixed_threshold).sum())  # points of the curve, which are sorted by confidence
+        shown = int((confidences >= fixed_threshold).sum())  # length of the curve down to the threshold
         precision = precisions[shown - 1] if shown else math.nan
         recall = recalls[shown - 1] if shown else 0.0 if (of_class[:, 2] == 0).any() else math.nan
         f1 = 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0 if recall == 0 else math.nan
@@ -76,14 +80,19 @@ def print_table(rows):
 
 
 def draw_curves(rows, curves, file):
-    """One panel per class: precision over recall, with the area under the curve in the title."""
+    """Precision over recall, one panel per class with its AP in the title; at most 20 classes, those with the lowest AP."""
+    lowest = sorted(range(len(rows)), key=lambda c: (math.isnan(rows[c]["ap_all"]), rows[c]["ap_all"]))[:20]
+    rows, curves = [[table[c] for c in sorted(lowest)] for table in (rows, curves)]
+    from matplotlib import pyplot as plt
+
     width = min(5, len(rows))
     height = math.ceil(len(rows) / width)
     figure, axes = plt.subplots(height, width, figsize=(2.6 * width, 2.4 * height), squeeze=False, layout="constrained")
-    for axis, row, (precisions, recalls) in zip(axes.flat, rows, curves, strict=False):
+    for c, axis, row, (precisions, recalls) in zip(sorted(lowest), axes.flat, rows, curves, strict=False):
         axis.plot([0, *recalls], [*precisions[:1], *precisions] or [0], drawstyle="steps-pre")
         score = "no truths" if math.isnan(row["ap_all"]) else f"{row['ap_all']:.3f}"
-        axis.set_title(f"{row['class']}: {score}", fontsize=9)
+        title, font = utils.drawable(f"{row['class']}: {score}", f"class {c}: {score}")
+        axis.set_title(title, fontsize=9, parse_math=False, font=font and Path(font))
         axis.set(xlim=(0, 1.02), ylim=(0, 1.05))
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
@@ -91,17 +100,21 @@ def draw_curves(rows, curves, file):
         axis.set_visible(False)
     figure.supxlabel("recall", fontsize=9)
     figure.supylabel("precision", fontsize=9)
-    figure.savefig(file, dpi=100)
+    with utils.atomic_write(file) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
     plt.close(figure)
 
 
 def main():
+    check_settings()
     utils.keep_freed_memory()
     device = utils.pick_device(DEVICE)
     model, classes, anchors, own_size = load_detector(CHECKPOINT, VOC_CLASSES, device, PRECISION, COMPILE)
     means = {}
     for size in INPUT_SIZES or [own_size]:
-        dataset = VOCDataset(DATA_DIR, IMAGE_SETS, anchors, size, classes)
+        dataset = VOCDataset(DATA_DIR, IMAGE_SETS, anchors, size, classes, tolerate=TOLERATE)
+        if not means:  # once
+            print_doubts(dataset)
         detections, truths, seconds = utils.detect_dataset(
             model, dataset, BATCH_SIZE, NUM_WORKERS, CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD
         )
@@ -121,8 +134,7 @@ def main():
         paper = [f"{PAPER_MAP[size]:7.1f}" if size in PAPER_MAP else f"{'-':>7s}" for size in means]
         print(f"{'paper, VOC 2007':>16s}  " + "  ".join(paper))
 
-    os.makedirs(os.path.dirname(OUTPUT) or ".", exist_ok=True)
-    with open(f"{OUTPUT}.csv", "w", newline="") as stream:
+    with utils.atomic_write(f"{OUTPUT}.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)

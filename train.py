@@ -1,10 +1,10 @@
 """Trains YOLOv2 for detection (YOLO9000 sec. 3, "Training for detection").
 
-    python train.py                                          the sample: 16 images, a few minutes on a CPU
+    python train.py                                          the sample of 16 images, a few minutes on a CPU
     python train.py DATA_DIR=/data/VOCdevkit "IMAGE_SETS=[('2007','trainval'),('2012','trainval')]" AUGMENT=True REPEAT=1 ...
 
-The README has whole recipes. Writes, named after CHECKPOINT: `runs/yolov2.pt` after each epoch, `runs/yolov2_best.pt` (best mAP),
-`runs/yolov2_metrics.csv` (one row per epoch) and `runs/yolov2_charts.png` (its columns over the epochs). Ctrl-C, SIGTERM and
+The README has complete recipes. Writes, named after CHECKPOINT: `runs/yolov2.pt` after each epoch, `runs/yolov2_best.pt` (best
+mAP), `runs/yolov2_metrics.csv` (one row per epoch) and `runs/yolov2_charts.png` (its columns as curves). Ctrl-C, SIGTERM and
 MAX_HOURS save after the current step and stop; RESUME=True continues as if the run had never been stopped.
 """
 
@@ -20,14 +20,15 @@ from tqdm import tqdm
 
 import model as yolov2_model
 import utils
-from dataset import VOC_CLASSES, VOCDataset, drop_broken_images, files_of_step, steps_per_epoch, training_batches
+from dataset import VOC_CLASSES, VOCDataset, drop_broken_images, files_of_step, print_doubts, steps_per_epoch, training_batches
 from loss import YoloLoss
 
 # data
 DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv lists
 IMAGE_SETS = [("2007", "tiny")]  # VOC 07+12: [("2007", "trainval"), ("2012", "trainval")]; or csv lists: ["train.csv"]
-VAL_IMAGE_SETS = []  # none, because the sample is too small; VOC: [("2007", "test")]
-CLASSES = VOC_CLASSES  # any names; they travel in the checkpoint
+VAL_IMAGE_SETS = []  # none: the sample is too small to be split; VOC: [("2007", "test")]
+CLASSES = VOC_CLASSES  # any names, or a Darknet .names file; saved in the checkpoint
+TOLERATE = []  # "other classes": skip objects that CLASSES does not name; "missing labels": such images have no objects
 AUGMENT = False  # crop, flip and colour jitter; True for anything larger than the sample
 REPEAT = 5  # repeats of each image per epoch; 1 for a real data set
 NUM_WORKERS = 2  # processes that load images
@@ -38,7 +39,7 @@ MULTI_SCALE = []  # image sizes, a new one every 10 steps: list(range(320, 609, 
 ANCHORS = yolov2_model.ANCHORS  # width and height in grid cells; python dataset.py computes others
 PRETRAINED = ""  # a checkpoint of darknet_train*.py or a Darknet file such as darknet19_448.conv.23; "" from scratch
 # loss
-EQUATION = "darknet"  # yolov2-voc.cfg; or "yolov1", the printed equation, which generalised worse here (tests/MEASUREMENTS.md)
+EQUATION = "darknet"  # yolov2-voc.cfg; or "yolov1", the printed equation; it generalised worse here (tests/MEASUREMENTS.md)
 LAMBDA_COORD = 1.0  # yolov2-voc.cfg: coord_scale
 LAMBDA_OBJECT = 5.0  # object_scale
 LAMBDA_NO_OBJECT = 1.0  # noobject_scale
@@ -60,26 +61,25 @@ LR_POWER = 4.0  # of "polynomial"
 BURN_IN = 30  # optimiser steps with a rising rate; 1000 in yolov2-voc.cfg
 # run
 EVAL_EVERY = 4  # epochs between two evaluations
-EVAL_THRESHOLD = 0.4  # lowest confidence of the detections that count in them
-EVAL_TRAIN_IMAGES = 100  # images of the training set, the first ones, whose mAP is measured
+EVAL_THRESHOLD = 0.4  # lowest confidence of the detections in an evaluation
+EVAL_TRAIN_IMAGES = 100  # number of training images, the first of the list, for train_map
 CHECKPOINT = "runs/yolov2.pt"
 RESUME = False  # continue from CHECKPOINT
-SAVE_EVERY_MINUTES = 30.0  # within long epochs
-MAX_HOURS = 0.0  # save and stop after so long, for the time limit of a queue; 0 for no limit
+SAVE_EVERY_MINUTES = 30.0  # also within an epoch
+MAX_HOURS = 0.0  # save and stop after this time, for queues with a time limit; 0 for no limit
 SEED = 0
-DEVICE = "auto"  # "cuda", "cuda:1", "cpu"
-PRECISION = "auto"  # "fp32", "bf16", "fp16"; auto: half precision where the device computes it natively
-COMPILE = False  # torch.compile, worth its minutes of start-up on a GPU
-
-# may not change on RESUME
-FIXED = ("CLASSES", "ANCHORS", "IMAGE_SIZE", "MULTI_SCALE", "AUGMENT", "REPEAT", "EQUATION", "OPTIMIZER", "BATCH_SIZE")
-FIXED += ("SUBDIVISIONS", "MOMENTUM", "WEIGHT_DECAY", "SEED", "training images")
-LOSS_TERMS = ("coord", "object", "no_object", "class", "prior", "total")
+DEVICE = "auto"  # or "cuda", "cuda:1", "cpu"
+PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device supports it natively
+COMPILE = False  # torch.compile: faster on a GPU, after minutes of start-up
 
 
 def check_settings():
-    """Raises ValueError for a setting that cannot be right."""
+    """Raises ValueError or OSError for an invalid setting."""
     utils.check_at_least(1, EPOCHS=EPOCHS, BATCH_SIZE=BATCH_SIZE, SUBDIVISIONS=SUBDIVISIONS, REPEAT=REPEAT, EVAL_EVERY=EVAL_EVERY)
+    utils.check_at_least(1, EVAL_TRAIN_IMAGES=EVAL_TRAIN_IMAGES)
+    utils.check_at_least(0, MOMENTUM=MOMENTUM, WEIGHT_DECAY=WEIGHT_DECAY, BURN_IN=BURN_IN, CLIP_NORM=CLIP_NORM, SEED=SEED)
+    utils.check_at_least(0, LAMBDA_COORD=LAMBDA_COORD, LAMBDA_OBJECT=LAMBDA_OBJECT, LAMBDA_NO_OBJECT=LAMBDA_NO_OBJECT)
+    utils.check_at_least(0, LAMBDA_CLASS=LAMBDA_CLASS, NUM_WORKERS=NUM_WORKERS, LEARNING_RATE=LEARNING_RATE)
     utils.check_one_of(("stop", "skip"), BROKEN_IMAGES=BROKEN_IMAGES)
     utils.check_one_of(("adam", "sgd"), OPTIMIZER=OPTIMIZER)
     utils.check_one_of(utils.LR_SCHEDULES, LR_SCHEDULE=LR_SCHEDULE)
@@ -87,31 +87,45 @@ def check_settings():
         raise ValueError(f"MULTI_SCALE must hold multiples of 32 pixels, not {MULTI_SCALE}")
     if BATCH_SIZE % SUBDIVISIONS:
         raise ValueError(f"BATCH_SIZE {BATCH_SIZE} must be a multiple of SUBDIVISIONS {SUBDIVISIONS}")
+    utils.check_writable(CHECKPOINT)
 
 
-def read_data_sets(classes, anchors, broken_list):
-    """-> the training set, and the sets whose mAP is measured: train_map (training images, as at test time) and val_map."""
-    train_set = VOCDataset(DATA_DIR, IMAGE_SETS, anchors, IMAGE_SIZE, classes, augment=AUGMENT)
-    eval_sets = {"train_map": VOCDataset(DATA_DIR, IMAGE_SETS, anchors, IMAGE_SIZE, classes, limit=EVAL_TRAIN_IMAGES)}
+# may not change on RESUME
+FIXED = ("CLASSES", "ANCHORS", "IMAGE_SIZE", "MULTI_SCALE", "AUGMENT", "REPEAT", "EQUATION", "OPTIMIZER", "BATCH_SIZE")
+FIXED += ("SUBDIVISIONS", "MOMENTUM", "WEIGHT_DECAY", "SEED", "training images")
+LOSS_TERMS = ("coord", "object", "no_object", "class", "prior", "total")
+
+
+def read_data_sets(anchors, broken_list):
+    """-> the training set, and the sets to evaluate: train_map (the first training images, not augmented) and val_map."""
+    common = {"anchors": anchors, "image_size": IMAGE_SIZE, "classes": CLASSES, "tolerate": TOLERATE}
+    train_set = VOCDataset(DATA_DIR, IMAGE_SETS, augment=AUGMENT, **common)
+    eval_sets = {"train_map": VOCDataset(DATA_DIR, IMAGE_SETS, limit=EVAL_TRAIN_IMAGES, **common)}
     if VAL_IMAGE_SETS:
-        eval_sets["val_map"] = VOCDataset(DATA_DIR, VAL_IMAGE_SETS, anchors, IMAGE_SIZE, classes)
+        val_set = eval_sets["val_map"] = VOCDataset(DATA_DIR, VAL_IMAGE_SETS, **common)
+        paths = [{os.path.realpath(file) for file, _ in data.samples} for data in (train_set, val_set)]
+        if shared := paths[0] & paths[1]:
+            print(f"{len(shared)} images are in both the training and the validation set, {utils.printable(min(shared))} first")
+        if not any((labels[:, 1] == 0).any() for labels in val_set.labels):
+            print("the validation set has no object that counts: val_map will be nan, and the best checkpoint is the last one")
+        print_doubts(val_set)
+    print_doubts(train_set)
+    if min(BATCH_SIZE // SUBDIVISIONS, len(train_set) * REPEAT) == 1 and min(MULTI_SCALE or [IMAGE_SIZE]) == 32:
+        raise ValueError("batch norm needs two values per channel: set IMAGE_SIZE=64, or two images or more per batch")
     train_set.broken_list = broken_list
     for eval_set in eval_sets.values() if broken_list else ():
         drop_broken_images(eval_set, broken_list)
     return train_set, eval_sets
 
 
-def evaluate(model, eval_set, dtype, stop):
-    """mAP@0.5 (all points) of the detections from EVAL_THRESHOLD on; meaningless where the run was asked to stop."""
-    device = next(model.parameters()).device
-    should_stop = functools.partial(utils.should_stop, stop)
+def evaluate(model, eval_set, device, dtype, stop):
+    """mAP@0.5 (all points) of the detections with at least EVAL_THRESHOLD; meaningless if the run is asked to stop."""
+    settings = (BATCH_SIZE // SUBDIVISIONS, NUM_WORKERS, EVAL_THRESHOLD)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        detections, truths, _ = utils.detect_dataset(
-            model.eval(), eval_set, BATCH_SIZE // SUBDIVISIONS, NUM_WORKERS, EVAL_THRESHOLD, should_stop=should_stop
-        )
-    mean = utils.mean_average_precision(utils.average_precision(detections, truths, len(eval_set.classes)))
-    if mean == 0:  # the most common question: does it find anything at all?
-        print(f"mAP is 0: {len(detections)} detections at {EVAL_THRESHOLD} for {len(truths)} ground truths")
+        found, truths, _ = utils.detect_dataset(model.eval(), eval_set, *settings, should_stop=lambda: utils.should_stop(stop))
+    mean = utils.mean_average_precision(utils.average_precision(found, truths, len(eval_set.classes)))
+    if mean == 0 and not stop.reason:  # tells a detector that finds nothing from one that is wrong
+        print(f"mAP is 0: {len(found)} detections at {EVAL_THRESHOLD} for {len(truths)} ground truths")
     return mean
 
 
@@ -123,19 +137,20 @@ def main():
     dtype = utils.pick_precision(PRECISION, device)
     stop = utils.catch_stop_signals(MAX_HOURS)
     stem = CHECKPOINT.removesuffix(".pt")
-    classes, anchors = list(CLASSES), [list(map(float, anchor)) for anchor in ANCHORS]
+    anchors = yolov2_model.read_anchors(ANCHORS, [IMAGE_SIZE, *MULTI_SCALE])
 
     # data
     broken_list = f"{stem}_broken.txt" if BROKEN_IMAGES == "skip" else ""
-    train_set, eval_sets = read_data_sets(classes, anchors, broken_list)
+    train_set, eval_sets = read_data_sets(anchors, broken_list)
+    classes = train_set.classes
     steps = steps_per_epoch(len(train_set) * REPEAT, BATCH_SIZE, SUBDIVISIONS)
-    order = (len(train_set), BATCH_SIZE, SUBDIVISIONS, MULTI_SCALE or [IMAGE_SIZE], SEED)
-    batches_from = functools.partial(training_batches, *order, repeat=REPEAT)
+    sampling = (len(train_set), BATCH_SIZE, SUBDIVISIONS, MULTI_SCALE or [IMAGE_SIZE], SEED)
+    batches_from = functools.partial(training_batches, *sampling, repeat=REPEAT)  # of the first step
 
     # model, loss, optimiser
     model = yolov2_model.YOLOv2(len(classes), len(anchors)).to(device, memory_format=torch.channels_last)
     if PRETRAINED and not RESUME:
-        yolov2_model.load_pretrained_backbone(model, PRETRAINED)
+        yolov2_model.load_pretrained_backbone(model, PRETRAINED, classes)
     network = torch.compile(model) if COMPILE else model
     lambdas = (LAMBDA_COORD, LAMBDA_OBJECT, LAMBDA_NO_OBJECT, LAMBDA_CLASS)
     loss_function = YoloLoss(anchors, *lambdas, IGNORE_THRESHOLD, EQUATION).to(device)
@@ -146,17 +161,18 @@ def main():
         optimizer = torch.optim.AdamW(groups, LEARNING_RATE, fused=fused)  # decoupled weight decay
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    # the run's position, and this epoch's sums of the loss terms
+    # the run's position, and the epoch's sums of the loss terms
     state = {"epoch": 0, "step": 0, "images_seen": 0, "best": -1.0}
     state["sums"] = torch.zeros(len(LOSS_TERMS), dtype=torch.float64, device=device)
-    settings = utils.script_settings(globals()) | {"PRECISION": str(dtype), "training images": utils.fingerprint(train_set.samples)}
+    settings = utils.script_settings(globals()) | {"PRECISION": str(dtype), "CLASSES": classes, "ANCHORS": anchors}
+    settings["training images"] = utils.fingerprint(train_set.samples)
     if RESUME:
         state = utils.resume(CHECKPOINT, model, optimizer, scaler, settings, FIXED)
-    about = {"classes": classes, "anchors": anchors, "image_size": IMAGE_SIZE, "settings": settings}
+    metadata = {"classes": classes, "anchors": anchors, "image_size": IMAGE_SIZE, "settings": settings}
 
     def save():
         optimizing = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        utils.save_checkpoint(CHECKPOINT, model=model.state_dict(), **optimizing, **state, **about)
+        utils.save_checkpoint(CHECKPOINT, model=model.state_dict(), **optimizing, **state, **metadata)
 
     print(f"{len(train_set)} training images, {EPOCHS} epochs of {steps} steps, {MULTI_SCALE or IMAGE_SIZE} px, {device}, {dtype}")
     loading = {"num_workers": NUM_WORKERS, "pin_memory": device.type == "cuda", "worker_init_fn": utils.ignore_signals}
@@ -199,8 +215,7 @@ def main():
             state["step"] += 1
             bar.update()
 
-            stopping = utils.should_stop(stop)
-            if stopping:
+            if stopping := utils.should_stop(stop):
                 break
             if time.monotonic() - saved >= 60 * SAVE_EVERY_MINUTES:
                 save()
@@ -210,9 +225,9 @@ def main():
         row = {"epoch": state["epoch"] + 1, "learning_rate": optimizer.param_groups[0]["lr"]}
         row |= dict(zip(LOSS_TERMS, (state["sums"] / (steps * SUBDIVISIONS)).tolist(), strict=True))
         row |= {"images_per_second": images / seconds if images else "", "train_map": "", "val_map": ""}
-        if row["epoch"] % EVAL_EVERY == 0 or row["epoch"] == EPOCHS:
+        if not stopping and (row["epoch"] % EVAL_EVERY == 0 or row["epoch"] == EPOCHS):
             for name, eval_set in eval_sets.items():
-                row[name] = evaluate(model, eval_set, dtype, stop)
+                row[name] = evaluate(model, eval_set, device, dtype, stop)
             stopping = utils.should_stop(stop)
         if stopping:
             save()
@@ -222,13 +237,13 @@ def main():
         state["epoch"] += 1
         state["sums"].zero_()
         score = row["val_map"] if VAL_IMAGE_SETS else row["train_map"]
-        improved = score != "" and score >= state["best"]
+        improved = score != "" and not score < state["best"]  # also where it is NaN
         state["best"] = score if improved else state["best"]
-        save()
         if improved:
-            utils.save_checkpoint(f"{stem}_best.pt", model=model.state_dict(), **state, **about)
+            utils.save_checkpoint(f"{stem}_best.pt", model=model.state_dict(), **state, **metadata)
         bar.clear()
         utils.log_epoch(stem, row)
+        save()  # last: a run that dies before repeats the epoch's end, and loses neither row nor best network
     bar.close()
     if os.path.isfile(broken_list):
         print(f"{broken_list} lists the images that could not be read")

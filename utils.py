@@ -1,8 +1,8 @@
-"""What the scripts share: boxes and decoding, running a detector, average precision, Darknet's training rules, checkpoints, charts.
+"""Shared by the scripts: boxes, decoding, running a detector, average precision, Darknet's training rules, checkpoints, drawing.
 
 Letters: N images, A anchors (5), S_h x S_w grid cells, C classes (20), M = A * S_h * S_w boxes per image, K kept detections,
-D detections and G ground truths of a whole data set. Boxes are xyxy (corners) or cxcywh (centre and size), in fractions of the
-image (0..1) or in pixels as in the VOC devkit (the first pixel is 1 and both ends belong to the box).
+D detections and G ground truths in a whole data set. Boxes are xyxy (corners) or cxcywh (centre and size), in fractions of the
+image (0..1) or in pixels as in the VOC devkit (the first pixel is 1, and both end pixels belong to the box).
 """
 
 import ast
@@ -10,18 +10,23 @@ import atexit
 import contextlib
 import csv
 import ctypes
+import functools
 import json
 import math
 import multiprocessing
 import os
 import pickle
 import random
+import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 import types
+import unicodedata
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable
 
@@ -29,27 +34,35 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchvision.ops import batched_nms, box_convert
+
+os.environ["MPLBACKEND"] = "Agg"  # figures go to files; a notebook's MPLBACKEND may not be available in a script
 
 # ---------------------------------------------------------------- settings of a script
 
 
 def script_settings(script_globals: dict) -> dict:
-    """The UPPER_CASE globals of a script (not `F`, which is torch.nn.functional)."""
-    return {name: value for name, value in script_globals.items() if name.isupper() and len(name) > 1 and name[0] != "_"}
+    """The settings of a script: the UPPER_CASE globals that it assigns itself, above its first function."""
+    names = {name for name in script_globals if name.isupper() and len(name) > 1 and name[0] != "_"}
+    if os.path.isfile(file := script_globals.get("__file__", "")):
+        with open(file, encoding="utf-8") as stream:
+            names &= set(re.findall(r"^(\w+)\s*=", stream.read().split("\ndef ")[0], re.MULTILINE))
+    names -= {"VOC_CLASSES", "IMAGE_SUFFIXES"}  # constants of dataset.py
+    return {name: value for name, value in script_globals.items() if name in names}
 
 
 def override_globals(script_globals: dict, words: list[str]) -> None:
-    """Sets a script's UPPER_CASE globals from NAME=value words of its command line; `--help` prints them and exits.
+    """Sets a script's settings from the NAME=value arguments of its command line; `--help` prints them and exits.
 
-    A value is read as a Python literal, or as plain text where the default is text. It must have the default's type (an int is
-    accepted for a float; None is accepted both as a default and as a value). Exits with one sentence otherwise.
+    Values are Python literals; text needs no quotes. A value must have the type of its default, except that an int is accepted for
+    a float, and None is accepted both as default and as value. Other values end the script with a one-line message.
     """
     known = script_settings(script_globals)
     script = os.path.basename(script_globals.get("__file__", "script"))
-    if any(word in ("--help", "-h") for word in words):
+    if "--help" in words or "-h" in words:
         print((script_globals.get("__doc__") or "").strip())
-        print("\nGlobals (edit them in the file, or give NAME=value words):")
+        print("\nSettings (edit them in the file, or pass NAME=value):")
         for name, value in known.items():
             print(f"  {name} = {value!r}")
         sys.exit(0)
@@ -66,38 +79,74 @@ def override_globals(script_globals: dict, words: list[str]) -> None:
             value = text  # a path or a name without quotes
         if isinstance(default, float) and type(value) is int:
             value = float(value)
-        if isinstance(default, str) and not isinstance(value, str) and value is not None:
+        if isinstance(default, str) and value is not None and not isinstance(value, str):
             value = text  # CHECKPOINT=7
-        wrong = type(value) is not type(default) and not (isinstance(value, (list, tuple)) and isinstance(default, (list, tuple)))
-        if default is not None and value is not None and wrong:
+        fits = default is None or value is None or type(value) is type(default)
+        if isinstance(default, (list, tuple)):  # also takes the name of a file that holds the list
+            fits |= isinstance(value, (list, tuple)) or str(value).endswith((".csv", ".txt", ".names"))
+        if not fits:
             sys.exit(f"{script}: {name} must be {type(default).__name__}, like its default {default!r}, not {text!r}")
         script_globals[name] = value
 
 
 def check_at_least(least: float, **settings: float) -> None:
-    """Raises ValueError for the first of the settings, given as NAME=value, that is less than `least`."""
+    """Raises ValueError for the first setting, passed as NAME=value, that is less than `least`."""
     for name, value in settings.items():
-        if value < least:
+        if not isinstance(value, (int, float)) or value < least:
             raise ValueError(f"{name} must be {least} or more, not {value}")
 
 
 def check_one_of(choices: tuple[str, ...], **settings: str) -> None:
-    """Raises ValueError for the first of the settings, given as NAME=value, that is none of the choices."""
+    """Raises ValueError for the first setting, passed as NAME=value, that is not one of the choices."""
     for name, value in settings.items():
         if value not in choices:
             quoted = [f'"{choice}"' for choice in choices]
             raise ValueError(f"{name} must be {', '.join(quoted[:-1])} or {quoted[-1]}, not {value!r}")
 
 
+def check_classes(source: str, classes: list[str]) -> list[str]:
+    """Returns the class names; raises ValueError, naming their source, if one cannot be part of a file name or two would clash."""
+    if not classes:
+        raise ValueError(f"{source}: contains no class names")
+    files = {}
+    for name in classes:
+        if not isinstance(name, str) or not name or name != name.strip():
+            raise ValueError(f"{source}: {name!r} is not a class name; use text without spaces around it")
+        if printable(name) != name or "/" in name or "\\" in name or name in (".", ".."):
+            raise ValueError(f"{source}: {name!r} cannot be part of a file name; remove slashes and control characters")
+        file = name.replace(" ", "_")
+        if file in files:
+            raise ValueError(f"{source}: the classes {files[file]!r} and {name!r} would share a file of detections; rename one")
+        files[file] = name
+    return classes
+
+
+def printable(text: str) -> str:
+    """Text with backslash escapes for control characters and undecodable bytes, so that any terminal can print it."""
+    special = {c for c in text if unicodedata.category(c) in ("Cc", "Cs")}
+    return "".join(c.encode("unicode_escape", "surrogatepass").decode() if c in special else c for c in text)
+
+
 @contextlib.contextmanager
 def plain_errors():
-    """Around a script's main(): bad input ends in one sentence and exit status 1 instead of a traceback."""
+    """Around a script's main(): bad input ends with a one-line message and exit status 1 instead of a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # escape what the terminal cannot print instead of failing
     try:
         yield
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, ValueError) as error:  # an error in a loader's worker carries a whole traceback: keep its last line
-        sys.exit(f"error: {(str(error).strip().splitlines() or [''])[-1].removeprefix('ValueError: ')}")
+    except (OSError, ValueError) as error:  # an error from a DataLoader worker contains its traceback: keep the last line
+        last = (str(error).strip().splitlines() or [""])[-1]
+        sys.exit(f"error: {printable(re.sub(r'^[A-Za-z]+Error: ', '', last))}")
+    except RuntimeError as error:
+        signs = ("killed by signal", "No space left on device", "shared memory", "unable to mmap")
+        for line in str(error).splitlines():
+            if any(sign in line for sign in signs):
+                advice = "set NUM_WORKERS=0, or enlarge /dev/shm (docker run --shm-size=8g)"
+                sys.exit(f"error: a DataLoader worker ran out of memory ({line}); {advice}")
+        raise
 
 
 def set_seed(seed: int) -> None:
@@ -111,14 +160,22 @@ def set_seed(seed: int) -> None:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """ "auto": the first GPU where there is one, else the CPU; any other name as torch spells it."""
+    """The device for "auto" (the first GPU, or the CPU if there is none), a GPU number or a PyTorch device name."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(f"cuda:{name}" if str(name).isdigit() else name)
+    except RuntimeError:
+        raise ValueError(f'DEVICE={name}: no such device; use "auto", "cpu", "cuda" or "cuda:1"') from None
+    if device.type == "cuda":
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= gpus:
+            raise ValueError(f"DEVICE={name}: PyTorch sees {gpus} GPUs; choose another device, or check PyTorch and the GPU driver")
+    return device
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """ "auto", "fp32", "bf16" or "fp16" -> the dtype for autocast; "auto" is bfloat16 where the device computes it natively."""
+    """The autocast dtype for "fp32", "bf16", "fp16" or "auto": bfloat16 if native, else float16 on a GPU and float32 on a CPU."""
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     check_one_of(("auto", *names), PRECISION=name)
     if name in names:
@@ -130,11 +187,8 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def keep_freed_memory() -> None:
-    """Keeps glibc from returning every large buffer to the kernel, which costs up to half of the time on a CPU.
-
-    Each layer frees its feature maps and the next one allocates new ones; through mmap, every page of them would be faulted in
-    again. With both thresholds off, the process keeps its peak memory. Does nothing on other systems.
-    """
+    """Keeps glibc from returning the feature maps of each layer to the kernel: on a CPU, faulting their pages in again would take
+    up to half of the time. The process keeps its peak memory. Linux only."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")
@@ -146,10 +200,10 @@ def keep_freed_memory() -> None:
 
 
 def box_iou(boxes_1: Tensor, boxes_2: Tensor) -> Tensor:
-    """Intersection over union of boxes (..., 4) cxcywh of the same unit; leading dimensions broadcast -> (...)."""
-    low = torch.maximum(boxes_1[..., :2] - boxes_1[..., 2:] / 2, boxes_2[..., :2] - boxes_2[..., 2:] / 2)
-    high = torch.minimum(boxes_1[..., :2] + boxes_1[..., 2:] / 2, boxes_2[..., :2] + boxes_2[..., 2:] / 2)
-    width, height = (high - low).clamp(min=0).unbind(dim=-1)
+    """Intersection over union of boxes (..., 4) cxcywh in the same unit; leading dimensions broadcast -> (...)."""
+    top_left = torch.maximum(boxes_1[..., :2] - boxes_1[..., 2:] / 2, boxes_2[..., :2] - boxes_2[..., 2:] / 2)
+    bottom_right = torch.minimum(boxes_1[..., :2] + boxes_1[..., 2:] / 2, boxes_2[..., :2] + boxes_2[..., 2:] / 2)
+    width, height = (bottom_right - top_left).clamp(min=0).unbind(dim=-1)
     intersection = width * height
     areas = boxes_1[..., 2] * boxes_1[..., 3] + boxes_2[..., 2] * boxes_2[..., 3]
     return intersection / (areas - intersection)
@@ -181,8 +235,7 @@ def postprocess(predictions: Tensor, anchors, confidence_threshold: float, nms_i
     """predictions: (N, A, S_h, S_w, 5+C) raw -> a list of N tensors (K, 6): x1, y1, x2, y2 in fractions of the image, clipped to
     it, confidence (objectness x class probability), class; sorted by falling confidence, on the CPU.
 
-    As in Darknet's `valid`, every class of a box above the threshold is a detection of its own, and non-maximum suppression
-    works on one class at a time.
+    As in Darknet's `valid`, a box gives one detection per class above the threshold, and NMS works on one class at a time.
     """
     boxes, objectness, probabilities = (tensor.cpu() for tensor in decode_predictions(predictions, anchors))
     boxes = box_convert(boxes, "cxcywh", "xyxy")  # (N, M, 4)
@@ -192,14 +245,14 @@ def postprocess(predictions: Tensor, anchors, confidence_threshold: float, nms_i
         confidence = objectness[image][candidate, None] * probabilities[image][candidate]  # (candidates, C)
         row, label = (confidence > confidence_threshold).nonzero(as_tuple=True)
         box, score = boxes[image][candidate[row]], confidence[row, label]
-        # batched_nms offsets each class by the largest coordinate: without the clamp, one huge box would cost all others precision
+        # batched_nms offsets each class by the largest coordinate: one huge box would cost the others their precision
         keep = batched_nms(box.clamp(-10, 10), score, label, nms_iou_threshold)
         detections.append(torch.cat([box[keep].clamp(0, 1), score[keep, None], label[keep, None].float()], dim=1))  # (K, 6)
     return detections
 
 
 def to_devkit_pixels(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
-    """boxes: (..., 4) xyxy in fractions of the image -> pixels of the devkit, the first pixel being 1 (Darknet's detector.c)."""
+    """boxes: (..., 4) xyxy in fractions of the image -> devkit pixels, where the first pixel is 1 (Darknet's detector.c)."""
     return boxes * np.array([width, height, width, height]) + 1
 
 
@@ -216,21 +269,15 @@ def detect_dataset(
     nms_iou_threshold: float = 0.45,
     should_stop: Callable[[], bool] = bool,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
-    """Runs a model over a VOCDataset -> detections (D, 7) and ground truths (G, 7), as average_precision takes them, with the
-    index in the data set as image index, and the seconds spent on loading, network and post-processing.
+    """Runs a model over a VOCDataset -> detections (D, 7) and ground truths (G, 7) as in average_precision, and the seconds spent
+    on loading, network and post-processing.
 
-    The thresholds .005 and .45 are Darknet's (examples/detector.c, validate_detector). Returns early, with what it has so far,
-    when should_stop() is true.
+    The default thresholds are those of Darknet's validate_detector (examples/detector.c). If should_stop() becomes true, returns
+    what there is so far.
     """
     parameter = next(model.parameters())
-    loader = torch.utils.data.DataLoader(
-        range(len(dataset)),
-        batch_size,
-        collate_fn=dataset.images_and_sizes,  # a worker reads a batch of images by their indices
-        num_workers=num_workers,
-        pin_memory=parameter.is_cuda,
-        worker_init_fn=ignore_signals,
-    )
+    loading = {"num_workers": num_workers, "pin_memory": parameter.is_cuda, "worker_init_fn": ignore_signals}
+    loader = DataLoader(range(len(dataset)), batch_size, collate_fn=dataset.images_and_sizes, **loading)  # workers read by index
     seconds = {"loading": 0.0, "network": 0.0, "post-processing": 0.0}
     detections, ground_truths, index = [np.empty((0, 7))], [np.empty((0, 7))], 0
     clock = time.perf_counter()
@@ -256,35 +303,31 @@ def detect_dataset(
 # ---------------------------------------------------------------- average precision
 
 
-def match_detections(
-    detections, ground_truths, num_classes: int, iou_threshold: float = 0.5
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def match_detections(detections, ground_truths, num_classes: int, iou_threshold: float = 0.5) -> tuple[np.ndarray, ...]:
     """Decides which detections are true positives, by the rules of the VOC devkit (VOCevaldet.m).
 
-    detections: (D, 7) image index, class, confidence, x1, y1, x2, y2; ground_truths: (G, 7) image index, class, difficult, x1,
-    y1, x2, y2; pixels. -> classes (D',), confidences (D',), is_true_positive (D',) of the detections that count, sorted by class
-    and falling confidence, and the number of ground truths per class that are not difficult (num_classes,).
+    Arguments as in average_precision. -> classes (D',), confidences (D',), is_true_positive (D',) of the detections that count,
+    sorted by class and falling confidence, and the number of ground truths per class that are not difficult (num_classes,).
 
-    In order of falling confidence (stable for ties), each detection is assigned to the ground truth of its image and class that
-    it overlaps most, taken or not. At or above the threshold it is a true positive if that ground truth is free and a false
-    positive if it is taken; if the ground truth is difficult, the detection is ignored.
+    By falling confidence (stable for ties), each detection is assigned to the ground truth of its image and class with the largest
+    IoU, taken or not. At or above the threshold, it is a true positive if that ground truth is free, a false positive if it is
+    taken, and ignored if it is difficult.
     """
     detections = np.asarray(detections, dtype=np.float64).reshape(-1, 7)
     truths = np.asarray(ground_truths, dtype=np.float64).reshape(-1, 7)
     for name, table in (("detections", detections), ("ground_truths", truths)):
         if len(table) and not (table[:, 1].min() >= 0 and table[:, 1].max() < num_classes):
-            raise ValueError(f"{name}: a class lies outside 0..{num_classes - 1}")
-    order = np.lexsort((-detections[:, 2], detections[:, 1]))  # by class, then by falling confidence; lexsort is stable
-    detections = detections[order]
+            raise ValueError(f"{name}: a class is outside 0..{num_classes - 1}")
+    detections = detections[np.lexsort((-detections[:, 2], detections[:, 1]))]  # by class and falling confidence; stable
 
-    # Sorted by (image, class), the ground truths of each such pair are contiguous; each detection looks up the range of its pair.
-    truths = truths[np.lexsort((truths[:, 1], truths[:, 0]))]  # stable: within a pair in the order given
+    # Ground truths sorted by (image, class): those that a detection may match are a contiguous range, found by binary search.
+    truths = truths[np.lexsort((truths[:, 1], truths[:, 0]))]
     truth_keys = truths[:, 0] * num_classes + truths[:, 1]
     keys = detections[:, 0] * num_classes + detections[:, 1]
     start = np.searchsorted(truth_keys, keys, side="left")
     count = np.searchsorted(truth_keys, keys, side="right") - start
 
-    # Largest overlap: compare all detections with the first ground truth of their range, then with the second, and so on.
+    # Largest IoU: compare all detections with the first ground truth of their range, then with the second, and so on.
     best_iou = np.zeros(len(detections))
     best_truth = np.full(len(detections), -1)
     truth_areas = (truths[:, 5] - truths[:, 3] + 1) * (truths[:, 6] - truths[:, 4] + 1)  # both end pixels belong to a box
@@ -305,7 +348,7 @@ def match_detections(
     difficult = np.zeros(len(detections), bool)
     difficult[matched] = truths[best_truth[matched], 2] > 0
     candidates = np.flatnonzero(matched & ~difficult)  # in falling confidence within each class
-    _, first = np.unique(best_truth[candidates], return_index=True)  # the most confident one takes the ground truth
+    _, first = np.unique(best_truth[candidates], return_index=True)  # the most confident detection takes the ground truth
     is_true_positive = np.zeros(len(detections), bool)
     is_true_positive[candidates[first]] = True
 
@@ -314,13 +357,9 @@ def match_detections(
     return detections[counts, 1].astype(int), detections[counts, 2], is_true_positive[counts], truths_per_class
 
 
-def precision_recall(
-    detections, ground_truths, num_classes: int, iou_threshold: float = 0.5
-) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """The precision-recall curve of each class: (confidences, precisions, recalls) after each detection by falling confidence.
-
-    Arguments as in average_precision. Recall is NaN where the class has no ground truth.
-    """
+def precision_recall(detections, ground_truths, num_classes: int, iou_threshold: float = 0.5) -> list[tuple[np.ndarray, ...]]:
+    """(confidences, precisions, recalls) of each class after each detection by falling confidence; arguments as in
+    average_precision. Recall is NaN for a class without ground truth."""
     classes, confidences, is_true_positive, truths = match_detections(detections, ground_truths, num_classes, iou_threshold)
     ends = np.searchsorted(classes, np.arange(num_classes + 1))
     curves = []
@@ -334,14 +373,13 @@ def precision_recall(
 
 
 def area_under_curve(precision: np.ndarray, recall: np.ndarray, metric: str = "all_points") -> float:
-    """AP of one class. "voc2007": mean of the best precision at recalls of at least 0, .1, .2 .. 1. "all_points": area under the
-    curve after making precision monotonically decreasing (VOC 2010 and later, Padilla et al.)."""
+    """AP of one class. "voc2007": mean over the recall levels 0, .1, .2 .. 1 of the best precision at that recall or above.
+    "all_points": area under the curve after making precision monotonically decreasing (VOC 2010 and later, Padilla et al.)."""
     if metric == "voc2007":
-        best = [precision[recall >= level].max(initial=0) for level in np.arange(11) / 10]
-        return float(np.mean(best))
+        return float(np.mean([precision[recall >= level].max(initial=0) for level in np.arange(11) / 10]))
     if metric != "all_points":
         raise ValueError(f'metric must be "voc2007" or "all_points", not {metric!r}')
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]  # the best precision at this recall or a larger one
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]  # the best precision at this recall or above
     return float((np.diff(recall, prepend=0) * envelope).sum())
 
 
@@ -351,8 +389,8 @@ def average_precision(
     """Average precision of each class by the rules of the VOC devkit (see match_detections) -> (num_classes,) float64.
 
     detections: (D, 7) image index, class, confidence, x1, y1, x2, y2; ground_truths: (G, 7) image index, class, difficult, x1,
-    y1, x2, y2; pixels, both ends belong to a box. metric: "all_points" or "voc2007" (see area_under_curve). NaN where a class has
-    no ground truth (difficult ones do not count). Raises ValueError for another metric or a class out of range.
+    y1, x2, y2; pixels, both end pixels belong to a box. metric: "all_points" or "voc2007" (see area_under_curve). NaN for a class
+    without ground truth (difficult ones do not count). Raises ValueError for another metric or a class out of range.
     """
     curves = precision_recall(detections, ground_truths, num_classes, iou_threshold)
     truths = np.asarray(ground_truths, dtype=np.float64).reshape(-1, 7)
@@ -362,7 +400,7 @@ def average_precision(
 
 
 def mean_average_precision(average_precisions: Tensor) -> float:
-    """The mean over the classes that have ground truth; NaN where none has."""
+    """The mean over the classes that have ground truth; NaN if none has."""
     return float(torch.nanmean(torch.as_tensor(average_precisions, dtype=torch.float64)))
 
 
@@ -370,7 +408,7 @@ def mean_average_precision(average_precisions: Tensor) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Optimiser groups: decay on the convolution kernels only, none on biases and batch norm (src/convolutional_layer.c)."""
+    """Optimiser groups: weight decay on kernels only, none on biases and batch norm (src/convolutional_layer.c)."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kernels = [parameter for parameter in parameters if parameter.ndim > 1]
     others = [parameter for parameter in parameters if parameter.ndim <= 1]
@@ -378,13 +416,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def warm_batch_norm(model: nn.Module, batches_seen: int) -> None:
-    """Sets the momentum of every batch norm's running statistics: Darknet's .01, but more during the first 1000 batches (ours).
+    """Sets the momentum of all batch norms: Darknet's .01, but more during the first 990 batches (ours).
 
-    With .01 alone the statistics need some 500 batches to forget their initial values, so a run of 100 batches would be evaluated
-    with useless ones. 10 / (batches + 10) averages over about the last tenth of the run and reaches .01 at 990 batches. A compiled
-    model keeps .01: the momentum is a constant of its code, and changing it would compile the model again for every batch.
+    With .01, the running statistics need some 500 batches to forget their initial values, too long for short runs.
+    10 / (batches + 10) averages over about the last tenth of the run. A compiled model keeps .01, because every change of momentum
+    would compile it again.
     """
-    if any(name.endswith("_orig_mod") for name, _ in model.named_modules()):  # torch.compile's name for the model it wraps
+    if any(name.endswith("_orig_mod") for name, _ in model.named_modules()):  # torch.compile's name for the wrapped model
         return
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
@@ -399,8 +437,8 @@ def learning_rate_at(
 ) -> float:
     """The learning rate of one optimiser step, counted from 0 (get_current_rate in Darknet's src/network.c).
 
-    schedule: "constant"; "steps", divided by 10 at each step of `drops`; "polynomial", (1 - step / total)^power; "cosine", down
-    to 0. During the first `burn_in` steps it grows as ((step + 1) / burn_in)^4. Raises ValueError for another schedule.
+    schedule: "constant"; "steps": divided by 10 at each step in `drops`; "polynomial": times (1 - step / total_steps)^power;
+    "cosine": down to 0. During the first `burn_in` steps it grows as ((step + 1) / burn_in)^4 instead.
     """
     check_one_of(LR_SCHEDULES, LR_SCHEDULE=schedule)
     if step < burn_in:
@@ -418,46 +456,44 @@ def learning_rate_at(
 
 
 def catch_stop_signals(max_hours: float = 0.0) -> types.SimpleNamespace:
-    """Makes SIGTERM and the first SIGINT (Ctrl-C) a request to stop: -> an object whose `reason` becomes the signal's name, for
-    should_stop to look at. A second SIGINT, at least a second after the first, raises KeyboardInterrupt.
-
-    max_hours: should_stop is also true after so many hours; 0 for no limit.
+    """Turns SIGTERM and the first SIGINT (Ctrl-C) into a request to stop -> the object that should_stop reads; its `reason` becomes
+    the signal's name. Another SIGINT, more than a second later, raises KeyboardInterrupt. max_hours: time limit, 0 for none.
     """
-    stop = types.SimpleNamespace(reason="", deadline=time.monotonic() + 3600 * max_hours if max_hours > 0 else math.inf)
-    interrupted = []
+    deadline = time.monotonic() + 3600 * max_hours if max_hours > 0 else math.inf
+    stop = types.SimpleNamespace(reason="", deadline=deadline, interrupted=math.inf)
 
     def handle(number, frame):
-        # a terminal sends Ctrl-C to torchrun and to its processes, and torchrun forwards it: within a second it is the same one
-        if number == signal.SIGINT and interrupted and time.monotonic() - interrupted[0] > 1:
-            raise KeyboardInterrupt
         if number == signal.SIGINT:
-            interrupted.append(time.monotonic())
+            # one Ctrl-C arrives twice under torchrun, from the terminal and from torchrun, but within a second
+            if time.monotonic() > stop.interrupted + 1:
+                raise KeyboardInterrupt
+            stop.interrupted = min(stop.interrupted, time.monotonic())
         stop.reason = stop.reason or signal.Signals(number).name
 
-    if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+    if threading.current_thread() is threading.main_thread():  # the only thread in which Python allows handlers
         signal.signal(signal.SIGINT, handle)
         signal.signal(signal.SIGTERM, handle)
     return stop
 
 
 def should_stop(stop: types.SimpleNamespace) -> bool:
-    """Whether a signal has arrived or the time limit is reached; stop.reason then says which."""
+    """Whether a signal has arrived or the time limit is reached; stop.reason says which."""
     if not stop.reason and time.monotonic() >= stop.deadline:
         stop.reason = "MAX_HOURS"
     return bool(stop.reason)
 
 
 def stopped(stop: types.SimpleNamespace, state: dict, checkpoint: str) -> str:
-    """The last line of a run that was stopped: why, where, and how to continue."""
-    place = f"in epoch {state['epoch'] + 1} after step {state['step']}"
-    return f"stopped by {stop.reason} {place}; RESUME=True continues from {checkpoint}"
+    """The last message of a stopped run: why and where it stopped, and how to continue."""
+    where = f"in epoch {state['epoch'] + 1} after step {state['step']}"
+    return f"stopped by {stop.reason} {where}; RESUME=True continues from {checkpoint}"
 
 
 def problem_of_step(names: tuple[str, ...], losses: Tensor, norm: Tensor, scaler) -> str:
-    """What is not finite just before an optimiser step: "" if nothing, "the loss (coord, total)" or "the gradient".
+    """What is not finite before an optimiser step: "" (nothing), "the loss (coord, total)" or "the gradient".
 
-    losses: the terms called `names`, summed over the accumulation steps; norm: of the gradient. In fp16 the scaler itself skips a
-    step with infinite gradients and halves its scale; below 1, they do not become finite any more. Waits for a GPU once.
+    losses: the terms called `names`, summed over the gradient accumulation; norm: of the gradient. In fp16 the scaler skips steps
+    with infinite gradients and halves its scale; only a scale below 1 means that the gradient itself has diverged.
     """
     finite = torch.isfinite(torch.cat([losses, norm[None]])).tolist()
     if bad := [name for name, fine in zip(names, finite, strict=False) if not fine]:
@@ -467,22 +503,20 @@ def problem_of_step(names: tuple[str, ...], losses: Tensor, norm: Tensor, scaler
 
 
 def diverged(problem: str, state: dict, files: list[str], checkpoint: str) -> str:
-    """The error of a run whose loss or gradient became NaN or infinite: where, on which images, and what to do."""
+    """The error message for a loss or gradient that is not finite: where, on which images, and what to do."""
     kept = "the checkpoint is intact" if os.path.isfile(checkpoint) else "no checkpoint has been written"
-    place = f"in epoch {state['epoch'] + 1}, step {state['step'] + 1}, images {', '.join(files)}"
-    return (
-        f"{problem} is not finite {place}; {kept}. Lower LEARNING_RATE, lengthen BURN_IN, clip the gradient or try PRECISION=fp32"
-    )
+    where = f"in epoch {state['epoch'] + 1}, step {state['step'] + 1}, images {', '.join(files)}"
+    advice = "Lower LEARNING_RATE, lengthen BURN_IN, clip the gradient or try PRECISION=fp32"
+    return f"{problem} is not finite {where}; {kept}. {advice}"
 
 
 def ignore_signals(worker: int) -> None:
-    """worker_init_fn of a DataLoader: Ctrl-C and a queue's SIGTERM reach all processes of a run, and the main process decides what
-    happens. If that one dies, PyTorch's workers notice and end."""
+    """worker_init_fn of a DataLoader: signals reach all processes of a run, but only the main process reacts to them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-@atexit.register  # before multiprocessing's own clean-up, which sends SIGTERM and waits: these workers ignore it
+@atexit.register  # runs before multiprocessing's clean-up, which would wait for workers that ignore its SIGTERM
 def kill_workers() -> None:
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler reports killed workers as an error
@@ -494,35 +528,73 @@ def kill_workers() -> None:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type where there is no message."""
+    """The first line of an error's message, or its type if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager
 def atomic_write(file: str | os.PathLike):
-    """Yields a temporary name to write to and renames it to `file` when everything is written; on failure the old file stays.
-
-    Raises OSError, naming the file.
-    """
-    target = os.path.realpath(file)  # a symbolic link stays one
-    temporary = f"{target}.tmp"  # always the same name: the next save replaces what kill -9 left behind
+    """Yields a temporary name, renamed to `file` at the end; on failure the old file stays. Raises OSError, naming the file."""
+    target = os.path.realpath(file)  # keeps a symbolic link
+    temporary = f"{target}.tmp"  # a fixed name, so that the next save replaces what kill -9 left behind
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         yield temporary
         os.replace(temporary, target)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        raise OSError(f"{file}: could not be written ({first_line(error)}); is the disk full?") from error
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's own error for a failed write
+            raise
+        raise OSError(f"{file}: could not be written ({first_line(error)}); is the disk full, or the folder read-only?") from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
 
 
-def save_checkpoint(file: str | os.PathLike, **state) -> None:
-    """Writes tensors and plain Python values; the old file stays until the new one is complete.
+def check_writable(file: str | os.PathLike) -> None:
+    """Raises OSError, naming the file, if atomic_write would fail: better before training than after an epoch."""
+    folder = os.path.dirname(os.path.realpath(file))
+    try:
+        if os.path.isdir(file):
+            raise IsADirectoryError("it is a folder")
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"{file}: could not be written ({first_line(error)}); choose another place") from error
 
-    Raises OSError, naming the file, and ValueError where a weight of `model` is not finite: a step has destroyed the network.
+
+def is_torch_file(file: str | os.PathLike) -> bool:
+    """Whether torch.save wrote a file, by its first bytes (a zip archive or a pickle) or its suffix."""
+    suffix_fits = os.fspath(file).endswith((".pt", ".pth"))
+    if suffix_fits or not os.path.isfile(file):
+        return suffix_fits
+    with open(file, "rb") as stream:
+        return stream.read(2).startswith((b"PK", b"\x80"))
+
+
+LARGEST_WEIGHT = 1e12  # far above any trained one; flipped bits and infinity are above it, NaN is not below it
+
+
+def check_weights(file: str | os.PathLike, weights: dict[str, Tensor]) -> None:
+    """Raises ValueError, naming the file, for damaged weights: not finite, a negative running variance, a kernel of zeros, or zeros
+    at the end of the last kernel (an incomplete download)."""
+    kernels = [tensor for tensor in weights.values() if tensor.ndim == 4]
+    problem = ""
+    if not all((tensor.abs() < LARGEST_WEIGHT).all() for tensor in weights.values()):
+        problem = "numbers that are not finite or huge"
+    elif any(name.endswith("running_var") and (tensor < 0).any() for name, tensor in weights.items()):
+        problem = "a negative variance"
+    elif not all(kernel.any() for kernel in kernels) or (kernels and not kernels[-1][-1].any()):
+        problem = "a kernel of zeros"
+    if problem:
+        raise ValueError(f"{file}: damaged weights ({problem}); download or train it again")
+
+
+def save_checkpoint(file: str | os.PathLike, **state) -> None:
+    """Writes tensors and plain Python values with atomic_write.
+
+    Raises OSError, and ValueError if a weight of `model` is not finite, so that the last good checkpoint stays.
     """
-    if not all(torch.isfinite(tensor).all() for tensor in state.get("model", {}).values()):
+    if not all((tensor.abs() < LARGEST_WEIGHT).all() for tensor in state.get("model", {}).values()):
         kept = "it still holds the last good weights" if os.path.isfile(file) else "it was not written"
         raise ValueError(f"{file}: {kept}, because the new ones are not finite. Lower LEARNING_RATE, or set CLIP_NORM or BURN_IN")
     with atomic_write(file) as temporary:
@@ -530,45 +602,53 @@ def save_checkpoint(file: str | os.PathLike, **state) -> None:
 
 
 def load_checkpoint(file: str | os.PathLike, device: str | torch.device = "cpu", keys: tuple = ()) -> dict:
-    """Reads a file of save_checkpoint; code hidden in a foreign pickle is refused, not run.
+    """Reads a file of save_checkpoint without running any code that a foreign pickle may contain.
 
-    Raises FileNotFoundError or ValueError, naming the file, where it is missing, damaged, not a checkpoint, or lacks one of the
-    `keys` that the caller needs.
+    Raises FileNotFoundError or ValueError, naming the file, if it is missing, damaged, not a checkpoint or lacks one of `keys`.
     """
     if not os.path.isfile(file):
         raise FileNotFoundError(f"{file}: no such checkpoint; train first, or set CHECKPOINT")
     try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                if damaged := archive.testzip():  # torch does not check the checksums
+                    raise ValueError(f"{damaged} fails its checksum")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns about foreign pickles; the sentences below say more
+            warnings.simplefilter("ignore")  # about foreign pickles; the messages below say more
             state = torch.load(file, map_location=device, weights_only=True)
     except pickle.UnpicklingError:
-        raise ValueError(f"{file}: not a checkpoint of this repository, or one that would run code; it was not loaded") from None
+        raise ValueError(f"{file}: not a checkpoint of this repository, or it contains code; it was not loaded") from None
     except Exception as error:  # a damaged file can raise anything
         raise ValueError(f"{file}: damaged or not a checkpoint ({first_line(error)[:80]})") from None
     if not isinstance(state, dict):
-        raise ValueError(f"{file}: not a checkpoint of this repository (holds {type(state).__name__})")
+        raise ValueError(f"{file}: not a checkpoint of this repository (it contains a {type(state).__name__})")
     if missing := [key for key in keys if key not in state]:
         raise ValueError(f"{file}: this checkpoint cannot be used here (it has no {', '.join(missing)})")
+    weights = state.get("model", {})
+    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise ValueError(f"{file}: not a checkpoint of this repository (its model is no table of weights)")
+    check_weights(file, weights)
+    if "classes" in state:
+        check_classes(os.fspath(file), list(state["classes"]))
     return state
 
 
-# may change silently on RESUME: where and how long a run runs, not what it computes
+# may change silently on RESUME, because they do not affect what a run computes
 RUN_SETTINGS = {"DATA_DIR", "IMAGE_SETS", "NUM_WORKERS", "CHECKPOINT", "RESUME", "SAVE_EVERY_MINUTES", "MAX_HOURS", "DEVICE"}
 RUN_SETTINGS |= {"PRETRAINED", "RESUME_WEIGHTS", "EVAL_EVERY"}
-SCORE_SETTINGS = {"VAL_IMAGE_SETS", "EVAL_THRESHOLD", "EVAL_TRAIN_IMAGES"}  # what the best score was measured with
+SCORE_SETTINGS = {"VAL_IMAGE_SETS", "EVAL_THRESHOLD", "EVAL_TRAIN_IMAGES"}  # a change of these resets the best score
 
 
 def fingerprint(samples: list[tuple]) -> str:
-    """The number of samples (file, label) and a checksum of their file names, in a sentence that a person can compare."""
+    """The number of samples (file, label) and a checksum of their file names, as readable text."""
     names = "\n".join(os.path.basename(file) for file, _ in samples)
-    return f"{len(samples)} images with the checksum {zlib.crc32(names.encode()):08x} of their names"
+    return f"{len(samples)} images with the checksum {zlib.crc32(names.encode(errors='surrogateescape')):08x} of their names"
 
 
 def resume(file: str | os.PathLike, model: nn.Module, optimizer, scaler, settings: dict, fixed: tuple[str, ...]) -> dict:
     """Loads a training checkpoint into model, optimizer and scaler -> the run's counters: epoch, step, images_seen, best, sums.
 
-    Settings named in `fixed` may not change, because the run could not be the same; other changes are printed. Raises
-    FileNotFoundError or ValueError, naming the file.
+    Raises ValueError if a setting in `fixed` has changed or the file does not fit; prints other changed settings.
     """
     counters = ("epoch", "step", "images_seen", "best", "sums")
     saved = load_checkpoint(file, keys=("model", "optimizer", "scaler", *counters, "settings"))
@@ -579,22 +659,29 @@ def resume(file: str | os.PathLike, model: nn.Module, optimizer, scaler, setting
         return repr(value) if len(repr(value)) <= 200 else f"{value!r:.200}... ({len(value)} in all)"
 
     if refused := [f"{name} was {shown(old[name])} and is {shown(settings[name])}" for name in changed if name in fixed]:
-        raise ValueError(
-            f"{file}: a resumed run must keep {'; '.join(refused)}; set it back, or start a new run from its weights "
-            f"(RESUME_WEIGHTS, PRETRAINED)"
-        )
+        advice = "set it back, or start a new run from its weights (RESUME_WEIGHTS, PRETRAINED)"
+        raise ValueError(f"{file}: cannot resume with changed settings: {'; '.join(refused)}; {advice}")
     for name in changed:
         if name not in RUN_SETTINGS:
             print(f"changed since {file} was written: {name} {old[name]!r} -> {settings[name]!r}")
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    if saved["scaler"]:  # empty unless the run was in fp16
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    try:
+        for index, buffers in saved["optimizer"]["state"].items():  # a fused optimiser does not check their shapes
+            if any(buffer.ndim and buffer.shape != parameters[index].shape for buffer in buffers.values()):
+                raise ValueError("the optimiser's buffers have other shapes than the weights")
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: does not fit this model and optimiser ({first_line(error)[:90]}); start a new run") from None
+    if saved["scaler"]:  # empty unless the run is in fp16
         scaler.load_state_dict(saved["scaler"])
     state = {name: saved[name] for name in counters}
     state["sums"] = state["sums"].to(next(model.parameters()).device)
     if SCORE_SETTINGS & set(changed):
-        state["best"] = -1.0  # not comparable any more
+        state["best"] = -1.0  # no longer comparable
     print(f"resuming {file} after epoch {state['epoch']}, step {state['step']}", flush=True)
+    if state["epoch"] >= settings["EPOCHS"]:
+        print(f"all {settings['EPOCHS']} epochs are done; set a larger EPOCHS to continue training")
     return state
 
 
@@ -602,93 +689,119 @@ def resume(file: str | os.PathLike, model: nn.Module, optimizer, scaler, setting
 
 
 def append_metrics(file: str | os.PathLike, row: dict) -> None:
-    """Adds one epoch to a CSV of metrics, in place of rows of this and later epochs, which a resumed run repeats."""
+    """Appends one epoch to a CSV file; drops rows of this and later epochs, which a resumed run repeats."""
     rows = []
     if os.path.isfile(file):
-        with open(file, newline="") as stream:
-            rows = [old for old in csv.DictReader(stream) if old.get("epoch", "").isdigit() and int(old["epoch"]) < row["epoch"]]
-    with atomic_write(file) as temporary, open(temporary, "w", newline="") as stream:
+        try:
+            with open(file, newline="", encoding="utf-8") as stream:
+                rows = [old for old in csv.DictReader(stream) if int(old["epoch"]) < row["epoch"]]
+        except (ValueError, KeyError, TypeError, csv.Error):  # another file, or damaged
+            os.replace(file, f"{file}.unreadable")
+            print(f"{file} was not readable; it is kept as {file}.unreadable and a new file is started")
+    with atomic_write(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, fieldnames=list(row), extrasaction="ignore")
         writer.writeheader()
         for entry in [*rows, row]:
-            writer.writerow({name: f"{v:.6g}" if isinstance(v, float) else v for name, v in entry.items()})
+            writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in entry.items()})
 
 
 def draw_charts(metrics_file: str | os.PathLike, chart_file: str | os.PathLike) -> None:
-    """Draws the CSV of a run as one PNG: a panel for each loss term, one for the scores, one for the learning rate."""
-    import matplotlib
+    """Draws the CSV of a run as a PNG: one panel per loss term, one for all scores, one for the learning rate."""
+    from matplotlib import pyplot as plt  # here, because it takes a second to import
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    with open(metrics_file, newline="") as stream:
+    with open(metrics_file, newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
-    columns = {
-        name: [(int(row["epoch"]), float(row[name])) for row in rows if row[name] not in ("", None)]
-        for name in rows[0]
-        if name not in ("epoch", "images_per_second")
-    }
-    scores = [name for name in columns if name.startswith(("train_", "val_")) and not name.endswith("loss")]
-    panels = [[name] for name in columns if name not in scores and name != "learning_rate"] + [scores, ["learning_rate"]]
+    scores = [name for name in rows[0] if name.startswith(("train_", "val_")) and not name.endswith("loss")]
+    others = ("epoch", "learning_rate", "images_per_second", *scores)
+    panels = {name: [name] for name in rows[0] if name not in others}
+    panels |= {"scores": scores, "learning_rate": ["learning_rate"]}
     width = math.ceil(len(panels) / 2)
     figure, axes = plt.subplots(2, width, figsize=(3.6 * width, 6), squeeze=False, layout="constrained")
-    for axis, names in zip(axes.flat, panels, strict=False):
-        for name in names:
-            if columns[name]:
-                axis.plot(*zip(*columns[name], strict=True), marker="." if len(columns[name]) < 40 else None, label=name)
-        values = [value for name in names for _, value in columns[name]]
-        if names == scores:
-            axis.set(title="scores", ylim=(0, 1.02))
-            if values:
-                axis.legend(loc="lower right", fontsize=8)
-        else:
-            logarithmic = values and min(values) > 0 and names != ["learning_rate"] and max(values) > 20 * min(values)
-            axis.set(title=names[0], yscale="log" if logarithmic else "linear")
-            if not logarithmic:
-                axis.set_ylim(bottom=0)
-        axis.set_xlabel("epoch")
-        axis.set_xlim(left=0)
-        axis.grid(alpha=0.3)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
+    for axis, (title, names) in zip(axes.flat, panels.items(), strict=False):
+        values = []
+        for name in names:
+            measured = [row for row in rows if row[name]]  # empty where not evaluated
+            if measured:
+                epochs, values = [int(row["epoch"]) for row in measured], [float(row[name]) for row in measured]
+                axis.plot(epochs, values, marker="." if len(values) < 40 else None, label=name)
+        if title == "scores":
+            axis.set_ylim(0, 1.02)
+            if axis.lines:
+                axis.legend(loc="lower right", fontsize=8)
+        elif title != "learning_rate" and values and 0 < 20 * min(values) < max(values):
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(bottom=0)
+        axis.set_xlim(left=0)
+        axis.set(title=title, xlabel="epoch")
+        axis.grid(alpha=0.3)
     with atomic_write(chart_file) as temporary:
         figure.savefig(temporary, dpi=100, format="png")
     plt.close(figure)
 
 
 def log_epoch(stem: str, row: dict) -> None:
-    """Adds an epoch to `<stem>_metrics.csv`, draws `<stem>_charts.png` and prints it as one line, without the empty columns."""
-    append_metrics(f"{stem}_metrics.csv", row)
-    draw_charts(f"{stem}_metrics.csv", f"{stem}_charts.png")
-    shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items() if value != ""}
-    print("  ".join(f"{name} {value}" for name, value in shown.items()), flush=True)
+    """Appends an epoch to `<stem>_metrics.csv`, redraws `<stem>_charts.png` and prints the epoch's values that are not empty."""
+    try:
+        append_metrics(f"{stem}_metrics.csv", row)
+        draw_charts(f"{stem}_metrics.csv", f"{stem}_charts.png")
+    except OSError as error:  # no reason to lose the epoch, which is saved afterwards
+        print(error)
+    shown = [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items() if value != ""]
+    print("  ".join(shown), flush=True)
 
 
 # ---------------------------------------------------------------- drawing
 
 
 def class_colour(index: int) -> tuple[int, int, int]:
-    """A distinct colour for each class: hues a golden angle apart, so that neighbours in the list differ most."""
+    """A colour per class; consecutive hues are a golden angle apart, so that they differ clearly."""
     hue = (index * 0.618034) % 1.0
     return tuple(Image.new("HSV", (1, 1), (int(hue * 255), 210, 235)).convert("RGB").getpixel((0, 0)))
 
 
+@functools.cache
+def find_font(characters: frozenset) -> str | None:
+    """An installed font file with all of the characters; None, with a message, if there is none."""
+    from matplotlib import font_manager, ft2font
+
+    for file in sorted(font_manager.findSystemFonts()):
+        with contextlib.suppress(RuntimeError, OSError):  # unreadable font files
+            if {ord(c) for c in characters} <= ft2font.FT2Font(file).get_charmap().keys():
+                return file
+    print(f"no installed font has {''.join(sorted(characters))}: pictures show numbers instead; install a font for this alphabet")
+    return None
+
+
+def drawable(text: str, substitute: str) -> tuple[str, str | None]:
+    """The text and a font file that can draw it (None: the default font); the substitute if no installed font can."""
+    text = printable(text)
+    special = frozenset(c for c in text if c > "\u024f")  # the default fonts have Latin letters only
+    if not special:
+        return text, None
+    font = find_font(special)
+    return (text, font) if font else (substitute, None)
+
+
 def draw_boxes(image: np.ndarray, boxes, labels: list[str], class_indices) -> Image.Image:
-    """Draws labelled boxes (K, 4) xyxy in pixels on an (H, W, 3) uint8 image; lines and letters scale with the image."""
+    """Draws labelled boxes (K, 4) xyxy in pixels on an (H, W, 3) uint8 image; lines and text scale with the image."""
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
-    size = max(picture.size)
-    thickness = max(2, round(size / 200))
-    font = ImageFont.load_default(size=max(11, round(size / 32)))
+    thickness = max(2, round(max(picture.size) / 200))
+    font_size = max(11, round(max(picture.size) / 32))
     for box, label, index in zip(boxes, labels, class_indices, strict=True):
         x1, y1, x2, y2 = (round(float(value)) for value in box)
         colour = class_colour(int(index))
         draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=thickness)
+        label, file = drawable(label, f"class {int(index)}")
+        font = ImageFont.truetype(file, font_size) if file else ImageFont.load_default(size=font_size)
         _, _, right, bottom = draw.textbbox((0, 0), label, font=font)
-        height = bottom + 2 * thickness
-        text_x = max(0, min(x1, picture.width - right - 2 * thickness))
-        text_y = y1 - height if y1 >= height else y1  # above the box, or just inside where there is no room
-        draw.rectangle((text_x, text_y, text_x + right + 2 * thickness, text_y + height), fill=colour)
-        dark = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2] < 130
-        draw.text((text_x + thickness, text_y + thickness / 2), label, fill="white" if dark else "black", font=font)
+        width, height = right + 2 * thickness, bottom + 2 * thickness
+        x = max(0, min(x1, picture.width - width))
+        y = y1 - height if y1 >= height else y1  # above the box, or inside it at the top of the image
+        draw.rectangle((x, y, x + width, y + height), fill=colour)
+        luminance = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2]
+        draw.text((x + thickness, y + thickness / 2), label, fill="white" if luminance < 130 else "black", font=font)
     return picture

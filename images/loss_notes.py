@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 FILE = Path(__file__).with_name("yolov2_loss_notes.jpg")
-WIDTH, HEIGHT = 900, 700  # page units: pixels when the picture is shown 900 pixels wide; the file has twice as many
+WIDTH, HEIGHT = 900, 700  # page units: pixels of the figure shown 900 pixels wide; the file has twice as many
 BLUE, AMBER, GREY, INK, PALE = "#1f5fa8", "#b06a00", "#667080", "#1f2933", "#d5dae1"
 TITLE, FORMULA, NOTE = 17, 14, 12  # font sizes in points; at 900 pixels wide, one point is about one pixel
 
@@ -81,7 +81,7 @@ def draw_geometry(axes) -> None:
     axes.add_patch(plt.Rectangle((b_x - p_w / 2, b_y - p_h / 2), p_w, p_h, fill=False, ec=GREY, lw=1.8, ls="--"))
     axes.add_patch(plt.Rectangle((b_x - b_w / 2, b_y - b_h / 2), b_w, b_h, fill=False, ec=BLUE, lw=2.5))
     axes.plot(b_x, b_y, "o", color=BLUE, ms=7)
-    lengths = [  # start, end, label, its place, colour
+    lengths = [  # start, end, label, label position, colour
         ((0, 1.14), (c_x, 1.14), "$c_x$", (0.2, 1.29), AMBER),
         ((1.14, 0), (1.14, c_y), "$c_y$", (1.32, 0.22), AMBER),
         ((c_x, b_y), (b_x, b_y), r"$\sigma(t_x)$", (1.33, 1.78), BLUE),
@@ -91,9 +91,9 @@ def draw_geometry(axes) -> None:
         ((b_x - p_w / 2, 2.46), (b_x + p_w / 2, 2.46), "$p_w$", (b_x, 2.61), GREY),
         ((2.6, b_y - p_h / 2), (2.6, b_y + p_h / 2), "$p_h$", (2.74, b_y), GREY),
     ]
-    for start, end, label, place, colour in lengths:
+    for start, end, label, position, colour in lengths:
         axes.annotate("", end, start, arrowprops={"arrowstyle": "<->", "shrinkA": 0, "shrinkB": 0, "lw": 1.3, "color": colour})
-        axes.text(*place, label, fontsize=16, color=colour, ha="center", va="center")
+        axes.text(*position, label, fontsize=16, color=colour, ha="center", va="center")
     axes.set(xlim=(-0.02, 3.4), ylim=(3.45, -0.02))
     axes.axis("off")
 

@@ -228,7 +228,7 @@ def test_batches_are_a_function_of_seed_and_step(workers):
     [
         (train, {"IMAGE_SIZE": 64}, ["IMAGE_SIZE was 32 and is 64"]),
         (train, {"CLASSES": (*dataset.VOC_CLASSES, "bolt")}, ["CLASSES was"]),
-        (train, {"IMAGE_SETS": [("2007", "one")]}, ["training images", "16 images", "1 images"]),
+        (train, {"IMAGE_SETS": [("2007", "train")]}, ["training images", "16 images", "100 images"]),
         (train, {"BATCH_SIZE": 2, "SEED": 7}, ["BATCH_SIZE was 4 and is 2", "SEED was 0 and is 7"]),
         (darknet_train, {"IMAGE_SIZE": 64}, ["IMAGE_SIZE"]),
     ],
@@ -562,7 +562,7 @@ def test_a_second_sigint_raises(monkeypatch):
 def test_kill_9_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path):
     """20 processes save in a tight loop and are killed at random moments, every second one in the middle of a save."""
     file, rng = tmp_path / "run.pt", random.Random(0)
-    state = {"model": {"weight": torch.arange(500_000.0)}, "classes": ["a"] * 500}
+    state = {"model": {"weight": torch.arange(500_000.0)}, "classes": [f"class {number}" for number in range(500)]}
     utils.save_checkpoint(file, number=-1, **state)
     unfinished = 0
     for number in range(20):

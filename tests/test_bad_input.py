@@ -1,0 +1,572 @@
+"""Wrong or unusual input, as people report it: nothing is taken silently, and what is refused is named in one sentence.
+
+Each test makes a situation with as few files as possible: labels of other sizes and units, lists and encodings of other tools,
+damaged weights, names that break files, settings that contradict each other.
+"""
+
+import io
+import math
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import darknet_model
+import darknet_train
+import dataset
+import detect
+import detect_txt
+import model
+import test as test_script
+import train
+import utils
+from model import ANCHORS, YOLOv2
+
+pytestmark = pytest.mark.usefixtures("narrow_module")
+
+SAMPLE = Path(__file__).parent.parent / "data_samples"
+
+
+def annotation(box=(11, 11, 51, 41), name="bolt", size=(100, 60), difficult="0", extra="") -> str:
+    sides = "".join(f"<{side}>{value}</{side}>" for side, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
+    return (
+        f"<annotation><size><width>{size[0]}</width><height>{size[1]}</height></size><object><name>{name}</name>"
+        f"<difficult>{difficult}</difficult><bndbox>{sides}</bndbox>{extra}</object></annotation>"
+    )
+
+
+def write_devkit(root: Path, files: dict[str, str], size=(100, 60), suffix=".jpg", **save) -> Path:
+    """VOC2026 with one image and one annotation per image id, and the list `train`."""
+    folder = root / "VOC2026"
+    for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    for image_id, xml in files.items():
+        Image.new("RGB", size, (90, 120, 30)).save(folder / f"JPEGImages/{image_id}{suffix}", **save)
+        (folder / f"Annotations/{image_id}.xml").write_text(xml)
+    (folder / "ImageSets/Main/train.txt").write_text("".join(f"{image_id}\n" for image_id in files))
+    return folder
+
+
+def write_csv(root: Path, labels: str, image="a.png", size=(100, 60)) -> Path:
+    root.mkdir(exist_ok=True)
+    Image.new("RGB", size).save(root / image)
+    (root / "a.txt").write_text(labels)
+    (root / "train.csv").write_text(f"{image},a.txt\n")
+    return root
+
+
+def read(root: Path, image_sets=(("2026", "train"),), **options) -> dataset.VOCDataset:
+    return dataset.VOCDataset(root, list(image_sets), ANCHORS, 64, **{"classes": ["bolt"], **options})
+
+
+def set_training(monkeypatch, root: Path, **values):
+    small = {
+        "DATA_DIR": str(root), "IMAGE_SETS": [("2026", "train")], "VAL_IMAGE_SETS": [], "CLASSES": ["bolt"], "IMAGE_SIZE": 64,
+        "BATCH_SIZE": 2, "REPEAT": 1, "EPOCHS": 1, "EVAL_EVERY": 1, "BURN_IN": 0, "NUM_WORKERS": 0, "PRECISION": "fp32",
+        "CHECKPOINT": str(root / "runs/yolov2.pt"),
+    }  # fmt: skip
+    for name, value in (small | values).items():
+        monkeypatch.setattr(train, name, value)
+    monkeypatch.setattr(utils, "draw_charts", lambda metrics_file, chart_file: None)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """An untrained detector of one class."""
+    torch.manual_seed(0)
+    file = tmp_path / "bolts.pt"
+    state = {"model": YOLOv2(1).state_dict(), "classes": ["bolt"], "anchors": ANCHORS, "image_size": 64}
+    utils.save_checkpoint(file, **state)
+    return file
+
+
+# ---------------------------------------------------------------- validation that would be training
+
+
+def test_a_csv_as_data_folder_beside_named_lists_is_refused(tmp_path):
+    root = write_csv(tmp_path, "0 .5 .5 .2 .2\n")
+    with pytest.raises(ValueError, match="train.csv: DATA_DIR must be the folder of the lists"):
+        read(root / "train.csv", ["val.csv"])
+    assert len(read(root / "train.csv", [])) == 1
+
+
+def test_images_that_training_and_validation_share_are_counted(tmp_path, monkeypatch, capsys):
+    folder = write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
+    (folder / "ImageSets/Main/val.txt").write_text("b\n")
+    set_training(monkeypatch, tmp_path, VAL_IMAGE_SETS=[("2026", "val")])
+    train.main()
+    out = capsys.readouterr().out
+    assert out.count("1 images are in both the training and the validation set") == 1 and "b.jpg first" in out
+
+
+# ---------------------------------------------------------------- labels of other images
+
+
+@pytest.mark.parametrize(("declared", "cause"), [((60, 100), "EXIF rotation"), ((200, 120), "resized")])
+def test_labels_made_for_another_image_size_are_reported(declared, cause, tmp_path, monkeypatch, capsys):
+    write_devkit(tmp_path, {"a": annotation(size=declared), "b": annotation()})
+    for name, value in {"DATA_DIR": str(tmp_path), "IMAGE_SETS": [("2026", "train")], "CLASSES": ["bolt"]}.items():
+        monkeypatch.setattr(dataset, name, value)
+    with pytest.raises(SystemExit, match="1 problems"):
+        dataset.main()
+    sizes = f"made for an image of {declared[0]} x {declared[1]}, but it is 100 x 60"
+    assert re.search(rf"problem: .*a\.xml: {sizes} \(.*{cause}", capsys.readouterr().out)
+    set_training(monkeypatch, tmp_path)
+    train.main()
+    assert re.search(rf"^1 of 2 label files look wrong .*a\.xml: {sizes}", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_labels_that_leave_no_target_are_reported(tmp_path, capsys):
+    write_devkit(tmp_path, {"a": annotation(box=(0.1, 0.2, 0.5, 0.6)), "b": annotation(box=(150, 10, 180, 50)), "c": annotation()})
+    data = read(tmp_path)
+    dataset.print_doubts(data)
+    out = capsys.readouterr().out
+    assert "2 of 3 label files look wrong" in out and "a.xml: 1 of 1 objects" in out and "not in fractions" in out
+    assert not data[0][1].any() and data[2][1].any()
+
+
+@pytest.mark.parametrize("orientation", [1, 6, 8])
+def test_a_tiff_has_the_size_that_is_read(tmp_path, orientation):
+    Image.new("RGB", (60, 100)).save(tmp_path / "a.tif", tiffinfo={274: orientation})
+    assert dataset.image_size(tmp_path / "a.tif") == dataset.read_image(tmp_path / "a.tif").shape[1::-1]
+    assert dataset.image_size(tmp_path / "a.tif") == ((100, 60) if orientation > 4 else (60, 100))
+
+
+@pytest.mark.parametrize(
+    ("xml", "reason"),
+    [
+        ("<annotations><image name='x'><box label='bolt'/></image></annotations>", "root is <annotations>"),
+        ("<html><body>404</body></html>", "root is <html>"),
+        (annotation(extra="<bndbox><xmin>1</xmin></bndbox>"), "has 2 bndbox"),
+        (annotation(difficult="maybe"), "difficult of an object of class bolt must be 0 or 1, not 'maybe'"),
+        ("\x00\x01", "not readable as XML"),
+    ],
+)
+def test_xml_that_is_no_voc_annotation_is_refused(tmp_path, xml, reason):
+    write_devkit(tmp_path, {"a": xml})
+    with pytest.raises(ValueError, match=rf"a\.xml: .*{re.escape(reason)}"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("", 0), ("Unspecified", 0), ("\n 0 \n", 0), ("0.0", 0), ("True", 1), ("yes", 1)])
+def test_difficult_is_read_where_its_meaning_is_clear(tmp_path, flag, value):
+    write_devkit(tmp_path, {"a": annotation(difficult=flag)})
+    assert read(tmp_path).labels[0][0, 1] == value
+
+
+def test_namespaces_are_ignored_and_parts_are_no_objects(tmp_path):
+    part = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"
+    xml = annotation(extra=part).replace("<annotation>", '<annotation xmlns="http://example.org/voc">')
+    write_devkit(tmp_path, {"a": xml})
+    assert read(tmp_path).labels[0].tolist() == [[0, 0, 11, 11, 51, 41]]
+
+
+# ---------------------------------------------------------------- lists and encodings of other tools
+
+
+def test_image_ids_may_contain_blanks(tmp_path):
+    folder = write_devkit(tmp_path, {"photo": annotation(), "photo (1)": annotation(box=(1, 1, 9, 9)), "photo 2": annotation()})
+    (folder / "ImageSets/Main/train.txt").write_text("photo (1)\nphoto 2\nphoto  1\nphoto -1\n")
+    names = [Path(image).stem for image, _ in read(tmp_path).samples]
+    assert names == ["photo (1)", "photo 2", "photo", "photo"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_lists_are_read_in_utf_8_and_utf_16(tmp_path, encoding):
+    folder = write_devkit(tmp_path, {"né": annotation()})
+    (folder / "ImageSets/Main/train.txt").write_bytes("né\r\n".encode(encoding))
+    assert Path(read(tmp_path).samples[0][0]).name == "né.jpg"
+    assert len(read(tmp_path).labels[0]) == 1
+
+
+def test_another_encoding_is_one_sentence(tmp_path):
+    folder = write_devkit(tmp_path, {"a": annotation()})
+    (folder / "ImageSets/Main/train.txt").write_bytes("né\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"train\.txt: not UTF-8 text; save it as UTF-8"):
+        read(tmp_path)
+    (folder / "ImageSets/Main/train.txt").write_text("a\n")
+    xml = annotation(name="螺栓")
+    (folder / "Annotations/a.xml").write_bytes(f'<?xml version="1.0" encoding="gb2312"?>{xml}'.encode("gb2312"))
+    with pytest.raises(ValueError, match=r"a\.xml: not readable as XML .*save it as UTF-8"):
+        read(tmp_path, classes=["螺栓"])
+
+
+@pytest.mark.parametrize("suffix", [".png", ".JPG", ".webp"])
+def test_images_of_a_devkit_may_have_any_suffix(tmp_path, suffix):
+    folder = write_devkit(tmp_path, {"a": annotation()}, suffix=suffix)
+    assert Path(read(tmp_path).samples[0][0]).name == f"a{suffix}"
+    assert read(tmp_path)[0][1].any()
+    Image.new("RGB", (9, 9)).save(folder / "JPEGImages/a.bmp")
+    with pytest.raises(ValueError, match=rf"a\.bmp and a\{suffix}|a\{suffix} and a\.bmp"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("image_sets", [("2026", "train"), [["2026", "train"]], [("2026", "train")]])
+def test_one_image_set_needs_no_brackets(tmp_path, image_sets):
+    write_devkit(tmp_path, {"a": annotation()})
+    assert len(dataset.VOCDataset(tmp_path, image_sets, ANCHORS, 64, ["bolt"])) == 1
+
+
+@pytest.mark.parametrize("image_sets", [[2026], "2026 train", [("2026",)], [("2026", "train", "x")]])
+def test_other_forms_of_image_sets_are_one_sentence_with_an_example(tmp_path, image_sets):
+    write_devkit(tmp_path, {"a": annotation()})
+    with pytest.raises(ValueError, match=r"IMAGE_SETS holds .*it takes \[\('2007', 'trainval'\)\]"):
+        dataset.VOCDataset(tmp_path, image_sets, ANCHORS, 64, ["bolt"])
+
+
+def test_darknet_lists_and_names_are_read(tmp_path):
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "images/a.jpg")
+    (tmp_path / "labels/a.txt").write_text("1 .5 .5 .5 .5\n")
+    (tmp_path / "train.txt").write_text("images/a.jpg\n\n")
+    (tmp_path / "obj.names").write_text("bolt\nnut\n\n")
+    data = dataset.VOCDataset(tmp_path, ["train.txt"], ANCHORS, 64, str(tmp_path / "obj.names"))
+    assert data.classes == ["bolt", "nut"] and data.labels[0].tolist() == [[1, 0, 0.25, 0.25, 0.75, 0.75]]
+    with pytest.raises(FileNotFoundError, match=r"none\.names: no such file of class names"):
+        dataset.read_classes(str(tmp_path / "none.names"))
+    settings = {"CLASSES": ("a", "b"), "IMAGE_SETS": [("2007", "train")]}
+    utils.override_globals(settings, ["CLASSES=x/obj.names", "IMAGE_SETS=train.csv"])
+    assert settings == {"CLASSES": "x/obj.names", "IMAGE_SETS": "train.csv"}
+
+
+@pytest.mark.parametrize("blank", ["\u00a0", "\u202f", "\u3000", "\u200d"])
+def test_unusual_blanks_in_a_csv_list_are_read_and_control_characters_are_not(tmp_path, blank):
+    write_csv(tmp_path, "0 .5 .5 .2 .2\n", image=f"a{blank}b.png")
+    assert read(tmp_path, ["train.csv"])[0][1].any()
+    (tmp_path / "train.csv").write_text("a\x1b[2J.png,a.txt\n")
+    with pytest.raises(ValueError, match=r"train\.csv, line 1: .*x1b\[2J") as error:
+        read(tmp_path, ["train.csv"])
+    assert "\x1b" not in str(error.value)
+
+
+def test_backslashes_separate_folders_in_a_list(tmp_path):
+    (tmp_path / "images").mkdir()
+    write_csv(tmp_path, "0 .5 .5 .2 .2\n", image="images/a.png")
+    (tmp_path / "train.csv").write_text("images\\a.png,a.txt\n")
+    assert read(tmp_path, ["train.csv"])[0][1].any()
+
+
+@pytest.mark.parametrize("line", ["img,text", "a.png;a.txt", "a.png", "a.png,10,10,20,20,bolt"])
+def test_csv_lists_of_other_forms_are_refused_with_their_line(tmp_path, line):
+    write_csv(tmp_path, "")
+    (tmp_path / "train.csv").write_text(f"{line}\n")
+    with pytest.raises(ValueError, match=r"train\.csv, line 1: expected image,label"):
+        read(tmp_path, ["train.csv"])
+
+
+def test_an_unbalanced_quote_is_one_sentence(tmp_path):
+    write_csv(tmp_path, "")
+    (tmp_path / "train.csv").write_text('"a.png,a.txt\n' + "b.png,b.txt\n" * 20_000)
+    with pytest.raises(ValueError, match=r"train\.csv: not readable as csv .*unbalanced quote"):
+        read(tmp_path, ["train.csv"])
+
+
+@pytest.mark.parametrize("line", ["0.0 .3 .4 .4 .5", "0 .3 .4 .4 1.00005", "0 .3 -.00005 .4 .5"])
+def test_harmless_variants_of_yolo_labels_are_read(tmp_path, line):
+    root = write_csv(tmp_path, line)
+    assert read(root, ["train.csv"]).labels[0].shape == (1, 6)
+
+
+@pytest.mark.parametrize(
+    ("line", "guess"),
+    [
+        ("0 .3 .4 .4 .5 .9", "confidence"),
+        ("0 .1 .1 .2 .1 .2 .2 .1 .2", "polygon"),
+        ("bolt .3 .4 .4 .5", "not a name"),
+        ("0 .3 .4 .4 1.1", ""),
+    ],
+)
+def test_other_variants_say_what_they_look_like(tmp_path, line, guess):
+    with pytest.raises(ValueError, match=rf"a\.txt, line 1: .*{guess}"):
+        read(write_csv(tmp_path, line), ["train.csv"])
+
+
+# ---------------------------------------------------------------- what may be missing
+
+
+def test_objects_of_other_classes_and_missing_labels_are_tolerated_on_request(tmp_path):
+    folder = write_devkit(tmp_path, {"a": annotation(name="nut"), "b": annotation()})
+    with pytest.raises(ValueError, match=r"unknown class 'nut'.*TOLERATE=\['other classes'\]"):
+        read(tmp_path)
+    data = read(tmp_path, tolerate=["other classes"])
+    assert [len(labels) for labels in data.labels] == [0, 1]
+    (folder / "Annotations/a.xml").unlink()
+    with pytest.raises(FileNotFoundError, match=r"a\.xml: no such label file.*TOLERATE=\['missing labels'\]"):
+        read(tmp_path)
+    assert [len(labels) for labels in read(tmp_path, tolerate=["missing labels"]).labels] == [0, 1]
+    with pytest.raises(ValueError, match="TOLERATE takes .*not 'all'"):
+        read(tmp_path, tolerate=["all"])
+
+
+def test_detections_are_written_for_images_without_annotations(tmp_path, monkeypatch, capsys, checkpoint):
+    folder = write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
+    for file in (folder / "Annotations").iterdir():
+        file.unlink()
+    values = {"CHECKPOINT": str(checkpoint), "DATA_DIR": str(tmp_path), "IMAGE_SETS": [("2026", "train")], "NUM_WORKERS": 0}
+    for script, name, value in ((script, name, value) for script in (detect_txt, test_script) for name, value in values.items()):
+        monkeypatch.setattr(script, name, value)
+    monkeypatch.setattr(detect_txt, "OUTPUT_DIR", str(tmp_path / "out"))
+    monkeypatch.setattr(test_script, "OUTPUT", str(tmp_path / "test"))
+    detect_txt.main()
+    assert "no ground truth is written" in capsys.readouterr().out
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["comp4_det_test_bolt.txt", "detections"]
+    with pytest.raises(FileNotFoundError, match=r"a\.xml: no such label file"):
+        test_script.main()
+
+
+def test_a_validation_set_without_objects_is_said_and_the_last_checkpoint_is_the_best(tmp_path, monkeypatch, capsys):
+    folder = write_devkit(tmp_path, {"a": annotation(), "b": annotation(), "c": annotation(difficult="1")})
+    (folder / "ImageSets/Main/train.txt").write_text("a\nb\n")
+    (folder / "ImageSets/Main/val.txt").write_text("c\n")
+    set_training(monkeypatch, tmp_path, VAL_IMAGE_SETS=[("2026", "val")], EPOCHS=2)
+    train.main()
+    assert capsys.readouterr().out.count("the validation set has no object that counts") == 1
+    best = utils.load_checkpoint(tmp_path / "runs/yolov2_best.pt")
+    assert best["epoch"] == 2 and math.isnan(best["best"])
+
+
+def test_hidden_class_folders_are_skipped_and_other_files_counted(tmp_path, capsys):
+    for name in ("n1", "n2", ".ipynb_checkpoints"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+    for name in ("n1", "n2"):
+        Image.new("RGB", (40, 40)).save(tmp_path / "train" / name / "x.gif")
+    (tmp_path / "train/n1/notes.txt").write_text("x")
+    data = dataset.imagenet_dataset(tmp_path, "train", 32, augment=False)
+    assert data.classes == ["n1", "n2"] and len(data) == 2
+    assert "1 files skipped that are no images" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("names", [["a/b"], ["..", "x"], ["a\tb"], ["a\nb"], ["a", "a"], ["a b", "a_b"], [""], [], [" a"], [3]])
+def test_class_names_that_would_break_files_are_refused(tmp_path, names):
+    with pytest.raises(ValueError, match="CLASSES"):
+        dataset.read_classes(names)
+    utils.save_checkpoint(tmp_path / "odd.pt", model={}, classes=names, anchors=ANCHORS, image_size=64)
+    with pytest.raises(ValueError, match=r"odd\.pt"):
+        utils.load_checkpoint(tmp_path / "odd.pt")
+
+
+def test_only_the_scripts_own_globals_are_settings():
+    for script in (train, dataset, detect, test_script, darknet_train):
+        names = set(utils.script_settings(vars(script)))
+        assert "VOC_CLASSES" not in names and "FIXED" not in names and names & {"DATA_DIR", "SOURCE"}
+        with pytest.raises(SystemExit, match="no global 'VOC_CLASSES'"):
+            utils.override_globals(dict(vars(script)), ["VOC_CLASSES=['person']"])
+
+
+def test_a_picture_never_replaces_its_source(tmp_path, monkeypatch, checkpoint):
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "data/street.jpg")
+    before = (tmp_path / "data/street.jpg").read_bytes()
+    values = {"SOURCE": str(tmp_path / "data"), "OUTPUT_DIR": str(tmp_path / "data"), "CHECKPOINT": str(checkpoint)}
+    for name, value in values.items():
+        monkeypatch.setattr(detect, name, value)
+    with pytest.raises(ValueError, match=r"street\.jpg: the picture would replace its own source"):
+        detect.main()
+    assert (tmp_path / "data/street.jpg").read_bytes() == before
+
+
+def test_folders_are_searched_for_every_format_and_the_rest_is_counted(tmp_path, capsys):
+    for name in ("a.jfif", "b.PPM", "c.jpe", "d.gif"):
+        Image.new("RGB", (9, 9)).save(
+            tmp_path / name, format={".jfif": "JPEG", ".jpe": "JPEG", ".PPM": "PPM"}.get(Path(name).suffix)
+        )
+    (tmp_path / "notes.txt").write_text("x")
+    assert [Path(file).name for file in detect.find_images(str(tmp_path))] == ["a.jfif", "b.PPM", "c.jpe", "d.gif"]
+    assert "1 files skipped that are no images, notes.txt first" in capsys.readouterr().out
+
+
+def test_checkpoints_with_dots_in_their_names_keep_files_of_their_own(tmp_path, monkeypatch):
+    write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
+    for name in ("lr0.001", "lr0.01", "v1.pth.tar"):
+        set_training(monkeypatch, tmp_path, CHECKPOINT=str(tmp_path / "runs" / name))
+        train.main()
+    expected = {f"{name}{ending}" for name in ("lr0.001", "lr0.01", "v1.pth.tar") for ending in ("", "_best.pt", "_metrics.csv")}
+    assert {file.name for file in (tmp_path / "runs").iterdir()} == expected
+    loaded, *_ = model.load_detector(tmp_path / "runs/v1.pth.tar", ["bolt"], torch.device("cpu"), "fp32")  # by its content
+    assert isinstance(loaded, torch.nn.Module)
+
+
+def test_names_are_printed_with_escapes():
+    assert utils.printable("a\x1b[2Jb\n") == "a\\x1b[2Jb\\n" and utils.printable("né 螺栓") == "né 螺栓"
+    assert utils.printable("bad\udcff") == "bad\\udcff"
+
+
+# ---------------------------------------------------------------- damaged weights
+
+
+def damage(tensors: dict, kind: str) -> None:
+    name = {"nan": "head.0.0.weight", "zeros": "head.0.0.weight", "variance": "head.0.1.running_var", "tail": "output.weight"}[kind]
+    tensors[name] = tensors[name].clone()
+    if kind == "nan":
+        tensors[name].view(-1)[5] = math.nan
+    elif kind == "zeros":
+        tensors[name].zero_()
+    elif kind == "variance":
+        tensors[name][3] = -0.5
+    else:
+        tensors[name][-1] = 0
+
+
+DAMAGES = {"nan": "not finite", "zeros": "kernel of zeros", "variance": "negative variance", "tail": "kernel of zeros"}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize("suffix", [".pt", ".weights"])
+def test_damaged_weights_are_refused_and_the_model_is_unchanged(kind, suffix, tmp_path):
+    donor, file = YOLOv2(1), tmp_path / f"damaged{suffix}"
+    state = dict(donor.state_dict())
+    damage(state, kind)
+    if suffix == ".pt":
+        torch.save({"model": state, "classes": ["bolt"], "anchors": ANCHORS, "image_size": 64}, file)
+    else:
+        donor.load_state_dict(state)
+        darknet_model.save_darknet_weights(donor, file)
+    own = YOLOv2(1)
+    before = {name: tensor.clone() for name, tensor in own.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"damaged{re.escape(suffix)}: damaged weights \(.*{DAMAGES[kind]}"):
+        model.load_pretrained_backbone(own, file)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in own.state_dict().items())
+    with pytest.raises(ValueError, match="damaged weights"):
+        model.load_detector(file, ["bolt"], torch.device("cpu"), "fp32")
+
+
+def test_big_endian_weights_are_refused(tmp_path):
+    donor = YOLOv2(1)
+    darknet_model.save_darknet_weights(donor, tmp_path / "x.weights")
+    content = (tmp_path / "x.weights").read_bytes()
+    numbers = np.frombuffer(content[20:], "<f4").astype(">f4").tobytes()
+    (tmp_path / "x.weights").write_bytes(content[:20] + numbers)
+    with pytest.raises(ValueError, match=r"x\.weights: damaged weights"):
+        darknet_model.load_darknet_weights(YOLOv2(1), tmp_path / "x.weights")
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path, checkpoint):
+    with zipfile.ZipFile(checkpoint) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    content = bytearray(checkpoint.read_bytes())
+    content[largest.header_offset + 5000] ^= 1
+    checkpoint.write_bytes(content)
+    with pytest.raises(ValueError, match=r"bolts\.pt: damaged"):
+        utils.load_checkpoint(checkpoint)
+
+
+def test_a_web_page_is_called_one(tmp_path):
+    (tmp_path / "yolov2.weights").write_text("\n<!DOCTYPE html><html><body>moved</body></html>" * 9)
+    with pytest.raises(ValueError, match=r"yolov2\.weights: this is a web page, not weights"):
+        darknet_model.load_darknet_weights(YOLOv2(1), tmp_path / "yolov2.weights")
+
+
+def test_an_output_layer_of_other_classes_is_not_loaded(tmp_path, capsys):
+    donor = YOLOv2(2)
+    state = {"model": donor.state_dict(), "anchors": ANCHORS, "image_size": 64}
+    utils.save_checkpoint(tmp_path / "two.pt", classes=["nut", "bolt"], **state)
+    own = YOLOv2(2)
+    assert model.load_pretrained_backbone(own, tmp_path / "two.pt", ["bolt", "nut"]) == 18
+    assert "18 of 23 convolutions" in (out := capsys.readouterr().out) and "in another order" in out
+    assert not torch.equal(own.output.weight, donor.output.weight)
+    assert model.load_pretrained_backbone(own, tmp_path / "two.pt", ["nut", "bolt"]) == 23
+    assert torch.equal(own.output.weight, donor.output.weight)
+
+
+def test_optimiser_buffers_of_another_shape_are_refused(tmp_path, monkeypatch):
+    write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
+    set_training(monkeypatch, tmp_path, OPTIMIZER="sgd")
+    train.main()
+    state = utils.load_checkpoint(tmp_path / "runs/yolov2.pt")
+    state["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(3)
+    utils.save_checkpoint(tmp_path / "runs/yolov2.pt", **state)
+    set_training(monkeypatch, tmp_path, OPTIMIZER="sgd", RESUME=True, EPOCHS=2)
+    with pytest.raises(ValueError, match=r"yolov2\.pt: does not fit this model and optimiser .*other shapes"):
+        train.main()
+
+
+def test_a_metrics_file_that_cannot_be_read_is_kept_aside(tmp_path, capsys):
+    file = tmp_path / "run_metrics.csv"
+    for content in (b"\xff\xfe\x00broken", b"no,header\n1,2\n"):
+        file.write_bytes(content)
+        utils.append_metrics(file, {"epoch": 2, "loss": 1.5})
+        assert file.read_text().splitlines() == ["epoch,loss", "2,1.5"]
+        assert (tmp_path / "run_metrics.csv.unreadable").read_bytes() == content
+        assert "is kept as" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"MOMENTUM": -0.1}, "MOMENTUM must be 0 or more"),
+        ({"WEIGHT_DECAY": -1.0}, "WEIGHT_DECAY must be 0 or more"),
+        ({"BURN_IN": -1}, "BURN_IN must be 0 or more"),
+        ({"SEED": -1}, "SEED must be 0 or more"),
+        ({"LAMBDA_COORD": -1.0}, "LAMBDA_COORD must be 0 or more"),
+        ({"EVAL_TRAIN_IMAGES": 0}, "EVAL_TRAIN_IMAGES must be 1 or more"),
+        ({"ANCHORS": [(1, 2, 3), (4, 5, 6)]}, "ANCHORS must hold pairs"),
+        ({"ANCHORS": [(42, 55), (359, 320)]}, "ANCHORS must be in grid cells"),
+        ({"IMAGE_SIZE": 32, "BATCH_SIZE": 1}, "batch norm needs two values"),
+        ({"DEVICE": "gpu"}, "DEVICE=gpu: no such device"),
+        ({"DEVICE": "99"}, "DEVICE=99: PyTorch sees"),
+    ],
+)
+def test_settings_that_cannot_be_right_are_refused_by_name(setting, message, tmp_path, monkeypatch):
+    write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
+    set_training(monkeypatch, tmp_path, **setting)
+    with pytest.raises(ValueError, match=message):
+        train.main()
+    assert not list((tmp_path / "runs").glob("*")) or not (tmp_path / "runs").exists()
+
+
+def test_anchors_may_be_the_flat_list_of_a_cfg():
+    assert model.read_anchors([1.3, 1.7, 3.1, 4.0], [416]) == [[1.3, 1.7], [3.1, 4.0]]
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_training(tmp_path, monkeypatch):
+    write_devkit(tmp_path, {"a": annotation()})
+    (tmp_path / "runs").write_text("a file, not a folder")
+    set_training(monkeypatch, tmp_path)
+    with pytest.raises(OSError, match=r"yolov2\.pt: could not be written .*choose another place"):
+        train.main()
+
+
+def test_resuming_a_finished_run_says_so(tmp_path, monkeypatch, capsys):
+    write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
+    set_training(monkeypatch, tmp_path)
+    train.main()
+    set_training(monkeypatch, tmp_path, RESUME=True)
+    train.main()
+    assert "all 1 epochs are done; set a larger EPOCHS" in capsys.readouterr().out
+
+
+def test_a_killed_loader_process_is_not_blamed_on_the_disk(tmp_path):
+    error = RuntimeError("DataLoader worker (pid 5) is killed by signal: Bus error.")
+    with pytest.raises(RuntimeError, match="Bus error"), utils.atomic_write(tmp_path / "x"):
+        raise error
+    with pytest.raises(SystemExit, match=r"ran out of memory .*Bus error.*NUM_WORKERS=0.*shm"), utils.plain_errors():
+        raise error
+
+
+def test_dollars_and_many_classes_do_not_break_the_curves(tmp_path):
+    rows = [dict.fromkeys(test_script.COLUMNS, 0.1 * (c % 10)) | {"class": f"cost $_{c}^$"} for c in range(40)]
+    test_script.draw_curves(rows, [(np.array([1.0]), np.array([0.5]))] * 40, tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width > picture.height * 0.8  # 20 panels, not 40
+
+
+def test_unreadable_exif_data_do_not_hide_an_image(tmp_path):
+    stream = io.BytesIO()
+    Image.new("RGB", (60, 40)).save(stream, "JPEG")
+    data = stream.getvalue()
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x04\0\0\0abc\0\0\0\0\0"  # orientation as text
+    segment = b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif
+    (tmp_path / "odd.jpg").write_bytes(data[:2] + segment + data[2:])
+    assert dataset.read_image(tmp_path / "odd.jpg").shape == (40, 60, 3)
+    assert dataset.image_size(tmp_path / "odd.jpg") == (60, 40)

@@ -452,8 +452,8 @@ class VOCDataset(Dataset):
         labels = self.labels[index][self.labels[index][:, 1] == 0]  # without difficult objects
         fractions = boxes_in_fractions(labels[:, 2:], self.samples[index][1], width, height)
         augmented = self.transforms[size](image=image, bboxes=np.column_stack([fractions, labels[:, 0]]))
-        boxes = torch.as_tensor(np.asarray(augmented["bboxes"]), dtype=torch.float64).reshape(-1, 5)  # (M, 5) xyxy, class
-        cxcywh = box_convert(boxes[:, :4], "xyxy", "cxcywh")
+        boxes = np.asarray(augmented["bboxes"], dtype=np.float64).reshape(-1, 5)  # (M, 5) xyxy, class
+        cxcywh = np.concatenate([(boxes[:, 0:2] + boxes[:, 2:4]) / 2, boxes[:, 2:4] - boxes[:, 0:2]], axis=1)
         return to_tensor(augmented["image"]), encode_targets(cxcywh, boxes[:, 4], self.anchors, size // 32, size // 32)
 
     def ground_truth(self, index: int, size: tuple[int, int] | None = None) -> tuple[Tensor, str]:

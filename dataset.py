@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.ops import box_convert
@@ -240,10 +241,14 @@ def boxes_in_fractions(boxes: np.ndarray, label_file: str, width: int, height: i
     return (boxes - 1) / [width, height, width, height] if is_voc_xml(label_file) else boxes
 
 
+# what tools write for `difficult`
+DIFFICULT = {"": 0, "0": 0, "0.0": 0, "false": 0, "no": 0, "unspecified": 0, "1": 1, "1.0": 1, "true": 1, "yes": 1}
+
+
 def read_voc_xml(file: str, classes, tolerate=()) -> tuple[list[list[float]], tuple[int, int]]:
     """The objects of a VOC annotation, and the image size that it declares."""
     try:
-        root = ElementTree.fromstring(Path(file).read_bytes())
+        root = ElementTree.parse(file).getroot()
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise ValueError(f"{file}: not readable as XML ({error}); if its text is right, save it as UTF-8") from None
     if root.tag.startswith("{"):  # a namespace
@@ -251,7 +256,6 @@ def read_voc_xml(file: str, classes, tolerate=()) -> tuple[list[list[float]], tu
             element.tag = element.tag.rpartition("}")[2]
     if root.tag != "annotation":
         raise ValueError(f"{file}: not a VOC annotation (its root is <{root.tag}>); export the labels as Pascal VOC XML")
-    flags = {"": 0, "0": 0, "0.0": 0, "false": 0, "no": 0, "unspecified": 0, "1": 1, "1.0": 1, "true": 1, "yes": 1}
     labels = []
     for item in root.iter("object"):
         name = (item.findtext("name") or "").strip()
@@ -267,7 +271,7 @@ def read_voc_xml(file: str, classes, tolerate=()) -> tuple[list[list[float]], tu
             box = [float(boxes[0].findtext(side)) for side in ("xmin", "ymin", "xmax", "ymax")]
         except (TypeError, ValueError, IndexError):
             raise ValueError(f"{file}: an object of class {name} has no bndbox of four numbers") from None
-        difficult = flags.get((item.findtext("difficult") or "").strip().lower())
+        difficult = DIFFICULT.get((item.findtext("difficult") or "").strip().lower())
         if difficult is None:
             raise ValueError(f"{file}: difficult of an object of class {name} must be 0 or 1, not {item.findtext('difficult')!r}")
         if not all(map(math.isfinite, box)) or box[2] <= box[0] or box[3] <= box[1]:
@@ -387,9 +391,8 @@ def encode_targets(boxes, labels, anchors, grid_height: int, grid_width: int) ->
 
 def shape_iou(sizes, anchors) -> Tensor:
     """IoU of shapes alone, all boxes at the same centre: sizes (M, 2), anchors (A, 2) of the same unit -> (M, A) float64."""
-    sizes, anchors = torch.as_tensor(sizes, dtype=torch.float64), torch.as_tensor(anchors, dtype=torch.float64)
-    boxes = torch.cat([torch.zeros_like(sizes), sizes], dim=1)  # (M, 4) cxcywh
-    anchor_boxes = torch.cat([torch.zeros_like(anchors), anchors], dim=1)  # (A, 4)
+    boxes = F.pad(torch.as_tensor(sizes, dtype=torch.float64), (2, 0))  # (M, 4) cxcywh with centres at 0
+    anchor_boxes = F.pad(torch.as_tensor(anchors, dtype=torch.float64), (2, 0))  # (A, 4)
     return utils.box_iou(boxes[:, None], anchor_boxes)
 
 

@@ -201,8 +201,9 @@ def keep_freed_memory() -> None:
 
 def box_iou(boxes_1: Tensor, boxes_2: Tensor) -> Tensor:
     """Intersection over union of boxes (..., 4) cxcywh in the same unit; leading dimensions broadcast -> (...)."""
-    top_left = torch.maximum(boxes_1[..., :2] - boxes_1[..., 2:] / 2, boxes_2[..., :2] - boxes_2[..., 2:] / 2)
-    bottom_right = torch.minimum(boxes_1[..., :2] + boxes_1[..., 2:] / 2, boxes_2[..., :2] + boxes_2[..., 2:] / 2)
+    xy_1, wh_1, xy_2, wh_2 = boxes_1[..., :2], boxes_1[..., 2:], boxes_2[..., :2], boxes_2[..., 2:]
+    top_left = torch.maximum(xy_1 - wh_1 / 2, xy_2 - wh_2 / 2)
+    bottom_right = torch.minimum(xy_1 + wh_1 / 2, xy_2 + wh_2 / 2)
     width, height = (bottom_right - top_left).clamp(min=0).unbind(dim=-1)
     intersection = width * height
     areas = boxes_1[..., 2] * boxes_1[..., 3] + boxes_2[..., 2] * boxes_2[..., 3]

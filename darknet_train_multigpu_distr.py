@@ -12,6 +12,7 @@ checkpoints are interchangeable. MAX_HOURS counts from each (re)start.
 """
 
 import atexit
+import contextlib
 import functools
 import io
 import os
@@ -143,7 +144,8 @@ def is_own_checkpoint(launcher: str) -> bool:
     """Whether this is a restart by torchrun and CHECKPOINT was written under the same torchrun, not by an older run."""
     own = [False]
     if dist.get_rank() == 0 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and os.path.isfile(CHECKPOINT):
-        own = [utils.load_checkpoint(CHECKPOINT).get("launcher") == launcher]
+        with contextlib.suppress(ValueError):  # a damaged file of an older run is not our own either
+            own = [utils.load_checkpoint(CHECKPOINT).get("launcher") == launcher]
     dist.broadcast_object_list(own)
     return own[0]
 

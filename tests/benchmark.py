@@ -3,9 +3,9 @@
     python tests/benchmark.py                                 all parts, some ten minutes on two cores
     python tests/benchmark.py "PARTS=['inference']" "BATCHES=[1]"
 
-Prints a table a part: medians, ratios to the first line, and for whole networks spread and peak memory. Whole networks compete in
-processes of their own, which take turns, so that a slow minute of the machine hits all alike and no contestant's memory settings
-touch another's. Alternatives that are not installed are named and left out (`pip install onnxruntime onnx onnxscript openvino
+Prints one table per part: medians, ratios to the first line, and for whole networks spread and peak memory. Each network runs in
+its own process, and the processes take turns, so that a slow minute of the machine affects all of them and memory settings stay
+separate. Alternatives that are not installed are named and left out (`pip install onnxruntime onnx onnxscript openvino
 torchmetrics pycocotools`; none is needed by the repository). "growth" draws `images/benchmark_growth.png`. It is a script, not a
 test: times depend on the machine.
 """
@@ -366,7 +366,7 @@ def data(weights):
     size = sum(os.path.getsize(file) for file in files) / count / 1000
     take_turns(f"Data, one core, JPEG of 500 x 375 ({size:.0f} kB) to {IMAGE_SIZE} px", "images/s", steps, ROUNDS, count, rate=True)
 
-    # the classifier's loader as its scripts have it: Darknet's crops from files of ImageNet's usual size, in a process of its own
+    # the classifier's loader as its scripts have it: Darknet's crops from files of ImageNet's usual size, in a separate process
     shutil.copytree(folder / "VOC2007" / "JPEGImages", folder / "train" / "any")
     pictures = dataset.imagenet_dataset(folder, "train", 224, augment=True)
     loader = torch.utils.data.DataLoader(
@@ -560,7 +560,7 @@ def growth(weights):
     left.set(title="batch 1", xlabel="image size, pixels", ylabel="ms", ylim=(0, None))
     times = list(by_batch.values())
     right.plot(GROWTH_BATCHES, [t / b for t, b in zip(times, GROWTH_BATCHES, strict=True)], marker="o")
-    right.set(title=f"{IMAGE_SIZE} x {IMAGE_SIZE} pixels", xlabel="images in a batch", ylabel="ms an image", ylim=(0, None))
+    right.set(title=f"{IMAGE_SIZE} x {IMAGE_SIZE} pixels", xlabel="images in a batch", ylabel="ms per image", ylim=(0, None))
     for axis in (left, right):
         axis.grid(alpha=0.3)
     left.legend()

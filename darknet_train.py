@@ -188,6 +188,7 @@ def main():
 
         images, seconds = state["images_seen"] - images_before, time.monotonic() - start
         if not stopping:
+            save()  # an evaluation that fails costs no training
             val_sums = validate(model, val_loader, device, dtype, stop)
             stopping = utils.should_stop(stop)
         if stopping:
@@ -201,13 +202,12 @@ def main():
         row |= {"images_per_second": images / seconds if images else "", "train_top1": correct, "val_top1": top1, "val_top5": top5}
         state["epoch"] += 1
         state["sums"].zero_()
-        improved = top1 >= state["best"]
-        state["best"] = max(top1, state["best"])
-        if improved:
+        if top1 >= state["best"]:
+            state["best"] = top1
             utils.save_checkpoint(f"{stem}_best.pt", model=model.state_dict(), **state, **metadata)
         bar.clear()
         utils.log_epoch(stem, row)
-        save()  # last: a run that dies before repeats the epoch's end, and loses neither row nor best network
+        save()  # last: a run that dies before this line repeats the epoch's end, and loses neither row nor best network
     bar.close()
     if os.path.isfile(train_set.broken_list):
         print(f"{train_set.broken_list} lists the images that could not be read")

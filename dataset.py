@@ -39,6 +39,7 @@ import utils
 
 cv2.setNumThreads(0)  # one thread per process, because the loader's workers run in parallel
 
+Image.preinit()  # JPEG and PNG first: Image.open tries the formats in the order in which they were loaded
 # every format that Pillow reads, without MPEG videos; .mpo (two JPEGs in one file) is missing because Pillow opens it as JPEG
 IMAGE_SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 IMAGE_SUFFIXES = IMAGE_SUFFIXES - {".mpg", ".mpeg"} | {".mpo"}

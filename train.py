@@ -226,6 +226,7 @@ def main():
         row |= dict(zip(LOSS_TERMS, (state["sums"] / (steps * SUBDIVISIONS)).tolist(), strict=True))
         row |= {"images_per_second": images / seconds if images else "", "train_map": "", "val_map": ""}
         if not stopping and (row["epoch"] % EVAL_EVERY == 0 or row["epoch"] == EPOCHS):
+            save()  # an evaluation that fails costs no training
             for name, eval_set in eval_sets.items():
                 row[name] = evaluate(model, eval_set, device, dtype, stop)
             stopping = utils.should_stop(stop)
@@ -237,13 +238,12 @@ def main():
         state["epoch"] += 1
         state["sums"].zero_()
         score = row["val_map"] if VAL_IMAGE_SETS else row["train_map"]
-        improved = score != "" and not score < state["best"]  # also where it is NaN
-        state["best"] = score if improved else state["best"]
-        if improved:
+        if score != "" and not score < state["best"]:  # also where it is NaN
+            state["best"] = score
             utils.save_checkpoint(f"{stem}_best.pt", model=model.state_dict(), **state, **metadata)
         bar.clear()
         utils.log_epoch(stem, row)
-        save()  # last: a run that dies before repeats the epoch's end, and loses neither row nor best network
+        save()  # last: a run that dies before this line repeats the epoch's end, and loses neither row nor best network
     bar.close()
     if os.path.isfile(broken_list):
         print(f"{broken_list} lists the images that could not be read")

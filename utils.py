@@ -202,12 +202,10 @@ def keep_freed_memory() -> None:
 def box_iou(boxes_1: Tensor, boxes_2: Tensor) -> Tensor:
     """Intersection over union of boxes (..., 4) cxcywh in the same unit; leading dimensions broadcast -> (...)."""
     xy_1, wh_1, xy_2, wh_2 = boxes_1[..., :2], boxes_1[..., 2:], boxes_2[..., :2], boxes_2[..., 2:]
-    top_left = torch.maximum(xy_1 - wh_1 / 2, xy_2 - wh_2 / 2)
-    bottom_right = torch.minimum(xy_1 + wh_1 / 2, xy_2 + wh_2 / 2)
-    width, height = (bottom_right - top_left).clamp(min=0).unbind(dim=-1)
-    intersection = width * height
-    areas = boxes_1[..., 2] * boxes_1[..., 3] + boxes_2[..., 2] * boxes_2[..., 3]
-    return intersection / (areas - intersection)
+    half_1, half_2 = wh_1 / 2, wh_2 / 2
+    overlap = torch.minimum(xy_1 + half_1, xy_2 + half_2) - torch.maximum(xy_1 - half_1, xy_2 - half_2)  # (..., 2)
+    intersection = overlap.clamp(min=0).prod(dim=-1)
+    return intersection / (wh_1.prod(dim=-1) + wh_2.prod(dim=-1) - intersection)
 
 
 def decode_predictions(predictions: Tensor, anchors) -> tuple[Tensor, Tensor, Tensor]:
@@ -471,9 +469,15 @@ def catch_stop_signals(max_hours: float = 0.0) -> types.SimpleNamespace:
             stop.interrupted = min(stop.interrupted, time.monotonic())
         stop.reason = stop.reason or signal.Signals(number).name
 
+    def block_signals():  # in a forked worker: PyTorch's own handler would end it before ignore_signals is called
+        if signal.getsignal(signal.SIGTERM) is handle:
+            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+
     if threading.current_thread() is threading.main_thread():  # the only thread in which Python allows handlers
         signal.signal(signal.SIGINT, handle)
         signal.signal(signal.SIGTERM, handle)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=block_signals)
     return stop
 
 
@@ -748,8 +752,8 @@ def log_epoch(stem: str, row: dict) -> None:
     try:
         append_metrics(f"{stem}_metrics.csv", row)
         draw_charts(f"{stem}_metrics.csv", f"{stem}_charts.png")
-    except OSError as error:  # no reason to lose the epoch, which is saved afterwards
-        print(error)
+    except Exception as error:  # whatever it is, it must not end a run
+        print(f"{stem}_metrics.csv or {stem}_charts.png could not be written: {first_line(error)}")
     shown = [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items() if value != ""]
     print("  ".join(shown), flush=True)
 

@@ -14,6 +14,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import run_narrow
@@ -56,9 +57,9 @@ def handlers_kept():
             signal.signal(number, handler)
 
 
-def run(monkeypatch, script, folder, **values):
-    """Calls main() of a script -> the checkpoint that it leaves."""
-    monkeypatch.setattr(utils, "draw_charts", lambda metrics_file, chart_file: None)  # a second per epoch
+def run(monkeypatch, script, folder, draw_charts=lambda metrics_file, chart_file: None, **values):
+    """Calls main() of a script, without its charts (a second per epoch) -> the checkpoint that it leaves."""
+    monkeypatch.setattr(utils, "draw_charts", draw_charts)
     defaults = DETECTOR if script is train else CLASSIFIER
     for name, value in (defaults | {"CHECKPOINT": str(folder / "run.pt"), "RESUME": False, "MAX_HOURS": 0.0} | values).items():
         monkeypatch.setattr(script, name, value)
@@ -144,7 +145,7 @@ def test_saving_inside_an_epoch_changes_nothing(uninterrupted, tmp_path, monkeyp
     assert set(range(1, whole["step"] + 1)) == {step for step in saved if step}
 
 
-@pytest.mark.parametrize("write", [4, 5, 6])  # each epoch writes run_best.pt, run_metrics.csv and run.pt
+@pytest.mark.parametrize("write", [5, 6, 7, 8])  # each epoch writes run.pt, run_best.pt, run_metrics.csv and run.pt again
 def test_a_run_that_dies_between_two_files_loses_neither_a_row_nor_the_best_network(write, uninterrupted, tmp_path, monkeypatch):
     whole, rows = uninterrupted[darknet_train]
     writes = itertools.count(1)
@@ -161,6 +162,28 @@ def test_a_run_that_dies_between_two_files_loses_neither_a_row_nor_the_best_netw
     assert_equal(whole["model"], resumed["model"])
     assert metrics(tmp_path) == rows
     assert_equal(uninterrupted[darknet_train, "best"], utils.load_checkpoint(tmp_path / "run_best.pt")["model"])
+
+
+@BOTH_SCRIPTS
+def test_an_evaluation_that_fails_costs_no_training(script, uninterrupted, tmp_path, monkeypatch):
+    whole, rows = uninterrupted[script]
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(script, "evaluate" if script is train else "validate", Mock(side_effect=RuntimeError("out of memory")))
+        run(patch, script, tmp_path)
+    state = utils.load_checkpoint(tmp_path / "run.pt")
+    assert state["step"] == (whole["step"] if script is train else whole["step"] // 2)  # train evaluates after epoch 2 only
+    resumed = run(monkeypatch, script, tmp_path, RESUME=True)
+    assert_equal(whole["model"], resumed["model"])
+    assert metrics(tmp_path) == rows
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run(uninterrupted, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run_metrics.csv").write_bytes(b"\xff\xfe\x00broken")
+    state = run(monkeypatch, darknet_train, tmp_path, draw_charts=Mock(side_effect=RuntimeError("no font")))
+    assert_equal(uninterrupted[darknet_train][0]["model"], state["model"])
+    out = capsys.readouterr().out
+    assert "run_metrics.csv was not readable; it is kept as" in out and "run_charts.png could not be written: no font" in out
+    assert metrics(tmp_path) == uninterrupted[darknet_train][1]
 
 
 def test_a_time_limit_saves_and_ends_the_run(tmp_path, monkeypatch, capsys):
@@ -540,6 +563,22 @@ def test_loader_workers_ignore_sigint_and_sigterm():
         os.kill(process.pid, signal.SIGINT)
         os.kill(process.pid, signal.SIGTERM)
     assert items + [int(item) for item in data] == list(range(8))
+
+
+def ignore_signals_late(worker):
+    time.sleep(0.5)
+    utils.ignore_signals(worker)
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the other start methods leave a gap")
+def test_a_signal_does_not_end_a_worker_that_is_just_starting():
+    with handlers_kept():
+        stop = utils.catch_stop_signals()
+        data = iter(DataLoader(range(8), num_workers=2, worker_init_fn=ignore_signals_late))
+        time.sleep(0.2)  # PyTorch has installed its own handlers
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, signal.SIGTERM)
+        assert [int(item) for item in data] == list(range(8)) and not stop.reason
 
 
 def test_a_second_sigint_raises(monkeypatch):

@@ -637,7 +637,7 @@ def imagenet_dataset(root, split: str, image_size: int, augment: bool, crop_scal
     except FileNotFoundError as error:  # torchvision's error for class folders without images
         raise ValueError(f"{folder}: {utils.first_line(error)}") from None
     if dataset.skipped:
-        print(f"{folder}: {len(dataset.skipped)} files skipped that are no images, {dataset.skipped[0]} first")
+        print(f"{folder}: {len(dataset.skipped)} files skipped that are not images, {dataset.skipped[0]} first")
     if classes is not None and dataset.classes != classes:
         unshared = sorted(set(dataset.classes) ^ set(classes))
         raise ValueError(f"{root}: train/ and val/ have different class folders ({', '.join(unshared[:5])}); both need all of them")

@@ -51,7 +51,7 @@ def find_images(pattern: str) -> list[str]:
     if not files:
         raise FileNotFoundError(f"{pattern}: no image file there; give an image, a folder of images or a glob")
     if others := [file.name for file in found if file.is_file() and str(file) not in set(files)]:
-        print(f"{pattern}: {len(others)} files skipped that are no images, {utils.printable(others[0])} first")
+        print(f"{pattern}: {len(others)} files skipped that are not images, {utils.printable(others[0])} first")
     return files
 
 

@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 from utils import box_iou
 
-PRIOR_IMAGES = 12_800  # Darknet pulls all boxes towards their anchors for this many images (src/region_layer.c)
+PRIOR_IMAGES = (
+    12_800  # all boxes are pulled towards their anchors until so many images, with this batch, were seen (src/region_layer.c)
+)
 PRIOR_WEIGHT = 0.01
 
 
@@ -118,7 +120,7 @@ class YoloLoss(nn.Module):
         # ---- prior: 1/2 .01 [(sigma(t_x) - .5)^2 + (sigma(t_y) - .5)^2 + t_w^2 + t_h^2] in all slots without an object, at the
         # start of training: pulls each box towards its anchor, centred in its cell.
         prior = predictions.new_zeros(())
-        if self.equation == "darknet" and images_seen is not None and images_seen < PRIOR_IMAGES:
+        if self.equation == "darknet" and images_seen is not None and images_seen + n < PRIOR_IMAGES:
             offset = (torch.sigmoid(all_xy) - 0.5) ** 2 + all_wh**2  # (N, A, S_h, S_w, 2)
             prior = 0.5 * PRIOR_WEIGHT * (offset.sum(dim=-1) * ~has_object).sum()
 

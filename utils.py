@@ -232,7 +232,7 @@ def decode_predictions(predictions: Tensor, anchors) -> tuple[Tensor, Tensor, Te
 @torch.no_grad()
 def postprocess(predictions: Tensor, anchors, confidence_threshold: float, nms_iou_threshold: float) -> list[Tensor]:
     """predictions: (N, A, S_h, S_w, 5+C) raw -> a list of N tensors (K, 6): x1, y1, x2, y2 in fractions of the image, clipped to
-    it, confidence (objectness x class probability), class; sorted by falling confidence, on the CPU.
+    it, confidence (objectness x class probability), class; sorted by descending confidence, on the CPU.
 
     As in Darknet's `valid`, a box gives one detection per class above the threshold, and NMS works on one class at a time.
     """
@@ -306,18 +306,18 @@ def match_detections(detections, ground_truths, num_classes: int, iou_threshold:
     """Decides which detections are true positives, by the rules of the VOC devkit (VOCevaldet.m).
 
     Arguments as in average_precision. -> classes (D',), confidences (D',), is_true_positive (D',) of the detections that count,
-    sorted by class and falling confidence, and the number of ground truths per class that are not difficult (num_classes,).
+    sorted by class and descending confidence, and the number of ground truths per class that are not difficult (num_classes,).
 
-    By falling confidence (stable for ties), each detection is assigned to the ground truth of its image and class with the largest
-    IoU, taken or not. At or above the threshold, it is a true positive if that ground truth is free, a false positive if it is
-    taken, and ignored if it is difficult.
+    By descending confidence (stable for ties), each detection is assigned to the ground truth of its image and class with the
+    largest IoU, taken or not. At or above the threshold, it is a true positive if that ground truth is free, a false positive if
+    it is taken, and ignored if it is difficult.
     """
     detections = np.asarray(detections, dtype=np.float64).reshape(-1, 7)
     truths = np.asarray(ground_truths, dtype=np.float64).reshape(-1, 7)
     for name, table in (("detections", detections), ("ground_truths", truths)):
         if len(table) and not (table[:, 1].min() >= 0 and table[:, 1].max() < num_classes):
             raise ValueError(f"{name}: a class is outside 0..{num_classes - 1}")
-    detections = detections[np.lexsort((-detections[:, 2], detections[:, 1]))]  # by class and falling confidence; stable
+    detections = detections[np.lexsort((-detections[:, 2], detections[:, 1]))]  # by class and descending confidence; stable
 
     # Ground truths sorted by (image, class): those that a detection may match are a contiguous range, found by binary search.
     truths = truths[np.lexsort((truths[:, 1], truths[:, 0]))]
@@ -346,7 +346,7 @@ def match_detections(detections, ground_truths, num_classes: int, iou_threshold:
     matched = (best_iou >= iou_threshold) & (best_truth >= 0)
     difficult = np.zeros(len(detections), bool)
     difficult[matched] = truths[best_truth[matched], 2] > 0
-    candidates = np.flatnonzero(matched & ~difficult)  # in falling confidence within each class
+    candidates = np.flatnonzero(matched & ~difficult)  # in descending confidence within each class
     _, first = np.unique(best_truth[candidates], return_index=True)  # the most confident detection takes the ground truth
     is_true_positive = np.zeros(len(detections), bool)
     is_true_positive[candidates[first]] = True
@@ -357,7 +357,7 @@ def match_detections(detections, ground_truths, num_classes: int, iou_threshold:
 
 
 def precision_recall(detections, ground_truths, num_classes: int, iou_threshold: float = 0.5) -> list[tuple[np.ndarray, ...]]:
-    """(confidences, precisions, recalls) of each class after each detection by falling confidence; arguments as in
+    """(confidences, precisions, recalls) of each class after each detection by descending confidence; arguments as in
     average_precision. Recall is NaN for a class without ground truth."""
     classes, confidences, is_true_positive, truths = match_detections(detections, ground_truths, num_classes, iou_threshold)
     ends = np.searchsorted(classes, np.arange(num_classes + 1))
@@ -436,18 +436,20 @@ def learning_rate_at(
 ) -> float:
     """The learning rate of one optimiser step, counted from 0 (get_current_rate in Darknet's src/network.c).
 
-    schedule: "constant"; "steps": divided by 10 at each step in `drops`; "polynomial": times (1 - step / total_steps)^power;
-    "cosine": down to 0. During the first `burn_in` steps it grows as ((step + 1) / burn_in)^4 instead.
+    schedule: "constant"; "steps": divided by 10 from update number d on for each d in `drops`; "polynomial": times
+    (1 - update / total_steps)^power; "cosine" (ours): falls to 0. During the first burn_in - 1 updates the rate is
+    learning_rate (update / burn_in)^4 instead; with "polynomial", the exponent is `power` there too.
     """
     check_one_of(LR_SCHEDULES, LR_SCHEDULE=schedule)
-    if step < burn_in:
-        return learning_rate * ((step + 1) / burn_in) ** 4  # + 1: Darknet has already counted the batch at this point
+    update = step + 1  # Darknet counts a batch before it asks for the rate
+    if update < burn_in:
+        return learning_rate * (update / burn_in) ** (power if schedule == "polynomial" else 4)
     if schedule == "constant":
         return learning_rate
     if schedule == "steps":
-        return learning_rate * 0.1 ** sum(step >= drop for drop in drops)
+        return learning_rate * 0.1 ** sum(update >= drop for drop in drops)
     if schedule == "polynomial":
-        return learning_rate * (1 - step / total_steps) ** power
+        return learning_rate * (1 - update / total_steps) ** power
     return learning_rate * (1 + math.cos(math.pi * step / total_steps)) / 2
 
 

@@ -1,13 +1,13 @@
-"""Measures speed and memory of every part, side by side with what people would use instead, on the machine it runs on.
+"""Measures the speed and memory of each part and of its common alternatives on this machine.
 
     python tests/benchmark.py                                 all parts, some ten minutes on two cores
     python tests/benchmark.py "PARTS=['inference']" "BATCHES=[1]"
 
 Prints one table per part: medians, ratios to the first line, and for whole networks spread and peak memory. Each network runs in
-its own process, and the processes take turns, so that a slow minute of the machine affects all of them and memory settings stay
-separate. Alternatives that are not installed are named and left out (`pip install onnxruntime onnx onnxscript openvino
-torchmetrics pycocotools`; none is needed by the repository). "growth" draws `images/benchmark_growth.png`. It is a script, not a
-test: times depend on the machine.
+its own process, so that memory settings stay separate; their steps are interleaved, so that a slow minute of the machine affects
+all of them. Missing alternatives are listed and skipped (`pip install onnxruntime onnx onnxscript openvino torchmetrics
+pycocotools`; the repository needs none of them). "growth" draws `images/benchmark_growth.png`. It is a script, not a test: times
+depend on the machine.
 """
 
 import contextlib
@@ -51,11 +51,11 @@ GROWTH_SIZES = list(range(288, 609, 64))  # pixels, at batch 1
 GROWTH_BATCHES = [1, 2, 4, 8, 16]  # images, at IMAGE_SIZE
 CHECKPOINT = "runs/yolov2.pt"  # a trained detector, whose outputs are post-processed
 # how
-ROUNDS = 7  # turns of each contestant
-DEVICE = "cpu"  # "cuda": PyTorch's contestants alone make sense then
+ROUNDS = 7  # timed steps of each variant
+DEVICE = "cpu"  # with "cuda", only the PyTorch variants are comparable
 FIGURE = "images/benchmark_growth.png"
 
-# ---------------------------------------------------------------- contestants: each prepares itself and returns one step
+# ---------------------------------------------------------------- variants: each returns a function that runs one step
 
 
 def eager_inference(weights, batch, size, device):
@@ -133,7 +133,7 @@ def openvino_inference(weights, batch, size, device, precision):
 
 
 def eager_training(batch, size, device):
-    """A plain training step: float32, memory as it comes, PyTorch's SGD as it comes."""
+    """A plain training step: float32, default memory format, PyTorch's default SGD."""
     model = YOLOv2().to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9, weight_decay=5e-4)
     loss_function = YoloLoss(ANCHORS).to(device)
@@ -188,7 +188,7 @@ def some_images(batch, size):
 
 
 def some_targets(batch, size, seed=0):
-    """Targets of 3 to 10 objects an image."""
+    """Targets of 3 to 10 objects per image."""
     rng, targets = np.random.default_rng(seed), []
     for _ in range(batch):
         count = rng.integers(3, 11)
@@ -203,11 +203,11 @@ def darknet_order(outputs):
     return outputs.reshape(n, 5, channels // 5, s_h, s_w).transpose(0, 1, 3, 4, 2)
 
 
-# ---------------------------------------------------------------- the race
+# ---------------------------------------------------------------- timing
 
 
-def contend(connection, prepare, arguments):
-    """A contestant's process: prepares, then takes one timed step whenever it is asked to, and tells its peak memory at last."""
+def run_variant(connection, prepare, arguments):
+    """The process of one variant: sets it up, times one step per request, and finally sends its last output and peak memory."""
     try:
         warnings.simplefilter("ignore")
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
@@ -222,20 +222,20 @@ def contend(connection, prepare, arguments):
     connection.send(None)
     output = None
     while connection.recv():
-        step()  # its weights come back into the caches
+        step()  # untimed: loads the weights into the caches again
         start = time.perf_counter()
         output = step()
         connection.send(time.perf_counter() - start)
     connection.send((output, resident("VmHWM")))
 
 
-def race(title, contestants, rounds, compare=True):
-    """contestants: name -> (prepare, arguments). Prints the table and returns name -> median milliseconds."""
+def time_processes(title, variants, rounds, compare=True):
+    """variants: name -> (prepare, arguments). Prints the table and returns name -> median milliseconds."""
     context = multiprocessing.get_context("spawn")
     running, left_out = {}, {}
-    for name, (prepare, arguments) in contestants.items():
+    for name, (prepare, arguments) in variants.items():
         ours, theirs = context.Pipe()
-        process = context.Process(target=contend, args=(theirs, prepare, arguments), daemon=True)
+        process = context.Process(target=run_variant, args=(theirs, prepare, arguments), daemon=True)
         process.start()
         theirs.close()
         try:
@@ -269,8 +269,8 @@ def race(title, contestants, rounds, compare=True):
     return medians
 
 
-def take_turns(title, unit, steps, rounds, per_step=1.0, rate=False):
-    """steps: name -> function, timed in this process in turns; prints medians of milliseconds, or with `rate` units a second."""
+def time_steps(title, unit, steps, rounds, per_step=1.0, rate=False):
+    """steps: name -> function, timed in this process in turns; prints medians of milliseconds, or with `rate` units per second."""
     for step in steps.values():
         step()
     times = {name: [] for name in steps}
@@ -288,7 +288,7 @@ def take_turns(title, unit, steps, rounds, per_step=1.0, rate=False):
 
 
 def each(function, items):
-    """Calls it on each and keeps nothing: memory for all results would be asked for anew, which no loop of a script does."""
+    """Calls the function on every item and drops the results: keeping all would allocate memory that no script's loop does."""
     for item in items:
         function(item)
 
@@ -299,7 +299,7 @@ def each(function, items):
 def inference(weights):
     for batch in BATCHES:
         common = (weights, batch, IMAGE_SIZE, DEVICE)
-        contestants = {
+        variants = {
             "plain PyTorch, eager fp32": (eager_inference, common),
             "OpenCV DNN fp32": (opencv_inference, common),
             "ONNX Runtime fp32": (onnxruntime_inference, common),
@@ -309,18 +309,18 @@ def inference(weights):
             "ours (the default)": (our_inference, (*common, "auto", False)),
             "ours, COMPILE=True": (our_inference, (*common, "auto", True)),
         }
-        race(f"Inference at {IMAGE_SIZE} px, batch {batch}", contestants, ROUNDS)
+        time_processes(f"Inference at {IMAGE_SIZE} px, batch {batch}", variants, ROUNDS)
 
 
 def training(weights):
     for batch in TRAINING_BATCHES:
         common = (batch, IMAGE_SIZE, DEVICE)
-        contestants = {
+        variants = {
             "plain PyTorch, eager fp32": (eager_training, common),
             "train.py, PRECISION=fp32": (our_training, (*common, "fp32")),
             "train.py (the default)": (our_training, (*common, "auto")),
         }
-        race(f"Training step at {IMAGE_SIZE} px, batch {batch}", contestants, ROUNDS, compare=False)
+        time_processes(f"Training step at {IMAGE_SIZE} px, batch {batch}", variants, ROUNDS, compare=False)
 
 
 def loss(weights):
@@ -336,7 +336,7 @@ def loss(weights):
         "darknet, in the prior phase": forward_and_backward("darknet", 0),
         "yolov1": forward_and_backward("yolov1", 20_000),
     }
-    take_turns("Loss, forward and backward at (16, 5, 13, 13, 25), 3 to 10 objects an image", "ms", steps, 20 * ROUNDS)
+    time_steps("Loss, forward and backward at (16, 5, 13, 13, 25), 3 to 10 objects per image", "ms", steps, 20 * ROUNDS)
 
 
 def data(weights):
@@ -344,8 +344,8 @@ def data(weights):
     torch.set_num_threads(1)
     folder, count = Path(weights).parent / "voc", 20
     photograph_files(folder, count)
-    rng = dataset.VOCDataset(folder, [("2007", "train")], ANCHORS, IMAGE_SIZE, augment=True)
-    files = [sample[0] for sample in rng.samples]
+    voc = dataset.VOCDataset(folder, [("2007", "train")], ANCHORS, IMAGE_SIZE, augment=True)
+    files = [sample[0] for sample in voc.samples]
     chain = dataset.albumentations.Compose(
         [
             dataset.albumentations.Affine(scale=(0.8, 1.2), translate_percent=(-0.2, 0.2), p=1.0),
@@ -361,10 +361,10 @@ def data(weights):
         "decode + Affine + HSV + Resize, in that order": lambda: each(
             lambda file: chain(image=cv2.cvtColor(cv2.imread(file), cv2.COLOR_BGR2RGB), bboxes=boxes), files
         ),
-        "VOCDataset, augmented and encoded": lambda: each(lambda index: rng[(index, IMAGE_SIZE, index)], range(count)),
+        "VOCDataset, augmented and encoded": lambda: each(lambda index: voc[(index, IMAGE_SIZE, index)], range(count)),
     }
     size = sum(os.path.getsize(file) for file in files) / count / 1000
-    take_turns(f"Data, one core, JPEG of 500 x 375 ({size:.0f} kB) to {IMAGE_SIZE} px", "images/s", steps, ROUNDS, count, rate=True)
+    time_steps(f"Data, one core, JPEG of 500 x 375 ({size:.0f} kB) to {IMAGE_SIZE} px", "images/s", steps, ROUNDS, count, rate=True)
 
     # the classifier's loader as its scripts have it: Darknet's crops from files of ImageNet's usual size, in a separate process
     shutil.copytree(folder / "VOC2007" / "JPEGImages", folder / "train" / "any")
@@ -374,14 +374,14 @@ def data(weights):
         batch_sampler=list(itertools.islice(dataset.training_batches(count, 32, 1, [224], 0, repeat=32), count)),
         num_workers=1,
         persistent_workers=True,
-        worker_init_fn=lambda worker: utils.keep_freed_memory(),  # the script has done it before its workers start
+        worker_init_fn=lambda worker: utils.keep_freed_memory(),  # the scripts call it before their workers start
     )
     steps = {
         "decode alone, Pillow": lambda: each(lambda file: np.asarray(Image.open(file)), files * 32),
         "DataLoader of imagenet_dataset, one worker": lambda: each(len, loader),
     }
-    title = "ImageNet data, the same files to 224 px in batches of 32, images/s a core beside images/s a worker"
-    take_turns(title, "images/s", steps, ROUNDS, 32 * count, rate=True)
+    title = "ImageNet data, the same files to 224 px in batches of 32, images/s per core and images/s per worker"
+    time_steps(title, "images/s", steps, ROUNDS, 32 * count, rate=True)
     torch.set_num_threads(threads)
 
 
@@ -431,15 +431,15 @@ def postprocessing(weights):
             "ours": lambda: utils.postprocess(outputs, anchors, 0.005, 0.45),
         }
         title = f"Post-processing of {CHECKPOINT}'s outputs, batch 8 at {size} px, threshold .005, {found} detections"
-        take_turns(title, "ms", steps, 5 * ROUNDS)
+        time_steps(title, "ms", steps, 5 * ROUNDS)
         _, objectness, probabilities = utils.decode_predictions(outputs, anchors)
         steps = {}
         for threshold in (0.02, 0.005, 0.001, 0.0002):
             candidates = int((objectness[..., None] * probabilities > threshold).sum())
             steps[f"{candidates} candidates"] = lambda t=threshold: utils.postprocess(outputs, anchors, t, 0.45)
-        take_turns("The same from other thresholds on", "ms", steps, 5 * ROUNDS)
+        time_steps("Post-processing by confidence threshold", "ms", steps, 5 * ROUNDS)
     else:
-        print(f"\nPost-processing of a trained model's outputs left out: no {CHECKPOINT} (python train.py makes one)")
+        print(f"\nPost-processing of a trained model's outputs left out: no {CHECKPOINT} (python train.py creates it)")
 
     steps = {}
     for size in (416, 608, 864, 1216):  # each has twice the boxes of the one before
@@ -448,7 +448,7 @@ def postprocessing(weights):
         boxes, objectness, probabilities = utils.decode_predictions(outputs, ANCHORS)
         candidates = int((objectness[..., None] * probabilities > 0.005).sum())
         steps[f"{candidates} candidates"] = lambda outputs=outputs: utils.postprocess(outputs, ANCHORS, 0.005, 0.45)
-    take_turns("The worst case: random outputs of one image, where hardly a box overlaps another", "ms", steps, 3 * ROUNDS)
+    time_steps("The worst case: random outputs of one image, with hardly any overlapping boxes", "ms", steps, 3 * ROUNDS)
 
 
 def ap(weights):
@@ -475,11 +475,11 @@ def ap(weights):
         except ImportError as error:
             steps.pop("torchmetrics (pycocotools)", None)
             print(f"\ntorchmetrics left out: {utils.first_line(error)}")
-        take_turns(f"Average precision of {count:,} detections, {images} images, {objects:,} truths", "ms", steps, rounds)
+        time_steps(f"Average precision of {count:,} detections, {images} images, {objects:,} truths", "ms", steps, rounds)
 
 
 def torchmetrics_ap(metric_class, detections, truths, images):
-    """torchmetrics' AP at IoU .5 alone; COCO's 101 points, so not the same figures to the last digit."""
+    """torchmetrics' AP at IoU .5 only; it uses COCO's 101 recall points, so the values differ slightly."""
 
     def split(rows):
         order = np.argsort(rows[:, 0], kind="stable")
@@ -494,7 +494,7 @@ def torchmetrics_ap(metric_class, detections, truths, images):
 
 
 def memory(weights):
-    """Memory of 200 training steps, and of loading a checkpoint; peaks of single steps stand in the tables above."""
+    """Memory of 200 training steps, and of loading a checkpoint; the tables above show the peaks of single steps."""
     context = multiprocessing.get_context("spawn")
     for target, arguments in ((measure_growth, (200, DEVICE)), (measure_loading, (weights,))):
         process = context.Process(target=target, args=arguments)
@@ -503,8 +503,8 @@ def memory(weights):
 
 
 def resident(name="VmRSS"):
-    """Megabytes that this process holds in memory now, or "VmHWM" at its peak, by Linux's own books; getrusage would give the peak
-    of its parent where that is higher. NaN on other systems."""
+    """Resident memory of this process in MB, now or at its peak ("VmHWM"), from /proc/self/status; getrusage would report the peak
+    of the parent process if that is higher. NaN on systems other than Linux."""
     if not os.path.isfile("/proc/self/status"):
         return math.nan
     with open("/proc/self/status") as stream:
@@ -517,7 +517,7 @@ def measure_growth(steps, device):
         step()
         if number in (20, 100, steps):
             held[number] = resident()
-    print("\nMemory of a training, batch 2 at 128 px: " + ", ".join(f"{mb:.0f} MB after {n} steps" for n, mb in held.items()))
+    print("\nMemory of a training run, batch 2 at 128 px: " + ", ".join(f"{mb:.0f} MB after {n} steps" for n, mb in held.items()))
 
 
 def measure_loading(weights):
@@ -550,8 +550,8 @@ def growth(weights):
         f"{IMAGE_SIZE} px, batch {batch}": (our_inference, (weights, batch, IMAGE_SIZE, DEVICE, "auto", False))
         for batch in GROWTH_BATCHES
     }
-    by_size = race("Growth with the image size", sizes, ROUNDS, compare=False)
-    by_batch = race("Growth with the batch", batches, ROUNDS, compare=False)
+    by_size = time_processes("Growth with the image size", sizes, ROUNDS, compare=False)
+    by_batch = time_processes("Growth with the batch", batches, ROUNDS, compare=False)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     times = list(by_size.values())
     pixels = [size**2 for size in GROWTH_SIZES]
@@ -587,7 +587,7 @@ def machine():
 def main():
     parts = {part.__name__: part for part in (inference, training, loss, data, postprocessing, ap, memory, growth)}
     if unknown := [name for name in PARTS if name not in parts]:
-        raise ValueError(f"PARTS knows no {', '.join(unknown)}; it takes {', '.join(parts)}")
+        raise ValueError(f"unknown PARTS: {', '.join(unknown)}; choose from {', '.join(parts)}")
     print(machine())
     with tempfile.TemporaryDirectory() as folder:
         weights = os.path.join(folder, "random.weights")

@@ -12,10 +12,10 @@ import utils
 
 @contextlib.contextmanager
 def narrowed():
-    """Everything inside builds Darknet19 and YOLOv2 with an eighth of the channels: 64 times fewer weights."""
+    """Inside this block, Darknet19 and YOLOv2 are built with an eighth of the channels: 64 times fewer weights."""
     layers, threads = darknet_model.DARKNET19_LAYERS[:], torch.get_num_threads()
     darknet_model.DARKNET19_LAYERS[:] = run_narrow.NARROW
-    torch.set_num_threads(1)  # such small layers are slower on several
+    torch.set_num_threads(1)  # layers this small are slower on several threads
     try:
         yield
     finally:
@@ -31,18 +31,18 @@ def narrow():
 
 @pytest.fixture(scope="module")
 def narrow_module():
-    """For `pytestmark`, and for fixtures of a module that train."""
+    """Module-scoped `narrow`, for `pytestmark` and for module fixtures that train a network."""
     with narrowed():
         yield
 
 
 @pytest.fixture
 def no_charts(monkeypatch):
-    """Charts take a second per epoch, longer than all steps of a narrow network."""
+    """Skips the charts: they take a second per epoch, longer than training a narrow network."""
     monkeypatch.setattr(utils, "draw_charts", lambda metrics_file, chart_file: None)
 
 
 @pytest.fixture(scope="module")
 def fork_server():
-    """Imports the scripts once for all tests with several processes, in the background while the first tests run."""
+    """Imports the scripts once for all multi-process tests, in the background while the first tests run."""
     run_narrow.start_fork_server()

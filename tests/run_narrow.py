@@ -1,4 +1,4 @@
-"""Runs a script with an eighth of Darknet-19's channels and without charts, for tests that need processes of their own.
+"""Runs a script with an eighth of Darknet-19's channels and without charts, for tests that need separate processes.
 
     python tests/run_narrow.py darknet_train.py EPOCHS=2 ...            also under torchrun
 
@@ -23,14 +23,14 @@ import darknet_model  # noqa: E402
 import utils  # noqa: E402
 
 NARROW = [layer if layer == "pool" else (layer[0] // 8, layer[1]) for layer in darknet_model.DARKNET19_LAYERS]
-TIMEOUT = 240  # seconds, for tests that might wait forever
+TIMEOUT = 240  # seconds until a hanging test is stopped
 
 
 def narrow() -> None:
-    """Narrows every Darknet19 and YOLOv2 that this process builds from now on; no charts, which take a second per epoch."""
+    """Makes every Darknet19 and YOLOv2 built from now on in this process narrow; skips charts, which take a second per epoch."""
     darknet_model.DARKNET19_LAYERS[:] = NARROW  # in place: model.py has imported the list
     utils.draw_charts = lambda metrics_file, chart_file: None
-    torch.set_num_threads(1)  # such small layers are slower on several
+    torch.set_num_threads(1)  # layers this small are slower on several threads
 
 
 # ---------------------------------------------------------------- several processes

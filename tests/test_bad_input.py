@@ -40,7 +40,8 @@ def annotation(box=(11, 11, 51, 41), name="bolt", size=(100, 60), difficult="0",
 
 
 def write_devkit(root: Path, files: dict[str, str], size=(100, 60), suffix=".jpg", **save) -> Path:
-    """VOC2026 with one image and one annotation per image id, and the list `train`."""
+    """Writes a devkit, VOC2026, and returns its folder; `files` maps each image id to the text of its annotation. The list is
+    `train`."""
     folder = root / "VOC2026"
     for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -84,17 +85,17 @@ def checkpoint(tmp_path):
     return file
 
 
-# ---------------------------------------------------------------- validation that would be training
+# ---------------------------------------------------------------- training images in the validation set
 
 
-def test_a_csv_as_data_folder_beside_named_lists_is_refused(tmp_path):
+def test_data_dir_may_not_be_a_csv_file_if_image_sets_are_given(tmp_path):
     root = write_csv(tmp_path, "0 .5 .5 .2 .2\n")
     with pytest.raises(ValueError, match="train.csv: DATA_DIR must be the folder of the lists"):
         read(root / "train.csv", ["val.csv"])
     assert len(read(root / "train.csv", [])) == 1
 
 
-def test_images_that_training_and_validation_share_are_counted(tmp_path, monkeypatch, capsys):
+def test_images_in_both_the_training_and_the_validation_set_are_counted(tmp_path, monkeypatch, capsys):
     folder = write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
     (folder / "ImageSets/Main/val.txt").write_text("b\n")
     set_training(monkeypatch, tmp_path, VAL_IMAGE_SETS=[("2026", "val")])
@@ -103,7 +104,7 @@ def test_images_that_training_and_validation_share_are_counted(tmp_path, monkeyp
     assert out.count("1 images are in both the training and the validation set") == 1 and "b.jpg first" in out
 
 
-# ---------------------------------------------------------------- labels of other images
+# ---------------------------------------------------------------- labels that do not fit their image
 
 
 @pytest.mark.parametrize(("declared", "cause"), [((60, 100), "EXIF rotation"), ((200, 120), "resized")])
@@ -130,7 +131,7 @@ def test_labels_that_leave_no_target_are_reported(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("orientation", [1, 6, 8])
-def test_a_tiff_has_the_size_that_is_read(tmp_path, orientation):
+def test_image_size_of_a_rotated_tiff_equals_that_of_the_image_read(tmp_path, orientation):
     Image.new("RGB", (60, 100)).save(tmp_path / "a.tif", tiffinfo={274: orientation})
     assert dataset.image_size(tmp_path / "a.tif") == dataset.read_image(tmp_path / "a.tif").shape[1::-1]
     assert dataset.image_size(tmp_path / "a.tif") == ((100, 60) if orientation > 4 else (60, 100))
@@ -146,19 +147,19 @@ def test_a_tiff_has_the_size_that_is_read(tmp_path, orientation):
         ("\x00\x01", "not readable as XML"),
     ],
 )
-def test_xml_that_is_no_voc_annotation_is_refused(tmp_path, xml, reason):
+def test_xml_that_is_not_a_valid_voc_annotation_is_refused(tmp_path, xml, reason):
     write_devkit(tmp_path, {"a": xml})
     with pytest.raises(ValueError, match=rf"a\.xml: .*{re.escape(reason)}"):
         read(tmp_path)
 
 
 @pytest.mark.parametrize(("flag", "value"), [("", 0), ("Unspecified", 0), ("\n 0 \n", 0), ("0.0", 0), ("True", 1), ("yes", 1)])
-def test_difficult_is_read_where_its_meaning_is_clear(tmp_path, flag, value):
+def test_common_spellings_of_the_difficult_flag_are_read(tmp_path, flag, value):
     write_devkit(tmp_path, {"a": annotation(difficult=flag)})
     assert read(tmp_path).labels[0][0, 1] == value
 
 
-def test_namespaces_are_ignored_and_parts_are_no_objects(tmp_path):
+def test_xml_namespaces_are_ignored_and_parts_are_not_objects(tmp_path):
     part = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"
     xml = annotation(extra=part).replace("<annotation>", '<annotation xmlns="http://example.org/voc">')
     write_devkit(tmp_path, {"a": xml})
@@ -168,7 +169,7 @@ def test_namespaces_are_ignored_and_parts_are_no_objects(tmp_path):
 # ---------------------------------------------------------------- lists and encodings of other tools
 
 
-def test_image_ids_may_contain_blanks(tmp_path):
+def test_image_ids_may_contain_spaces(tmp_path):
     folder = write_devkit(tmp_path, {"photo": annotation(), "photo (1)": annotation(box=(1, 1, 9, 9)), "photo 2": annotation()})
     (folder / "ImageSets/Main/train.txt").write_text("photo (1)\nphoto 2\nphoto  1\nphoto -1\n")
     names = [Path(image).stem for image, _ in read(tmp_path).samples]
@@ -183,7 +184,7 @@ def test_lists_are_read_in_utf_8_and_utf_16(tmp_path, encoding):
     assert len(read(tmp_path).labels[0]) == 1
 
 
-def test_another_encoding_is_one_sentence(tmp_path):
+def test_an_unsupported_encoding_is_refused_with_advice(tmp_path):
     folder = write_devkit(tmp_path, {"a": annotation()})
     (folder / "ImageSets/Main/train.txt").write_bytes("né\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"train\.txt: not UTF-8 text; save it as UTF-8"):
@@ -206,13 +207,13 @@ def test_images_of_a_devkit_may_have_any_suffix(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("image_sets", [("2026", "train"), [["2026", "train"]], [("2026", "train")]])
-def test_one_image_set_needs_no_brackets(tmp_path, image_sets):
+def test_a_single_image_set_needs_no_enclosing_list(tmp_path, image_sets):
     write_devkit(tmp_path, {"a": annotation()})
     assert len(dataset.VOCDataset(tmp_path, image_sets, ANCHORS, 64, ["bolt"])) == 1
 
 
 @pytest.mark.parametrize("image_sets", [[2026], "2026 train", [("2026",)], [("2026", "train", "x")]])
-def test_other_forms_of_image_sets_are_one_sentence_with_an_example(tmp_path, image_sets):
+def test_a_malformed_image_set_is_refused_with_an_example(tmp_path, image_sets):
     write_devkit(tmp_path, {"a": annotation()})
     with pytest.raises(ValueError, match=r"IMAGE_SETS holds .*it takes \[\('2007', 'trainval'\)\]"):
         dataset.VOCDataset(tmp_path, image_sets, ANCHORS, 64, ["bolt"])
@@ -235,7 +236,7 @@ def test_darknet_lists_and_names_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("blank", ["\u00a0", "\u202f", "\u3000", "\u200d"])
-def test_unusual_blanks_in_a_csv_list_are_read_and_control_characters_are_not(tmp_path, blank):
+def test_unicode_spaces_in_a_csv_list_are_read_and_control_characters_are_refused(tmp_path, blank):
     write_csv(tmp_path, "0 .5 .5 .2 .2\n", image=f"a{blank}b.png")
     assert read(tmp_path, ["train.csv"])[0][1].any()
     (tmp_path / "train.csv").write_text("a\x1b[2J.png,a.txt\n")
@@ -252,14 +253,14 @@ def test_backslashes_separate_folders_in_a_list(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["img,text", "a.png;a.txt", "a.png", "a.png,10,10,20,20,bolt"])
-def test_csv_lists_of_other_forms_are_refused_with_their_line(tmp_path, line):
+def test_malformed_csv_lines_are_refused_with_their_line_number(tmp_path, line):
     write_csv(tmp_path, "")
     (tmp_path / "train.csv").write_text(f"{line}\n")
     with pytest.raises(ValueError, match=r"train\.csv, line 1: expected image,label"):
         read(tmp_path, ["train.csv"])
 
 
-def test_an_unbalanced_quote_is_one_sentence(tmp_path):
+def test_an_unbalanced_quote_in_a_csv_list_is_named_as_the_cause(tmp_path):
     write_csv(tmp_path, "")
     (tmp_path / "train.csv").write_text('"a.png,a.txt\n' + "b.png,b.txt\n" * 20_000)
     with pytest.raises(ValueError, match=r"train\.csv: not readable as csv .*unbalanced quote"):
@@ -278,15 +279,15 @@ def test_harmless_variants_of_yolo_labels_are_read(tmp_path, line):
         ("0 .3 .4 .4 .5 .9", "confidence"),
         ("0 .1 .1 .2 .1 .2 .2 .1 .2", "polygon"),
         ("bolt .3 .4 .4 .5", "not a name"),
-        ("0 .3 .4 .4 1.1", ""),
+        ("0 .3 .4 .4 1.1", "fractions of the image"),
     ],
 )
-def test_other_variants_say_what_they_look_like(tmp_path, line, guess):
+def test_errors_for_other_label_formats_say_what_is_wrong(tmp_path, line, guess):
     with pytest.raises(ValueError, match=rf"a\.txt, line 1: .*{guess}"):
         read(write_csv(tmp_path, line), ["train.csv"])
 
 
-# ---------------------------------------------------------------- what may be missing
+# ---------------------------------------------------------------- missing labels, objects and classes
 
 
 def test_objects_of_other_classes_and_missing_labels_are_tolerated_on_request(tmp_path):
@@ -319,7 +320,7 @@ def test_detections_are_written_for_images_without_annotations(tmp_path, monkeyp
         test_script.main()
 
 
-def test_a_validation_set_without_objects_is_said_and_the_last_checkpoint_is_the_best(tmp_path, monkeypatch, capsys):
+def test_a_validation_set_without_objects_is_reported_and_the_last_checkpoint_becomes_the_best(tmp_path, monkeypatch, capsys):
     folder = write_devkit(tmp_path, {"a": annotation(), "b": annotation(), "c": annotation(difficult="1")})
     (folder / "ImageSets/Main/train.txt").write_text("a\nb\n")
     (folder / "ImageSets/Main/val.txt").write_text("c\n")
@@ -338,7 +339,7 @@ def test_hidden_class_folders_are_skipped_and_other_files_counted(tmp_path, caps
     (tmp_path / "train/n1/notes.txt").write_text("x")
     data = dataset.imagenet_dataset(tmp_path, "train", 32, augment=False)
     assert data.classes == ["n1", "n2"] and len(data) == 2
-    assert "1 files skipped that are no images" in capsys.readouterr().out
+    assert "1 files skipped that are not images" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- names
@@ -361,7 +362,7 @@ def test_only_the_scripts_own_globals_are_settings():
             utils.override_globals(dict(vars(script)), ["VOC_CLASSES=['person']"])
 
 
-def test_a_picture_never_replaces_its_source(tmp_path, monkeypatch, checkpoint):
+def test_detect_refuses_to_overwrite_a_source_image(tmp_path, monkeypatch, checkpoint):
     (tmp_path / "data").mkdir()
     Image.new("RGB", (40, 40)).save(tmp_path / "data/street.jpg")
     before = (tmp_path / "data/street.jpg").read_bytes()
@@ -373,24 +374,26 @@ def test_a_picture_never_replaces_its_source(tmp_path, monkeypatch, checkpoint):
     assert (tmp_path / "data/street.jpg").read_bytes() == before
 
 
-def test_folders_are_searched_for_every_format_and_the_rest_is_counted(tmp_path, capsys):
+def test_find_images_lists_every_image_format_and_counts_other_files(tmp_path, capsys):
     for name in ("a.jfif", "b.PPM", "c.jpe", "d.gif"):
         Image.new("RGB", (9, 9)).save(
             tmp_path / name, format={".jfif": "JPEG", ".jpe": "JPEG", ".PPM": "PPM"}.get(Path(name).suffix)
         )
     (tmp_path / "notes.txt").write_text("x")
     assert [Path(file).name for file in detect.find_images(str(tmp_path))] == ["a.jfif", "b.PPM", "c.jpe", "d.gif"]
-    assert "1 files skipped that are no images, notes.txt first" in capsys.readouterr().out
+    assert "1 files skipped that are not images, notes.txt first" in capsys.readouterr().out
 
 
-def test_checkpoints_with_dots_in_their_names_keep_files_of_their_own(tmp_path, monkeypatch):
+def test_checkpoints_with_dots_in_their_names_write_separate_files(tmp_path, monkeypatch):
     write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
     for name in ("lr0.001", "lr0.01", "v1.pth.tar"):
         set_training(monkeypatch, tmp_path, CHECKPOINT=str(tmp_path / "runs" / name))
         train.main()
     expected = {f"{name}{ending}" for name in ("lr0.001", "lr0.01", "v1.pth.tar") for ending in ("", "_best.pt", "_metrics.csv")}
     assert {file.name for file in (tmp_path / "runs").iterdir()} == expected
-    loaded, *_ = model.load_detector(tmp_path / "runs/v1.pth.tar", ["bolt"], torch.device("cpu"), "fp32")  # by its content
+    loaded, *_ = model.load_detector(
+        tmp_path / "runs/v1.pth.tar", ["bolt"], torch.device("cpu"), "fp32"
+    )  # recognised by its content, not its suffix
     assert isinstance(loaded, torch.nn.Module)
 
 
@@ -458,13 +461,13 @@ def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path, checkpoint):
         utils.load_checkpoint(checkpoint)
 
 
-def test_a_web_page_is_called_one(tmp_path):
+def test_a_web_page_saved_as_weights_is_reported_as_one(tmp_path):
     (tmp_path / "yolov2.weights").write_text("\n<!DOCTYPE html><html><body>moved</body></html>" * 9)
     with pytest.raises(ValueError, match=r"yolov2\.weights: this is a web page, not weights"):
         darknet_model.load_darknet_weights(YOLOv2(1), tmp_path / "yolov2.weights")
 
 
-def test_an_output_layer_of_other_classes_is_not_loaded(tmp_path, capsys):
+def test_only_the_backbone_is_loaded_if_the_classes_or_their_order_differ(tmp_path, capsys):
     donor = YOLOv2(2)
     state = {"model": donor.state_dict(), "anchors": ANCHORS, "image_size": 64}
     utils.save_checkpoint(tmp_path / "two.pt", classes=["nut", "bolt"], **state)
@@ -488,7 +491,7 @@ def test_optimiser_buffers_of_another_shape_are_refused(tmp_path, monkeypatch):
         train.main()
 
 
-def test_a_metrics_file_that_cannot_be_read_is_kept_aside(tmp_path, capsys):
+def test_an_unreadable_metrics_file_is_renamed_and_a_new_one_is_started(tmp_path, capsys):
     file = tmp_path / "run_metrics.csv"
     for content in (b"\xff\xfe\x00broken", b"no,header\n1,2\n"):
         file.write_bytes(content)
@@ -517,12 +520,12 @@ def test_a_metrics_file_that_cannot_be_read_is_kept_aside(tmp_path, capsys):
         ({"DEVICE": "99"}, "DEVICE=99: PyTorch sees"),
     ],
 )
-def test_settings_that_cannot_be_right_are_refused_by_name(setting, message, tmp_path, monkeypatch):
+def test_invalid_settings_are_refused_by_name(setting, message, tmp_path, monkeypatch):
     write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
     set_training(monkeypatch, tmp_path, **setting)
     with pytest.raises(ValueError, match=message):
         train.main()
-    assert not list((tmp_path / "runs").glob("*")) or not (tmp_path / "runs").exists()
+    assert not list((tmp_path / "runs").glob("*"))  # nothing was written
 
 
 def test_anchors_may_be_the_flat_list_of_a_cfg():
@@ -546,7 +549,7 @@ def test_resuming_a_finished_run_says_so(tmp_path, monkeypatch, capsys):
     assert "all 1 epochs are done; set a larger EPOCHS" in capsys.readouterr().out
 
 
-def test_a_killed_loader_process_is_not_blamed_on_the_disk(tmp_path):
+def test_a_killed_dataloader_worker_is_reported_as_out_of_memory(tmp_path):
     error = RuntimeError("DataLoader worker (pid 5) is killed by signal: Bus error.")
     with pytest.raises(RuntimeError, match="Bus error"), utils.atomic_write(tmp_path / "x"):
         raise error
@@ -554,14 +557,14 @@ def test_a_killed_loader_process_is_not_blamed_on_the_disk(tmp_path):
         raise error
 
 
-def test_dollars_and_many_classes_do_not_break_the_curves(tmp_path):
+def test_curves_are_drawn_for_dollar_signs_in_class_names_and_for_40_classes(tmp_path):
     rows = [dict.fromkeys(test_script.COLUMNS, 0.1 * (c % 10)) | {"class": f"cost $_{c}^$"} for c in range(40)]
     test_script.draw_curves(rows, [(np.array([1.0]), np.array([0.5]))] * 40, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.width > picture.height * 0.8  # 20 panels, not 40
 
 
-def test_unreadable_exif_data_do_not_hide_an_image(tmp_path):
+def test_an_image_with_unreadable_exif_data_is_still_read(tmp_path):
     stream = io.BytesIO()
     Image.new("RGB", (60, 40)).save(stream, "JPEG")
     data = stream.getvalue()

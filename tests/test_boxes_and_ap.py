@@ -58,7 +58,7 @@ def test_box_iou_broadcasts_one_object_over_all_boxes_of_its_image():
 
 
 def test_decode_predictions_by_hand_on_a_grid_that_is_not_square():
-    # 2 anchors, 2 rows, 4 columns, 2 classes; all zeros but for anchor 1, row 1, column 2
+    # 2 anchors, 2 rows, 4 columns, 2 classes; all zeros except anchor 1, row 1, column 2
     raw = torch.zeros(1, 2, 2, 4, 7)
     ln = math.log
     raw[0, 1, 1, 2] = torch.tensor([ln(3), -ln(3), ln(2), -ln(2), -ln(4), 0, ln(3)])
@@ -110,7 +110,7 @@ def test_nms_keeps_the_more_confident_of_two_overlapping_boxes():
 def test_nms_keeps_overlapping_boxes_of_different_classes():
     raw = raw_outputs({(0, 1, 1): [0, 0, 0, 0, 1, 20, 0], (1, 1, 1): [0, 0, 0, 0, 2, 0, 20]})
     (found,) = utils.postprocess(raw, SAME_SHAPE, 0.5, 0.45)
-    assert found[:, 5].tolist() == [1, 0]  # by falling confidence
+    assert found[:, 5].tolist() == [1, 0]  # in descending order of confidence
 
 
 @pytest.mark.parametrize(("nms_threshold", "kept"), [(0.32, 1), (0.34, 2)])
@@ -162,7 +162,7 @@ def test_the_first_devkit_pixel_is_one():
 
 # ---------------------------------------------------------------- average precision
 
-BOX_A, BOX_B, BOX_C = (1, 1, 10, 10), (21, 1, 30, 10), (41, 1, 50, 10)  # 10 x 10 pixels each, apart
+BOX_A, BOX_B, BOX_C = (1, 1, 10, 10), (21, 1, 30, 10), (41, 1, 50, 10)  # disjoint, 10 x 10 pixels each
 ELSEWHERE = (71, 71, 80, 80)
 
 
@@ -266,7 +266,7 @@ def test_both_end_pixels_belong_to_a_box():
     assert ap([detection(0.9, (4, 1, 4, 4))], [truth((1, 1, 4, 4))], iou_threshold=0.25) == 1
 
 
-def test_the_iou_threshold_is_an_argument():
+def test_detections_match_according_to_the_given_iou_threshold():
     found, truths = [detection(0.9, (1, 1, 10, 7))], [truth(BOX_A)]  # IoU .7
     assert ap(found, truths, iou_threshold=0.69) == 1
     assert ap(found, truths, iou_threshold=0.71) == 0

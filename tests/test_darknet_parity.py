@@ -1,17 +1,22 @@
 """The network against Darknet: its outputs, its weight files, and OpenCV's independent implementation of both.
 
-Only the tests that use golden_file or need real channel counts have the full width; the others narrow the network.
+Tests that use golden_file or need the real channel counts run at full width; the others use a narrow network.
 """
 
+import signal
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Dataset
 
+import train
 import utils
 from darknet_model import DARKNET19_LAYERS, Darknet19, darknet_tensors, load_darknet_weights, save_darknet_weights
+from dataset import VOC_CLASSES, encode_targets
+from loss import YoloLoss
 from model import ANCHORS, YOLOv2, fuse, load_detector, load_pretrained_backbone, reorg
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -27,7 +32,7 @@ CONVOLUTIONS = [
 
 
 def write_random_darknet_file(file, seed):
-    """Writes the weights with which the golden output was measured: 203 MB, given by the seed."""
+    """Writes the weights file that the golden output was computed from: 203 MB of random numbers, determined by the seed."""
     rng = np.random.default_rng(seed)
     with open(file, "wb") as stream:
         np.array([0, 2, 0], "<i4").tofile(stream)
@@ -52,7 +57,7 @@ def write_numbers(file, count, header=(0, 2, 0), seen=5, wide=True):
 
 
 def randomise_batch_norm(model):
-    """Gives every batch norm other numbers than the initial ones, so that a test notices if one of them is not copied."""
+    """Replaces the initial values of every batch norm, so that a test fails if one of them is not copied."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -83,14 +88,14 @@ def numbers_of(model):
     return torch.cat([tensor.detach().flatten() for tensors in darknet_tensors(model) for tensor in tensors])
 
 
-def test_output_equals_darknets(golden_model):
+def test_output_matches_darknet(golden_model):
     golden = np.load(GOLDEN / "network_128x128.npz")
     with torch.no_grad():
         outputs = channels_first(golden_model(torch.from_numpy(golden["image_rgb"])))
     assert np.abs(outputs - golden["raw_output"]).max() < 5e-4
 
 
-def test_reorg_equals_darknets():
+def test_reorg_matches_darknet():
     golden = np.load(GOLDEN / "network_128x128.npz")
     assert np.array_equal(reorg(torch.from_numpy(golden["reorg_input"])).numpy(), golden["reorg_output"])
 
@@ -187,7 +192,7 @@ def test_a_backbone_only_file_loads_the_first_convolutions_and_prints_how_many(n
 
 
 @pytest.mark.parametrize("change", ["short", "long", "empty", "header", "half", "text"])
-def test_a_file_of_the_wrong_size_is_named_and_the_model_is_unchanged(narrow, tmp_path, change):
+def test_a_malformed_weights_file_is_named_and_the_model_is_unchanged(narrow, tmp_path, change):
     model = Darknet19(num_classes=2)
     before, file = numbers_of(model).clone(), tmp_path / "wrong.weights"
     if change == "empty":
@@ -203,7 +208,7 @@ def test_a_file_of_the_wrong_size_is_named_and_the_model_is_unchanged(narrow, tm
     assert torch.equal(numbers_of(model), before)
 
 
-def test_a_file_of_another_network_is_refused(golden_file, tmp_path):
+def test_a_missing_file_or_one_of_another_network_is_refused(golden_file, tmp_path):
     with pytest.raises(ValueError, match="random.weights.*another"):
         load_darknet_weights(Darknet19(num_classes=1000), golden_file)
     with pytest.raises(ValueError, match="random.weights.*classes"):
@@ -253,7 +258,7 @@ def test_a_detector_of_the_same_classes_is_loaded_completely(narrow, tmp_path):
     assert torch.equal(numbers_of(model), numbers_of(donor))
 
 
-def test_a_foreign_checkpoint_has_no_backbone(narrow, tmp_path):
+def test_a_checkpoint_without_a_backbone_is_refused(narrow, tmp_path):
     utils.save_checkpoint(tmp_path / "foreign.pt", model={"weight": torch.zeros(3)})
     utils.save_checkpoint(tmp_path / "other.pt", weights=torch.zeros(3))
     for name in ("foreign.pt", "other.pt"):
@@ -295,7 +300,7 @@ def test_kernels_are_initialised_as_in_darknet():
             assert (module.momentum, module.eps) == (0.01, 1e-5)
 
 
-def test_output_shapes_and_multiples_of_32():
+def test_output_shapes_and_refusal_of_sizes_that_are_not_multiples_of_32():
     model = YOLOv2(num_classes=3, num_anchors=2).eval()
     with torch.no_grad():
         assert model(torch.zeros(2, 3, 64, 96)).shape == (2, 2, 2, 3, 8)
@@ -311,3 +316,125 @@ def test_a_batch_gives_the_outputs_of_its_images_one_by_one(golden_model):
         together = golden_model(images)
         apart = torch.cat([golden_model(image[None]) for image in images])
     assert torch.allclose(together, apart, atol=1e-4)
+
+
+# ---------------------------------------------------------------- training beside Darknet
+
+
+def trajectory_inputs(seed=11, count=80, size=96, classes=20):
+    """The images (80, 3, 96, 96) in 0..1 with which Darknet was trained for the golden trajectory, and the truths (80, 30, 5):
+    x y w h class in fractions, rows of zeros after the last object. Every object has a cell of its own."""
+    rng = np.random.default_rng(seed)
+    images = rng.random((count, 3, size, size), dtype=np.float32)
+    truths = np.zeros((count, 30, 5), np.float32)
+    cells = size // 32
+    for image in range(count):
+        objects = int(rng.integers(1, 4))
+        for place, cell in enumerate(rng.permutation(cells * cells)[:objects]):
+            x = (cell % cells + rng.uniform(0.05, 0.95)) / cells
+            y = (cell // cells + rng.uniform(0.05, 0.95)) / cells
+            w, h = rng.uniform(0.1, 0.9, 2)
+            truths[image, place] = x, y, w, h, rng.integers(classes)
+    return images, truths
+
+
+class TrajectorySet(Dataset):
+    """The first 20 images of the golden trajectory: five batches of four."""
+
+    classes, samples = VOC_CLASSES, [(f"{index}.jpg", "") for index in range(20)]
+
+    def __init__(self):
+        self.images, self.truths = trajectory_inputs()
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        truths = self.truths[index][self.truths[index][:, 2] > 0]
+        return torch.from_numpy(self.images[index]), encode_targets(truths[:, :4], truths[:, 4], ANCHORS, 3, 3)
+
+
+def cost_of(predictions, gradient):
+    """Darknet's cost: the sum of the squared derivatives of the loss with respect to the activated outputs."""
+    derivative = gradient.double()
+    activated = torch.sigmoid(predictions[..., [0, 1, 4]].double())
+    derivative[..., [0, 1, 4]] /= activated * (1 - activated)
+    return (derivative**2).sum().item()
+
+
+@pytest.fixture(scope="module")
+def trajectory(golden_file, tmp_path_factory):
+    """Five optimiser steps of train.main() -> per step the movement of each tensor since the start, and the cost per sub-batch.
+    Darknet had random weights, batches of 4 in 2 sub-batches, learning rate 2e-5, burn-in 5, momentum .9 and weight decay 1."""
+    model = YOLOv2()
+    load_darknet_weights(model, golden_file)
+    start = [tensor.detach().clone() for tensors in darknet_tensors(model) for tensor in tensors]
+    rng = np.random.default_rng(2026)
+    places = [torch.from_numpy(rng.choice(tensor.numel(), min(64, tensor.numel()), replace=False)) for tensor in start]
+    steps, costs = [], []
+
+    class CostLoss(YoloLoss):
+        def forward(self, predictions, targets, images_seen):
+            # the derivative of total / SUBDIVISIONS is that of the sum over the images divided by 4
+            predictions.register_hook(lambda gradient: costs.append(cost_of(predictions.detach(), 4 * gradient)))
+            return super().forward(predictions, targets, images_seen)
+
+    def record(stop):  # called after each step
+        tensors = [tensor.detach() for tensors in darknet_tensors(model) for tensor in tensors]
+        moved = [tensor - before for tensor, before in zip(tensors, start, strict=True)]
+        sampled = [movement.flatten()[place].numpy() for movement, place in zip(moved, places, strict=True)]
+        steps.append(([movement.norm().item() for movement in moved], sampled))
+        return False
+
+    def batches(*arguments, repeat):
+        return iter([[2 * part, 2 * part + 1] for part in range(10)])
+
+    settings = {
+        "OPTIMIZER": "sgd", "BATCH_SIZE": 4, "SUBDIVISIONS": 2, "LEARNING_RATE": 2e-5, "BURN_IN": 5, "MOMENTUM": 0.9,
+        "WEIGHT_DECAY": 1.0, "LR_SCHEDULE": "constant", "EPOCHS": 1, "REPEAT": 1, "IMAGE_SIZE": 96, "NUM_WORKERS": 0,
+        "PRECISION": "fp32", "DEVICE": "cpu", "CHECKPOINT": str(tmp_path_factory.mktemp("trajectory") / "run.pt"),
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setattr(train, name, value)
+        patch.setattr(train.yolov2_model, "YOLOv2", lambda classes, anchors: model)
+        patch.setattr(train, "read_data_sets", lambda anchors, broken_list: (TrajectorySet(), {}))
+        patch.setattr(train, "training_batches", batches)
+        patch.setattr(train, "YoloLoss", CostLoss)
+        patch.setattr(utils, "should_stop", record)
+        patch.setattr(utils, "warm_batch_norm", lambda model, batches_seen: None)
+        patch.setattr(utils, "save_checkpoint", lambda file, **state: None)
+        patch.setattr(utils, "log_epoch", lambda stem, row: None)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        train.main()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return steps, costs
+
+
+def test_learning_rates_match_darknet():
+    rates = np.load(GOLDEN / "trajectory.npz")["rate_after"][1::2]  # of updates 1 to 10; burn-in 5
+    ours = [utils.learning_rate_at(step, 10, 2e-5, "steps", burn_in=5, drops=(12, 16)) for step in range(10)]
+    assert ours == pytest.approx(rates.tolist(), rel=1e-6)
+
+
+def test_the_costs_of_five_steps_match_darknet(trajectory):
+    _, costs = trajectory
+    assert costs == pytest.approx(np.load(GOLDEN / "trajectory.npz")["cost"][:10].tolist(), rel=1e-3)
+
+
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_weights_and_statistics_move_as_in_darknet(step, trajectory):
+    golden = np.load(GOLDEN / "trajectory.npz")
+    column = golden["steps"].tolist().index(step)
+    norms, sampled = trajectory[0][step - 1]
+    # 1e-9: the first step moves most weights by less than the rounding of float32
+    assert norms == pytest.approx(golden["movement_norm"][:, column].tolist(), rel=0.01, abs=1e-9)
+    kinds = ["bias", "scale", "mean", "variance", "kernel"] * 22 + ["bias", "kernel"]
+    for kind, limit in (("kernel", 0.05), ("bias", 0.05), ("scale", 0.05), ("mean", 1e-4), ("variance", 1e-4)):
+        pairs = [
+            (ours, golden["movement"][place, column, : len(ours)]) for place, ours in enumerate(sampled) if kinds[place] == kind
+        ]
+        ours, darknets = (np.concatenate(side) for side in zip(*pairs, strict=True))
+        error = np.sqrt(np.mean((ours - darknets) ** 2)) / np.sqrt(np.mean(darknets**2))
+        assert error < limit, kind

@@ -40,9 +40,9 @@ def set_small(monkeypatch, script, folder, **values):
 
 
 def read_lines(source):
-    """A script's lines from its first global on, without blank lines and without the section of functions that only DDP needs.
+    """A script's lines from its first setting on, without blank lines and without the section of DDP-only functions.
 
-    -> (line without its comment, comment) each; the line is "" where it is all comment.
+    Returns (code, comment) pairs; code is "" on a line that holds only a comment.
     """
     comments = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -58,16 +58,16 @@ def read_lines(source):
 
 
 def compare(shorter, longer):
-    """Problems of a script that should be another one with lines added: lines that it lacks, and added lines without a reason.
+    """Compares two scripts, of which `longer` must be `shorter` plus explained lines -> problems: missing and unexplained lines.
 
-    Added lines stand directly under a comment that begins with "# DataParallel:" or "# DDP:", or carry one themselves.
+    Added lines must directly follow a comment that begins with "# DataParallel:" or "# DDP:", or end in one.
     """
     expected = [line for line, _ in read_lines(shorter) if line]
     problems, found, explained, in_comment = [], 0, False, False
     for line, comment in read_lines(longer):
         reason = comment.startswith(("# DataParallel: ", "# DDP: "))
         if not line:
-            explained = reason or (explained and in_comment)  # the comment may go on in a second line
+            explained = reason or (explained and in_comment)  # the comment may continue on the next line
         elif found < len(expected) and line == expected[found]:
             found, explained = found + 1, False
         elif not (explained or reason):
@@ -79,18 +79,18 @@ def compare(shorter, longer):
 
 
 @pytest.mark.parametrize("script", SCRIPTS[1:])
-def test_the_scripts_for_several_gpus_add_explained_lines_to_darknet_train(script):
+def test_the_multi_gpu_scripts_are_darknet_train_plus_explained_lines(script):
     one, several = (Path(module.__file__).read_text() for module in (darknet_train, script))
     assert compare(one, several) == []
     step, seen = "            scaler.step(optimizer)\n", "            bar.update()\n"
     assert several.count(step) == several.count(seen) == 1
-    assert compare(one, several.replace(step, step.replace("scaler", "optimizer")))  # the comparison itself works
+    assert compare(one, several.replace(step, step.replace("scaler", "optimizer")))  # compare() must find each of these changes
     assert compare(one, several.replace(step, ""))
     assert compare(one, several.replace(step, step[4:]))  # outside the loop
     assert compare(one, several.replace(seen, f"{seen}            # here too\n            bar.refresh()\n"))
 
 
-def test_darknet_train_says_nothing_about_several_gpus():
+def test_darknet_train_does_not_mention_multiple_gpus():
     words = "DDP|Distributed|DataParallel|no_sync|rank|world|multigpu|torchrun|all_reduce|several GPUs"
     assert re.findall(words, Path(darknet_train.__file__).read_text(), re.IGNORECASE) == []
 
@@ -119,7 +119,7 @@ def test_the_scripts_train_the_same_weights_and_resume_each_others_checkpoints(t
     for state in states[1:]:
         assert all(torch.equal(tensor, state["model"][name]) for name, tensor in states[0]["model"].items())
 
-    monkeypatch.setattr(utils, "draw_charts", lambda metrics_file, chart_file: None)  # drawn above
+    monkeypatch.setattr(utils, "draw_charts", lambda metrics_file, chart_file: None)  # charts were checked above
     for script, other in zip(SCRIPTS, [*SCRIPTS[1:], SCRIPTS[0]], strict=True):
         set_small(monkeypatch, other, tmp_path / script.__name__, EPOCHS=2, RESUME=True, SUBDIVISIONS=2)
         other.main()
@@ -129,7 +129,7 @@ def test_the_scripts_train_the_same_weights_and_resume_each_others_checkpoints(t
         assert all(torch.equal(tensor, state["model"][name]) for name, tensor in states[3]["model"].items())
 
 
-def test_a_second_stage_starts_from_the_weights_alone(tmp_path, monkeypatch, no_charts):
+def test_resume_weights_starts_a_new_run_from_the_weights_alone(tmp_path, monkeypatch, no_charts):
     set_small(monkeypatch, darknet_train, tmp_path)
     darknet_train.main()
     first = utils.load_checkpoint(tmp_path / "darknet19.pt")["model"]
@@ -140,7 +140,7 @@ def test_a_second_stage_starts_from_the_weights_alone(tmp_path, monkeypatch, no_
     assert all(torch.equal(first[name], second["model"][name]) for name in first if name.endswith("weight"))
 
 
-def test_the_identity_makes_a_new_layer_pass_its_input_on(tmp_path, monkeypatch, no_charts):
+def test_identity_init_makes_new_layers_start_as_a_scaled_identity(tmp_path, monkeypatch, no_charts):
     model = darknet_model.Darknet19(5)
     kernels = [module.weight for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
     drawn = [kernel.detach().clone() for kernel in kernels]
@@ -149,7 +149,7 @@ def test_the_identity_makes_a_new_layer_pass_its_input_on(tmp_path, monkeypatch,
     for kernel in kernels:
         torch.nn.init.zeros_(kernel)
     darknet_model.add_identity(model, 3.0)
-    assert not kernels[0].any() and not kernels[-1].any()  # from pixels to channels, from channels to classes
+    assert not kernels[0].any() and not kernels[-1].any()  # the first and the last layer get no identity
     few, many = kernels[1].shape[1], kernels[1].shape[0]  # 3x3; 32 -> 64 at full width
     images = torch.rand(2, few, 4, 4)
     wide = torch.nn.functional.conv2d(images, kernels[1], padding=1)
@@ -178,7 +178,7 @@ def test_fp16_scales_its_gradients_and_skips_steps_that_overflow(tmp_path, monke
 
 
 def count_validation_images(rank, folder):
-    """One of three processes -> the validation images that it has counted, and that all have counted, in a file."""
+    """Runs in each of three processes; writes the number of validation images that it counted, and the total, to a file."""
     run_narrow.narrow()
     script, counts = darknet_train_multigpu_distr, []
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=3)
@@ -221,7 +221,7 @@ def test_a_broken_validation_image_is_not_counted(tmp_path, monkeypatch, no_char
     assert broken.name in (tmp_path / "darknet19_broken.txt").read_text()
 
 
-def test_data_parallel_refuses_one_gpu_of_several(tmp_path, monkeypatch):
+def test_data_parallel_refuses_a_device_setting_for_a_single_gpu(tmp_path, monkeypatch):
     set_small(monkeypatch, darknet_train_multigpu, tmp_path)
     monkeypatch.setattr(utils, "pick_device", lambda name: torch.device("cuda:1"))
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *arguments, **options: self)
@@ -237,7 +237,7 @@ def test_data_parallel_refuses_one_gpu_of_several(tmp_path, monkeypatch):
         ({"BATCH_SIZE": 8, "COMPILE": True}, "COMPILE works on one GPU"),
     ],
 )
-def test_data_parallel_refuses_what_four_gpus_cannot_do(setting, message, tmp_path, monkeypatch):
+def test_data_parallel_refuses_settings_that_four_gpus_do_not_support(setting, message, tmp_path, monkeypatch):
     set_small(monkeypatch, darknet_train_multigpu, tmp_path, **setting)
     monkeypatch.setattr(utils, "pick_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -245,7 +245,7 @@ def test_data_parallel_refuses_what_four_gpus_cannot_do(setting, message, tmp_pa
         darknet_train_multigpu.main()
 
 
-def test_an_uneven_batch_is_one_sentence(tmp_path, monkeypatch):
+def test_a_batch_that_cannot_be_split_evenly_is_refused(tmp_path, monkeypatch):
     script = darknet_train_multigpu_distr
     set_small(monkeypatch, script, tmp_path, BATCH_SIZE=5)
     monkeypatch.setattr(script, "join_processes", lambda: torch.device("cpu"))
@@ -265,13 +265,13 @@ def test_an_uneven_batch_is_one_sentence(tmp_path, monkeypatch):
         ({"IMAGE_SIZE": 16}, "IMAGE_SIZE must be 32 or more, not 16"),
     ],
 )
-def test_a_setting_that_is_too_small_is_one_sentence(tmp_path, monkeypatch, script, setting, message):
+def test_a_setting_that_is_too_small_is_refused_by_name(tmp_path, monkeypatch, script, setting, message):
     set_small(monkeypatch, script, tmp_path, **setting)
     with pytest.raises(ValueError, match=message):
         script.main()
 
 
-def test_more_processes_than_gpus_is_one_sentence(monkeypatch):
+def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(utils, "pick_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for name in ("RANK", "LOCAL_RANK"):
@@ -281,7 +281,7 @@ def test_more_processes_than_gpus_is_one_sentence(monkeypatch):
         darknet_train_multigpu_distr.main()
 
 
-def test_bad_folders_and_checkpoints_are_one_sentence(tmp_path, monkeypatch, no_charts):
+def test_bad_folders_and_checkpoints_are_refused_by_name(tmp_path, monkeypatch, no_charts):
     with pytest.raises(FileNotFoundError, match="train"):
         imagenet_dataset(tmp_path, "train", 64, augment=False)
     (tmp_path / "val").mkdir()
@@ -302,7 +302,7 @@ def test_bad_folders_and_checkpoints_are_one_sentence(tmp_path, monkeypatch, no_
     set_small(monkeypatch, darknet_train, tmp_path, RESUME_WEIGHTS=str(tmp_path / "three.pt"))
     with pytest.raises(ValueError, match="three.pt.*3 classes, not 5") as error:
         darknet_train.main()
-    command = shlex.split(str(error.value).partition("conv.23: ")[2])  # the command that it names keeps the backbone
+    command = shlex.split(str(error.value).partition("conv.23: ")[2])  # the command in the message exports the backbone
     assert command[:2] == ["python", "-c"] and len(command) == 3
     monkeypatch.chdir(tmp_path)
     exec(command[2], {})
@@ -310,7 +310,7 @@ def test_bad_folders_and_checkpoints_are_one_sentence(tmp_path, monkeypatch, no_
     darknet_train.main()
 
 
-def test_validation_takes_the_centre_square_and_training_is_seeded(tmp_path):
+def test_validation_crops_the_centre_square_and_training_crops_depend_on_the_seed(tmp_path):
     pixels = np.zeros((60, 120, 3), np.uint8)
     pixels[:, 30:90] = 255  # the centre square is white
     for split in ("train", "val"):
@@ -331,7 +331,7 @@ def test_validation_takes_the_centre_square_and_training_is_seeded(tmp_path):
 
 
 def test_the_crop_scale_sets_how_much_of_an_image_a_crop_shows(tmp_path):
-    """16 stripes of 8 pixels each, black and white: a crop of the whole image shows most of them, one of a quarter at most six."""
+    """32 black and white stripes of 8 pixels: full-size crops show at least 21 edges, crops of a quarter of the side at most 12."""
     pixels = np.zeros((256, 256, 3), np.uint8)
     pixels[:, np.arange(256) // 8 % 2 == 1] = 255
     (tmp_path / "train" / "a").mkdir(parents=True)
@@ -348,7 +348,7 @@ def test_the_crop_scale_sets_how_much_of_an_image_a_crop_shows(tmp_path):
         edges((2, 1))
 
 
-def test_no_script_imports_a_script():
+def test_scripts_do_not_import_each_other():
     scripts = {"train", "test", "detect", "detect_txt", *(script.__name__ for script in SCRIPTS)}
     for file in ROOT.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):

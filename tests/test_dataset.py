@@ -114,7 +114,7 @@ def test_without_objects_the_targets_are_zero(boxes):
 
 
 @pytest.mark.parametrize(("centre", "cell"), [((1.0, 0.5), (1, 3)), ((0.5, 1.0), (2, 2)), ((1.0, 1.0), (2, 3)), ((0, 0), (0, 0))])
-def test_a_centre_on_the_border_of_the_image_belongs_to_the_last_cell(centre, cell):
+def test_a_centre_on_the_border_of_the_image_belongs_to_the_cell_inside_it(centre, cell):
     # 3 rows, 4 columns; x = offset + column must still be the centre: 1.0 * 4 = 1 + 3
     targets = dataset.encode_targets([[*centre, 0.2, 0.2]], [0], [(1, 1)], 3, 4)
     row, column = cell
@@ -222,7 +222,7 @@ def test_the_targets_of_an_image_without_objects_are_zero(tmp_path, augment):
         assert image.shape == (3, 64, 64) and targets.shape == (5, 2, 2, 6) and not targets.any()
 
 
-def test_pairs_in_a_csv_with_xml_or_yolo_labels_equal_the_devkit(tmp_path):
+def test_csv_lists_with_xml_or_yolo_labels_give_the_same_samples_as_the_devkit(tmp_path):
     devkit = VOCDataset(SAMPLE, [("2007", "tiny")], ANCHORS, image_size=64)
     xml_lines, txt_lines = ["image,label"], []
     for index in range(4):
@@ -286,7 +286,7 @@ def test_ground_truth_of_yolo_labels_accepts_a_known_image_size(tmp_path):
 
 
 @pytest.mark.parametrize("augment", [False, True])
-def test_images_and_sizes_are_the_images_at_test_time_and_their_sizes_as_read(tmp_path, augment):
+def test_images_and_sizes_returns_unaugmented_images_and_their_original_sizes(tmp_path, augment):
     exif = Image.Exif()
     exif[0x0112] = 6
     noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
@@ -445,7 +445,7 @@ def test_colours_are_rgb_and_the_first_row_is_at_the_top(tmp_path):
 def test_boxes_stay_on_their_object_under_augmentation(tmp_path, box):
     left, top, right, bottom = box  # pixels, 0-based, right and bottom exclusive
     picture = np.zeros((240, 320, 3), np.uint8)
-    picture[top:bottom, left:right] = (255, 0, 0)  # the only colour beside black and grey padding, whatever its hue becomes
+    picture[top:bottom, left:right] = (255, 0, 0)  # the only colour besides black and grey padding, whatever its augmented hue
     folder = make_devkit(tmp_path, {"a": [("cat", 0, (left + 1, top + 1, right, bottom))]})
     Image.fromarray(picture).save(folder / "JPEGImages/a.jpg", quality=95, subsampling=0)
     data = open_devkit(tmp_path, image_size=160, augment=True)
@@ -463,7 +463,7 @@ def test_boxes_stay_on_their_object_under_augmentation(tmp_path, box):
     assert 10 < seen_on_the_left < 40  # and about half of them are flipped
 
 
-def test_a_box_of_which_less_than_a_tenth_is_left_is_dropped(tmp_path):
+def test_a_box_with_less_than_a_tenth_of_its_area_left_is_dropped(tmp_path):
     picture = np.zeros((240, 320, 3), np.uint8)
     picture[:, :60] = (255, 0, 0)  # a strip at the border, of which up to 64 pixels are cropped
     picture[80:160, 100:220] = (0, 0, 255)  # a block that always stays inside; its width gives the scale
@@ -503,7 +503,7 @@ def test_an_epoch_visits_every_image_once_and_is_the_same_each_time():
     assert batches == batches_of_epoch(3, count=12, batch_size=4, seed=7, image_sizes=[320, 352])
 
 
-def test_another_epoch_or_seed_has_another_order_and_other_augmentations():
+def test_order_and_augmentation_differ_between_epochs_and_between_seeds():
     batches = batches_of_epoch(3, count=12, batch_size=4, seed=7)
     for epoch, seed in ((4, 7), (3, 8)):
         other = batches_of_epoch(epoch, count=12, batch_size=4, seed=seed)
@@ -513,7 +513,7 @@ def test_another_epoch_or_seed_has_another_order_and_other_augmentations():
 
 @pytest.mark.parametrize("subdivisions", [1, 2])
 def test_the_image_size_changes_every_10_steps_of_the_whole_run(subdivisions):
-    """Epochs of 7 steps, so that most blocks of 10 steps begin in the middle of one."""
+    """Epochs have 7 steps, so most blocks of 10 steps begin in the middle of an epoch."""
     batches = dataset.training_batches(28, 4, subdivisions, [320, 352, 384], seed=0)
     sizes = []
     for _ in range(300):  # steps
@@ -543,12 +543,12 @@ def test_repeat_visits_every_image_several_times_per_epoch():
 def test_an_incomplete_last_batch_is_left_out_unless_it_is_the_only_one():
     assert [len(batch) for batch in batches_of_epoch(0, count=10, batch_size=4)] == [4, 4]
     assert [len(batch) for batch in batches_of_epoch(0, count=3, batch_size=4)] == [3]
-    # and so do all later epochs
+    # later epochs too
     assert [len(batch) for batch in itertools.islice(dataset.training_batches(10, 4, 1, [320], 0), 6)] == [4] * 6
     assert [len(batch) for batch in itertools.islice(dataset.training_batches(3, 4, 1, [320], 0), 3)] == [3] * 3
 
 
-def test_steps_per_epoch_are_the_complete_batches():
+def test_steps_per_epoch_counts_complete_batches_and_is_at_least_1():
     counts = [(8, 4), (11, 4), (4, 4), (3, 4)]
     assert [dataset.steps_per_epoch(count, batch_size) for count, batch_size in counts] == [2, 2, 1, 1]
     assert dataset.steps_per_epoch(11, 4, subdivisions=2) == 2
@@ -567,7 +567,7 @@ def test_subdivisions_split_each_batch_and_change_nothing_else():
 @pytest.mark.parametrize("repeat", [1, 2])
 @pytest.mark.parametrize("subdivisions", [1, 3])
 def test_a_resumed_run_sees_the_rest_of_the_batches(subdivisions, repeat):
-    """17 images in batches of 6: 2 or 5 steps per epoch. Whatever step a run resumes at, also in the middle of an epoch."""
+    """17 images in batches of 6: 2 or 5 steps per epoch. A run may resume at any step, also in the middle of an epoch."""
     arguments = (17, 6, subdivisions, [320, 352, 384], 5)
     whole = list(itertools.islice(dataset.training_batches(*arguments, repeat=repeat), 24 * subdivisions))
     for first_step in range(24):
@@ -684,7 +684,7 @@ BNDBOX = "<bndbox><xmin>5</xmin><ymin>5</ymin><xmax>20</xmax><ymax>20</ymax></bn
         (voc_xml([("cat", 0, (5, 5, "nan", 20))]), "no extent"),
         (voc_xml([("cat", 0, (5, 5, "inf", 20))]), "no extent"),
         (voc_xml([("cat", 0, (5, 5, "wide", 20))]), "no bndbox of four numbers"),
-        (voc_xml([("cat", "maybe", (5, 5, 20, 20))]), "of class cat"),
+        (voc_xml([("cat", "maybe", (5, 5, 20, 20))]), "difficult of an object of class cat must be 0 or 1"),
         ("<annotation><object><name>cat</name></object></annotation>", "no bndbox of four numbers"),
         ("<annotation><object>", "not readable as XML"),
         ("", "not readable as XML"),
@@ -763,7 +763,7 @@ ORIENTATIONS = {**UNSWAPPED, 5: (0, 0, True), 6: (0, -1, True), 7: (-1, -1, True
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
-def test_images_are_rotated_as_their_exif_data_say(tmp_path, orientation):
+def test_exif_orientation_is_applied(tmp_path, orientation):
     picture = np.zeros((40, 64, 3), np.uint8)
     picture[:16, :16] = 255
     exif = Image.Exif()
@@ -788,7 +788,7 @@ def test_yolo_labels_of_a_rotated_image_are_fractions_of_the_image_as_shown(tmp_
     np.testing.assert_allclose(rows.numpy(), [[7, 0, 11, 16, 31, 46]], atol=1e-9)
 
 
-# ---------------------------------------------------------------- the check of a data set
+# ---------------------------------------------------------------- python dataset.py: checking a data set
 
 
 def settings(monkeypatch, tmp_path, **values) -> Path:

@@ -1,4 +1,4 @@
-"""The loss against Darknet's region layer, against examples by hand, and in corner cases."""
+"""The loss against Darknet's region layer, against examples worked by hand, and in corner cases."""
 
 import math
 import re
@@ -41,13 +41,13 @@ def test_gradient_equals_darknets(file):
     raw = torch.from_numpy(golden["raw"]).permute(0, 1, 3, 4, 2).contiguous().requires_grad_()  # (N, A, S, S, 25)
     size, targets = raw.shape[2], []
     for truths in golden["truths"]:
-        truths = truths[truths[:, 2] > 0]  # the rows of zeros after the last object
+        truths = truths[truths[:, 2] > 0]  # drop the rows of zeros after the last object
         targets.append(encode_targets(truths[:, :4], truths[:, 4], ANCHORS, size, size))
     terms = region_loss()(raw, torch.stack(targets), images_seen=int(golden["seen"]))
     (terms["total"] * len(raw)).backward()  # Darknet's gradient is that of the sum over the batch
     gradient = raw.grad.permute(0, 1, 4, 2, 3).numpy()
     assert np.abs(gradient - golden["gradient_sum"]).max() < 1e-5
-    assert (terms["prior"] > 0) == (golden["seen"] < 12800)
+    assert (terms["prior"] > 0) == (golden["seen"] + len(golden["raw"]) < 12800)
 
 
 def one_object():
@@ -113,7 +113,7 @@ def random_batch(n=3, s_h=3, s_w=4, classes=4, objects=3, seed=0):
 
 @pytest.mark.parametrize("equation", ["darknet", "yolov1"])
 def test_gradient_equals_finite_differences(equation):
-    """Every term except object, whose IoU is a constant of the loss but would change with the boxes."""
+    """Every term except object: the loss treats its IoU as a constant, but finite differences would change it."""
     predictions, targets = random_batch(n=2, s_h=2, s_w=2)
     loss = YoloLoss(ANCHORS, 2, 3, 0.5, 1.5, equation=equation)
     gradients = {}
@@ -182,11 +182,11 @@ def test_a_perfect_prediction_has_a_loss_close_to_zero(equation):
     assert YoloLoss(ANCHORS, equation=equation)(predictions, targets)["total"] < 1e-4
 
 
-def test_prior_phase_ends_after_12800_images():
+def test_prior_phase_ends_with_the_batch_that_reaches_12800_images():
     predictions, targets = random_batch()
-    loss = region_loss()
-    assert loss(predictions, targets, images_seen=12799)["prior"] > 0
-    assert loss(predictions, targets, images_seen=12800)["prior"] == 0
+    loss, n = region_loss(), len(predictions)
+    assert loss(predictions, targets, images_seen=12800 - n - 1)["prior"] > 0
+    assert loss(predictions, targets, images_seen=12800 - n)["prior"] == 0
     assert loss(predictions, targets)["prior"] == 0
 
 
@@ -220,7 +220,7 @@ def test_boxes_of_zero_or_infinite_size_leave_the_gradient_finite(equation):
     assert torch.isfinite(losses["total"]) and torch.isfinite(predictions.grad).all()
 
 
-def test_wrong_arguments_are_errors():
+def test_an_unknown_equation_or_mismatched_shapes_are_errors():
     predictions, targets = random_batch()
     with pytest.raises(ValueError, match="yolov3"):
         YoloLoss(ANCHORS, equation="yolov3")
@@ -249,8 +249,8 @@ def test_every_value_of_the_worked_example_equals_that_of_the_loss(tmp_path, mon
         assert float(total) == pytest.approx(sum(float(by_hand) for _, by_hand, _ in values), abs=1e-5)
 
 
-def test_the_notes_on_the_loss_are_drawn(tmp_path):
-    shutil.copy(TESTS.parent / "images" / "loss_notes.py", tmp_path)  # it draws beside itself
+def test_loss_notes_draws_its_figure(tmp_path):
+    shutil.copy(TESTS.parent / "images" / "loss_notes.py", tmp_path)  # it writes next to itself
     result = subprocess.run([sys.executable, tmp_path / "loss_notes.py"], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     file = tmp_path / "yolov2_loss_notes.jpg"

@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed or fed broken files resume bit for bit, lose nothing and say what was wrong."""
+"""Stopped and killed runs resume bit-identically; losses that are not finite and damaged files give clear errors."""
 
 import contextlib
 import functools
@@ -48,7 +48,13 @@ BOTH_SCRIPTS = pytest.mark.parametrize("script", [train, darknet_train], ids=["t
 @contextlib.contextmanager
 def handlers_kept():
     """Restores pytest's signal handlers."""
-    changed = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM)  # by scripts, agent, run_narrow
+    changed = (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+        signal.SIGQUIT,
+        signal.SIGALRM,
+    )  # by the scripts, torchrun's agent and run_narrow
     before = {number: signal.getsignal(number) for number in changed}
     try:
         yield
@@ -120,7 +126,7 @@ def uninterrupted(tmp_path_factory, narrow_module):
     ("script", "stopped_in", "workers"),  # steps 3 (darknet_train) and 4 (train) are the last of their epochs
     [(train, 2, 0), (train, 4, 0), (train, 7, 2), (darknet_train, 2, 0), (darknet_train, 3, 0), (darknet_train, 5, 2)],
 )
-def test_a_stopped_and_resumed_run_ends_with_the_same_bits(
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
     script, stopped_in, workers, uninterrupted, tmp_path, monkeypatch, capsys
 ):
     whole, rows = uninterrupted[script]
@@ -152,7 +158,7 @@ def test_a_run_that_dies_between_two_files_loses_neither_a_row_nor_the_best_netw
 
     def atomic_write(file, original=utils.atomic_write):
         if next(writes) == write:
-            raise KeyboardInterrupt  # as good as kill -9: nothing is written any more
+            raise KeyboardInterrupt  # like kill -9: nothing is written after this
         return original(file)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -165,7 +171,7 @@ def test_a_run_that_dies_between_two_files_loses_neither_a_row_nor_the_best_netw
 
 
 @BOTH_SCRIPTS
-def test_an_evaluation_that_fails_costs_no_training(script, uninterrupted, tmp_path, monkeypatch):
+def test_a_failed_evaluation_loses_no_training_steps(script, uninterrupted, tmp_path, monkeypatch):
     whole, rows = uninterrupted[script]
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
         patch.setattr(script, "evaluate" if script is train else "validate", Mock(side_effect=RuntimeError("out of memory")))
@@ -177,7 +183,7 @@ def test_an_evaluation_that_fails_costs_no_training(script, uninterrupted, tmp_p
     assert metrics(tmp_path) == rows
 
 
-def test_a_log_that_cannot_be_written_does_not_end_the_run(uninterrupted, tmp_path, monkeypatch, capsys):
+def test_an_unreadable_log_or_a_failed_chart_does_not_end_the_run(uninterrupted, tmp_path, monkeypatch, capsys):
     (tmp_path / "run_metrics.csv").write_bytes(b"\xff\xfe\x00broken")
     state = run(monkeypatch, darknet_train, tmp_path, draw_charts=Mock(side_effect=RuntimeError("no font")))
     assert_equal(uninterrupted[darknet_train][0]["model"], state["model"])
@@ -198,7 +204,7 @@ def test_a_time_limit_saves_and_ends_the_run(tmp_path, monkeypatch, capsys):
     [(train, utils, "detect_dataset"), (darknet_train, darknet_train, "validate")],
     ids=["train", "darknet_train"],
 )
-def test_a_stop_during_the_evaluation_resumes_into_the_evaluation(
+def test_a_run_stopped_during_evaluation_repeats_the_evaluation_on_resume(
     script, owner, name, uninterrupted, tmp_path, monkeypatch, capsys
 ):
     whole, rows = uninterrupted[script]
@@ -221,7 +227,7 @@ def test_a_stop_during_the_evaluation_resumes_into_the_evaluation(
     assert metrics(tmp_path) == rows
 
 
-def test_a_checkpoint_holds_what_the_contract_names(uninterrupted):
+def test_training_checkpoints_have_exactly_the_expected_keys(uninterrupted):
     names = "model optimizer scaler epoch step images_seen best sums settings classes anchors image_size"
     assert set(names.split()) == uninterrupted[train][0].keys()
     assert set(names.split()) - {"anchors"} == uninterrupted[darknet_train][0].keys()
@@ -256,14 +262,16 @@ def test_batches_are_a_function_of_seed_and_step(workers):
         (darknet_train, {"IMAGE_SIZE": 64}, ["IMAGE_SIZE"]),
     ],
 )
-def test_a_change_that_cannot_be_the_same_run_is_refused_by_name(script, setting, words, uninterrupted, tmp_path, monkeypatch):
+def test_resuming_with_a_changed_fixed_setting_is_an_error_that_names_it(
+    script, setting, words, uninterrupted, tmp_path, monkeypatch
+):
     utils.save_checkpoint(tmp_path / "run.pt", **uninterrupted[script][0])
     with pytest.raises(ValueError, match="run.pt") as error:
         run(monkeypatch, script, tmp_path, RESUME=True, **setting)
     assert all(word in str(error.value) for word in words)
 
 
-def test_another_number_of_classes_is_refused_for_the_classifier(uninterrupted, tmp_path, monkeypatch):
+def test_resuming_the_classifier_with_other_classes_is_an_error(uninterrupted, tmp_path, monkeypatch):
     for split in ("train", "val"):
         for name in ("a", "b"):
             (tmp_path / split / name).mkdir(parents=True)
@@ -273,7 +281,7 @@ def test_another_number_of_classes_is_refused_for_the_classifier(uninterrupted, 
         run(monkeypatch, darknet_train, tmp_path, RESUME=True, DATA_DIR=str(tmp_path), BATCH_SIZE=6)
 
 
-def test_rate_and_epochs_may_change_and_the_log_says_so(uninterrupted, tmp_path, monkeypatch, capsys):
+def test_learning_rate_and_epochs_may_change_on_resume_and_are_printed(uninterrupted, tmp_path, monkeypatch, capsys):
     utils.save_checkpoint(tmp_path / "run.pt", **uninterrupted[darknet_train][0])
     state = run(monkeypatch, darknet_train, tmp_path, RESUME=True, EPOCHS=3, LEARNING_RATE=1e-5, NUM_WORKERS=1)
     out = capsys.readouterr().out
@@ -281,13 +289,13 @@ def test_rate_and_epochs_may_change_and_the_log_says_so(uninterrupted, tmp_path,
     assert state["epoch"] == 3 and state["settings"]["LEARNING_RATE"] == 1e-5
 
 
-def test_an_older_checkpoint_is_refused_by_what_it_lacks(tmp_path, monkeypatch):
+def test_a_checkpoint_without_training_state_is_refused_and_the_missing_keys_are_named(tmp_path, monkeypatch):
     utils.save_checkpoint(tmp_path / "run.pt", model={}, epoch=3)
     with pytest.raises(ValueError, match=r"run.pt.*it has no optimizer, scaler, step"):
         run(monkeypatch, train, tmp_path, RESUME=True)
 
 
-def test_the_best_value_is_forgotten_where_it_was_measured_in_another_way(uninterrupted, tmp_path, monkeypatch, capsys):
+def test_a_changed_evaluation_setting_resets_the_best_score(uninterrupted, tmp_path, monkeypatch, capsys):
     utils.save_checkpoint(tmp_path / "run.pt", **uninterrupted[train][0] | {"best": 0.99})
     state = run(monkeypatch, train, tmp_path, RESUME=True, EPOCHS=3, EVAL_THRESHOLD=0.1)
     assert "EVAL_THRESHOLD 0.4 -> 0.1" in capsys.readouterr().out
@@ -365,7 +373,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(script, setting, tm
 
 @BOTH_SCRIPTS
 def test_fp16_gives_up_when_no_scale_makes_the_gradient_finite(script, tmp_path, monkeypatch):
-    """The scale starts at 2 and is halved twice; the third step finds it below 1."""
+    """The scale starts at 2 and is halved twice; at the third step it is below 1."""
     unchanged = watch_weights(monkeypatch)
     set_infinite_gradients(monkeypatch)
     scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0)
@@ -467,12 +475,12 @@ def test_a_folder_of_broken_images_only_is_an_error(tmp_path):
     assert len((tmp_path / "broken.txt").read_text().splitlines()) == 3
 
 
-# ---------------------------------------------------------------- signals and kills, in processes of their own
+# ---------------------------------------------------------------- signals and kills, in separate processes
 
 
 @pytest.fixture
 def start():
-    """start(folder, *words): a Python process in that folder, in a session of its own; what is left at the end is killed."""
+    """start(folder, *words) starts Python in that folder, in a new session; processes still running at the end are killed."""
     started = []
 
     def start(folder, *words):
@@ -570,7 +578,7 @@ def ignore_signals_late(worker):
     utils.ignore_signals(worker)
 
 
-@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the other start methods leave a gap")
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="only fork blocks signals before the worker starts")
 def test_a_signal_does_not_end_a_worker_that_is_just_starting():
     with handlers_kept():
         stop = utils.catch_stop_signals()
@@ -633,8 +641,8 @@ def test_kill_9_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_full_disk_is_one_sentence_and_keeps_the_old_checkpoint(tmp_path):
-    """The system refuses to write more than 100 kB of a file (RLIMIT_FSIZE)."""
+def test_a_full_disk_gives_a_clear_error_and_keeps_the_old_checkpoint(tmp_path):
+    """A file-size limit of 100 kB (RLIMIT_FSIZE) stands in for a full disk."""
     file = tmp_path / "run.pt"
     utils.save_checkpoint(file, number=1)
     before = file.read_bytes()
@@ -691,7 +699,7 @@ def two_uninterrupted(tmp_path_factory):
     [({"MAX_HOURS": 1e-9}, "MAX_HOURS", 1), ({"stop_rank_1_in": 2}, "another process", 2)],  # rank 0 prints why it stopped
     ids=["time limit", "a signal to one of them"],
 )
-def test_two_processes_stop_at_the_same_step_and_end_with_the_same_bits(how, reason, step, two_uninterrupted, tmp_path):
+def test_two_processes_stop_at_the_same_step_and_resume_bit_identically(how, reason, step, two_uninterrupted, tmp_path):
     whole, rows, printed = two_uninterrupted
     assert printed[0].count("epoch 1  learning_rate") == 1 and printed[1] == ""  # the first process alone prints
     assert f"stopped by {reason} in epoch 1 after step {step}" in run_two(tmp_path, "stopped", **how)[0]
@@ -707,7 +715,7 @@ def test_two_processes_stop_at_the_same_step_and_end_with_the_same_bits(how, rea
 
 
 def test_two_processes_validate_the_network_that_the_first_one_saves(two_uninterrupted):
-    """Batch norm sees other images in each of them, so that their running statistics differ until they are exchanged."""
+    """Batch norm sees different images in each process, so the running statistics differ until those of rank 0 are broadcast."""
     state, rows, _ = two_uninterrupted
     model = darknet_model.Darknet19(5)
     model.load_state_dict(state["model"])
@@ -720,7 +728,7 @@ def test_two_processes_validate_the_network_that_the_first_one_saves(two_uninter
 
 
 def run_elastic_rank(folder):
-    """One of two processes that torchrun's agent starts: main() of the DDP script; the second one dies in the first two starts."""
+    """One of two processes that torchrun's agent starts: main() of the DDP script; rank 1 is killed in the first two starts."""
     run_narrow.narrow()
     script, rank, restarts = darknet_train_multigpu_distr, os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
     vars(script).update(DISTRIBUTED | {"CHECKPOINT": f"{folder}/run.pt", "EPOCHS": 8})
@@ -732,7 +740,7 @@ def run_elastic_rank(folder):
 
 
 def test_a_killed_process_is_restarted_and_the_run_completes(tmp_path):
-    """As `torchrun --max-restarts=2` does it. Each kill -9 comes in the fifth step of a start, and an epoch has three steps."""
+    """As with `torchrun --max-restarts=2`. Rank 1 is killed in the fifth step of the first two starts; an epoch has three steps."""
     (tmp_path / "run.pt").write_bytes(b"an older run's")  # neither read nor touched before this run's own first save
     with handlers_kept():
         run_narrow.run_elastic(run_elastic_rank, 2, 2, str(tmp_path))
@@ -744,7 +752,7 @@ def test_a_killed_process_is_restarted_and_the_run_completes(tmp_path):
     assert [row[0] for row in metrics(tmp_path)[1:]] == [str(epoch) for epoch in range(1, 9)]
 
 
-def test_a_restart_does_not_adopt_another_runs_checkpoint(tmp_path, monkeypatch, capsys):
+def test_a_restart_does_not_resume_from_another_runs_checkpoint(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
     run(monkeypatch, darknet_train_multigpu_distr, tmp_path, EPOCHS=1)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
@@ -769,8 +777,8 @@ def test_ctrl_c_ends_all_processes_of_torchrun_with_a_checkpoint(tmp_path, start
     assert utils.load_checkpoint(tmp_path / "run.pt")["step"] >= 1
 
 
-def test_a_loss_that_is_not_finite_stops_all_processes_with_its_sentence(tmp_path):
-    """A rate that throws the weights to infinity; neither process is left waiting for the other."""
+def test_a_loss_that_is_not_finite_stops_all_processes_with_an_error(tmp_path):
+    """The learning rate makes the weights overflow; neither process may be left waiting for the other."""
     printed = run_two(tmp_path, "diverging", EPOCHS=50, LEARNING_RATE=1e30, BATCH_SIZE=8, SUBDIVISIONS=2)
     assert all("is not finite in epoch" in text for text in printed), printed
 
@@ -792,7 +800,7 @@ class EightImages(torch.utils.data.Dataset):
 
 
 def small_classifier(num_classes):
-    """Darknet-19's first layers without batch norm, which would see other images in each process."""
+    """Darknet-19's first layers without batch norm, whose statistics would differ between processes."""
     torch.manual_seed(0)
     features = darknet_model.darknet19_features()[:7]
     channels = features[6][0].out_channels
@@ -829,7 +837,7 @@ def test_gradients_of_two_processes_equal_those_of_the_whole_batch(subdivisions,
     expected = [parameter.grad for group in utils.parameter_groups(model, 0.0) for parameter in group["params"]]
     for rank in range(2):
         steps = torch.load(tmp_path / f"{subdivisions}_{rank}.pt")
-        assert len(steps) == 2  # the first one of DDP is special: it sorts the gradients into new buckets afterwards
+        assert len(steps) == 2  # two, because DDP rebuilds its gradient buckets after the first
         for gradients in steps:
             for gradient, whole in zip(gradients, expected, strict=True):
                 assert torch.allclose(whole, gradient, atol=1e-6, rtol=1e-4)

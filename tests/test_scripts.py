@@ -1,6 +1,6 @@
 """Whole scripts on the sample at a small image size, through main() and from the command line, and their errors for bad input.
 
-Inside pytest the network has an eighth of its channels; the scripts that run in separate processes have the full one.
+Tests inside the pytest process use networks with an eighth of the channels; scripts in separate processes use full networks.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("narrow_module")
 
 @pytest.fixture(scope="module", autouse=True)
 def signal_handlers():
-    """Gives Ctrl-C back to pytest: train.main() installs its own handlers."""
+    """Restores pytest's signal handlers: train.main() installs its own."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -117,7 +117,7 @@ def test_the_best_checkpoint_cannot_be_resumed(trained, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_accumulated_gradients_equal_those_of_the_whole_batch(optimizer, tmp_path, monkeypatch, request, no_charts):
-    """Two parts of one image each give the step of a batch of two (with batch norm in eval mode, since it sees one part)."""
+    """Two accumulation steps of one image equal a batch of two (batch norm in eval mode: it depends on the batch)."""
     (tmp_path / "empty.txt").write_text("")
     first, second = (SAMPLE / "VOC2007" / "JPEGImages" / f"{name}.jpg" for name in ("000005", "000012"))
     label = SAMPLE / "VOC2007" / "Annotations" / "000005.xml"
@@ -179,7 +179,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(tmp_path, monke
         ({"EPOCHS": 0}, "EPOCHS must be 1 or more, not 0"),
     ],
 )
-def test_a_wrong_setting_of_train_is_named_in_a_sentence(tmp_path, monkeypatch, setting, message):
+def test_an_invalid_setting_of_train_is_named_in_the_error(tmp_path, monkeypatch, setting, message):
     set_small_training(monkeypatch, tmp_path, **setting)
     with pytest.raises(ValueError, match=message):
         train.main()
@@ -204,7 +204,7 @@ def test_test_prints_a_table_and_writes_a_csv_and_curves(trained, tmp_path, monk
         assert min(picture.size) > 500
 
 
-def test_measure_by_hand():
+def test_measure_equals_values_computed_by_hand():
     """Class 0 has two truths: the detection at .9 is right, .6 wrong, .3 right. At a threshold of .4 only the first two count."""
     truths = np.array([[0, 0, 0, 10, 10, 19, 19], [1, 0, 0, 10, 10, 19, 19], [1, 0, 1, 50, 50, 59, 59]], float)
     detections = np.array([[0, 0, 0.9, 10, 10, 19, 19], [0, 0, 0.6, 80, 80, 89, 89], [1, 0, 0.3, 10, 10, 19, 19]], float)
@@ -263,7 +263,7 @@ def test_detect_skips_a_broken_image_and_reports_it(trained, tmp_path, monkeypat
 
 
 def run_here(script, *words):
-    """Runs a script with the words of a command line inside this process, which has imported torch already; drops its output."""
+    """Runs a script with command-line arguments in this process, where torch is already imported; discards its standard output."""
     status, output, errors = 0, io.StringIO(), io.StringIO()
     with (
         contextlib.redirect_stdout(output),
@@ -274,7 +274,7 @@ def run_here(script, *words):
         monkeypatch.setattr(sys, "argv", [script, *words])
         try:
             runpy.run_path(script, run_name="__main__")
-        except SystemExit as stop:  # Python prints a sentence and then exits with status 1
+        except SystemExit as stop:  # Python prints a string to stderr and exits with status 1
             status = 1 if isinstance(stop.code, str) else stop.code
             errors.write(f"{stop.code}\n" if isinstance(stop.code, str) else "")
     return subprocess.CompletedProcess(words, status, stderr=errors.getvalue())
@@ -291,7 +291,7 @@ def run_here(script, *words):
         (("dataset.py", "IMAGE_SETS=[('2007','nothing')]"), "nothing.txt"),
     ],
 )
-def test_bad_input_exits_with_one_sentence(words, message):
+def test_bad_input_exits_with_a_one_line_error(words, message):
     result = run_here(*words)
     assert result.returncode == 1
     assert message in result.stderr and "Traceback" not in result.stderr

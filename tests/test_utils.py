@@ -63,7 +63,7 @@ def script_globals(**extra) -> dict:
         ("SIZES=[416]", "SIZES", [416]),  # a list is accepted for a tuple
     ],
 )
-def test_a_word_sets_a_global(word, name, expected):
+def test_a_command_line_argument_sets_a_global(word, name, expected):
     settings = script_globals()
     utils.override_globals(settings, [word])
     assert settings[name] == expected and type(settings[name]) is type(expected)
@@ -72,12 +72,12 @@ def test_a_word_sets_a_global(word, name, expected):
     }
 
 
-def test_words_are_applied_in_order_and_no_word_changes_nothing():
+def test_the_last_argument_wins_and_without_arguments_nothing_changes():
     settings = script_globals()
     utils.override_globals(settings, [])
     assert settings == script_globals()
     utils.override_globals(settings, ["EPOCHS=3", "DATA_DIR=x", "EPOCHS=4"])
-    assert (settings["EPOCHS"], settings["DATA_DIR"]) == (4, "x")  # the last word wins
+    assert (settings["EPOCHS"], settings["DATA_DIR"]) == (4, "x")  # the last argument wins
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_words_are_applied_in_order_and_no_word_changes_nothing():
         ("--epochs", "'--epochs' is not of the form NAME=value"),
     ],
 )
-def test_a_wrong_word_exits_with_a_sentence(word, message):
+def test_an_invalid_argument_exits_with_an_error_message(word, message):
     settings = script_globals()
     with pytest.raises(SystemExit) as stop:
         utils.override_globals(settings, [word])
@@ -126,7 +126,7 @@ def test_help_prints_the_docstring_and_the_globals_and_exits_with_status_0(words
 
 
 @pytest.mark.parametrize("error", [ValueError("a.xml: broken"), FileNotFoundError("a.xml: broken")])
-def test_bad_input_exits_with_its_sentence_and_other_errors_keep_their_traceback(error):
+def test_bad_input_exits_with_its_message_and_other_errors_keep_their_traceback(error):
     with pytest.raises(SystemExit) as stop, utils.plain_errors():
         raise error
     assert stop.value.code == "error: a.xml: broken"
@@ -182,40 +182,55 @@ def test_automatic_device_is_the_gpu_where_there_is_one(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "step", "expected"),
+    ("update", "expected"),
     [
-        ("constant", 0, 2.0),
-        ("constant", 99, 2.0),
-        ("steps", 9, 2.0),  # drops at 10 and 20 divide it by 10 each
-        ("steps", 10, 0.2),
-        ("steps", 19, 0.2),
-        ("steps", 20, 0.02),
-        ("polynomial", 0, 2.0),
-        ("polynomial", 50, 2.0 / 16),  # (1 - 50/100)^4
-        ("polynomial", 75, 2.0 / 256),  # (1 - 75/100)^4
-        ("polynomial", 100, 0.0),
-        ("cosine", 0, 2.0),
-        ("cosine", 25, 1 + math.sqrt(0.5)),  # 2 (1 + cos 45 degrees) / 2
-        ("cosine", 50, 1.0),
-        ("cosine", 100, 0.0),
+        (1, 1e-15),  # burn-in: 1e-3 (1 / 1000)^4
+        (500, 6.25e-5),
+        (999, 1e-3 * 0.999**4),
+        (1000, 1e-3),
+        (1001, 1e-3),
+        (39_999, 1e-3),
+        (40_000, 1e-4),
+        (59_999, 1e-4),
+        (60_000, 1e-5),
+        (80_200, 1e-5),
     ],
 )
-def test_learning_rate_schedules_by_hand(schedule, step, expected):
-    assert utils.learning_rate_at(step, 100, 2.0, schedule, drops=(10, 20)) == pytest.approx(expected, abs=1e-12)
+def test_learning_rates_of_yolov2_voc_cfg(update, expected):
+    rate = utils.learning_rate_at(update - 1, 80_200, 1e-3, "steps", burn_in=1000, drops=(40_000, 60_000))
+    assert rate == pytest.approx(expected, rel=1e-9)
 
 
-def test_the_power_of_the_polynomial_is_an_argument():
-    assert utils.learning_rate_at(75, 100, 1.0, "polynomial", power=0.5) == pytest.approx(0.5)  # sqrt(1/4)
+@pytest.mark.parametrize(
+    ("update", "expected"),
+    [(1, 1e-13), (500, 0.00625), (1000, 0.1 * 0.99875**4), (200_000, 0.1 * 0.75**4), (800_000, 0.0)],
+)
+def test_learning_rates_of_darknet19_cfg(update, expected):
+    rate = utils.learning_rate_at(update - 1, 800_000, 0.1, "polynomial", burn_in=1000, power=4.0)
+    assert rate == pytest.approx(expected, rel=1e-9, abs=1e-30)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "steps", "polynomial", "cosine"])
+@pytest.mark.parametrize(
+    ("schedule", "step", "expected"),
+    [("constant", 0, 2.0), ("constant", 99, 2.0), ("cosine", 0, 2.0), ("cosine", 25, 1 + math.sqrt(0.5)), ("cosine", 50, 1.0)],
+)
+def test_constant_and_cosine_schedules(schedule, step, expected):
+    assert utils.learning_rate_at(step, 100, 2.0, schedule) == pytest.approx(expected)
+
+
+def test_polynomial_schedule_uses_its_power_in_the_burn_in_too():
+    assert utils.learning_rate_at(74, 100, 1.0, "polynomial", power=0.5) == pytest.approx(0.5)  # sqrt(1 - 75/100)
+    assert utils.learning_rate_at(0, 100, 1.0, "polynomial", burn_in=4, power=0.5) == pytest.approx(0.5)  # sqrt(1/4)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "steps", "cosine"])
 def test_burn_in_rises_with_the_fourth_power_and_does_not_shift_the_schedule(schedule):
     def rate(step, **options):
         return utils.learning_rate_at(step, 100, 2.0, schedule, drops=(50,), **options)
 
-    # with a burn-in of 4, steps 0 .. 3 have (1/4)^4, (2/4)^4, (3/4)^4 and 1 times the rate
-    assert [rate(step, burn_in=4) for step in range(4)] == pytest.approx([2 / 256, 2 / 16, 2 * 81 / 256, 2])
-    assert [rate(step, burn_in=4) for step in (4, 60)] == [rate(step) for step in (4, 60)]
+    # with a burn-in of 4, updates 1, 2 and 3 have (1/4)^4, (2/4)^4 and (3/4)^4 of the rate
+    assert [rate(step, burn_in=4) for step in range(3)] == pytest.approx([2 / 256, 2 / 16, 2 * 81 / 256])
+    assert [rate(step, burn_in=4) for step in (3, 4, 60)] == [rate(step) for step in (3, 4, 60)]
 
 
 @pytest.mark.parametrize("step", [0, 20])

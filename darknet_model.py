@@ -35,6 +35,11 @@ def convolution(in_channels: int, out_channels: int, kernel_size: int) -> nn.Seq
     )
 
 
+def as_input(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Images as a network takes them: uint8 (0..255), as the data sets give them, become 0..1; other types are in 0..1 already."""
+    return images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
+
+
 def darknet19_features() -> nn.Sequential:
     """The 18 convolutions and 5 max-pools before the classifier: (N, 3, H, W) -> (N, 1024, H/32, W/32)."""
     layers, channels = [], 3
@@ -80,7 +85,8 @@ class Darknet19(nn.Module):
         initialise_kernels(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: (N, 3, H, W) -> logits (N, num_classes), before the softmax."""
+        """images: (N, 3, H, W) RGB in 0..1, or uint8 -> logits (N, num_classes), before the softmax."""
+        images = as_input(images, self.classifier.weight.dtype)
         maps = self.classifier(self.features(images))  # (N, num_classes, H/32, W/32)
         return maps.mean(dim=(2, 3))  # global average pooling -> (N, num_classes)
 

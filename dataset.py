@@ -337,15 +337,16 @@ class DarknetColour(albumentations.ImageOnlyTransform):
         hue, saturation, value = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL))
         hue += np.uint8(round(shift * 256) % 256)
         saturation = cv2.convertScaleAbs(saturation, alpha=factors[0])  # clips at 255
-        value = cv2.convertScaleAbs(value, alpha=factors[1])
-        return cv2.cvtColor(cv2.merge([hue, saturation, value]), cv2.COLOR_HSV2RGB_FULL)
+        image = cv2.cvtColor(cv2.merge([hue, saturation, value]), cv2.COLOR_HSV2RGB_FULL)
+        return cv2.convertScaleAbs(image, alpha=factors[1])  # R, G and B are proportional to the value; Darknet clips them, not it
 
 
 def train_transform(image_size: int) -> albumentations.Compose:
     """Augmentation to a square of image_size pixels, with the boxes (M, 5): xyxy in fractions, class. Boxes of which less than a
-    tenth is left are dropped. Crops or pads each side by up to a fifth, as load_data_region in Darknet's src/data.c."""
+    tenth is left are dropped. Moves each side in or out by up to a fifth, repeating the pixels at the border (load_data_region and
+    crop_image in Darknet's src/data.c and src/image.c, version of the paper)."""
     transforms = [
-        albumentations.CropAndPad(percent=(-0.2, 0.2), keep_size=False, fill=127, sample_independently=True),
+        albumentations.CropAndPad(percent=(-0.2, 0.2), keep_size=False, border_mode=cv2.BORDER_REPLICATE),
         albumentations.Resize(image_size, image_size, interpolation=cv2.INTER_LINEAR),
         albumentations.HorizontalFlip(p=0.5),
         DarknetColour(hue=0.1, saturation=1.5, exposure=1.5),
@@ -364,8 +365,8 @@ def test_transform(image_size: int) -> albumentations.Compose:
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
-    """(H, W, 3) uint8 -> (3, H, W) float32 in 0..1."""
-    return torch.from_numpy(image).permute(2, 0, 1).float().div_(255)
+    """(H, W, 3) -> (3, H, W), both uint8: a quarter of float32's bytes on the way to the device; the network divides by 255."""
+    return torch.from_numpy(image).permute(2, 0, 1)
 
 
 # ---------------------------------------------------------------- targets
@@ -443,7 +444,7 @@ class VOCDataset(Dataset):
         return len(self.samples)
 
     def __getitem__(self, key: int | tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        """key: an index, or (index, image size, seed of the augmentation) -> image (3, H, W), targets (A, S_h, S_w, 6).
+        """key: an index, or (index, image size, seed of the augmentation) -> image (3, H, W) uint8, targets (A, S_h, S_w, 6).
         Size and seed are part of the key because a worker process does not see later changes of the data set."""
         index, size, seed = key if isinstance(key, tuple) else (key, self.image_size, None)
         if size not in self.transforms:
@@ -470,7 +471,7 @@ class VOCDataset(Dataset):
         return torch.from_numpy(labels), Path(image_file).stem
 
     def images_and_sizes(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """The images of a batch without augmentation (N, 3, H, W), and their original widths and heights (N, 2)."""
+        """The images of a batch without augmentation (N, 3, H, W) uint8, and their original widths and heights (N, 2)."""
         transform, images, sizes = test_transform(self.image_size), [], []
         for index in indices:
             image = read_image(self.samples[index][0])
@@ -549,8 +550,11 @@ def files_of_step(samples: list[tuple], batches: Iterator, subdivisions: int) ->
 
 
 class DarknetCrop(albumentations.ImageOnlyTransform):
-    """Darknet's random_augment_image in one resampling: scales the image to a short side in the range `sides`, stretches it by an
-    aspect ratio between 3/4 and 4/3, rotates it by up to 7 degrees and crops a square of `size` at random (darknet19.cfg)."""
+    """Darknet's random_augment_image in one resampling: stretches the image by an aspect ratio between 3/4 and 4/3, scales it to a
+    short side in the range `sides`, rotates it by up to 7 degrees and crops a square of `size` at random (darknet19.cfg).
+
+    Ours: `sides` limits the short side of the stretched image. Darknet computes it with the inverse aspect.
+    """
 
     def __init__(self, size: int, sides: tuple[float, float]):
         super().__init__(p=1.0)
@@ -576,8 +580,8 @@ class DarknetCrop(albumentations.ImageOnlyTransform):
 
 
 class ImageNetFolder(ImageFolder):
-    """torchvision's ImageFolder with the keys of VOCDataset -> image (3, size, size) float32 in 0..1, class index. If `broken_list`
-    is set, training replaces an unreadable image by the next one, and validation gives it the label -100."""
+    """torchvision's ImageFolder with the keys of VOCDataset -> image (3, size, size) uint8, class index. If `broken_list` is set,
+    training replaces an unreadable image by the next one, and validation gives it the label -100."""
 
     def __init__(self, folder: str, image_size: int, augment: bool, crop_scale: tuple[float, float]):
         self.skipped = []
@@ -726,8 +730,7 @@ def draw_label_sheet(dataset: VOCDataset, file: str, count: int, seed: int) -> N
         _, x, y, w, h, labels = targets[targets[..., 0] > 0].T
         boxes = box_convert(torch.stack([column + x, row + y, w, h], dim=1) * 32, "cxcywh", "xyxy")  # a cell is 32 pixels
         names = [dataset.classes[int(label)] for label in labels]
-        pixels = (image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-        axis.imshow(utils.draw_boxes(pixels, boxes, names, labels))
+        axis.imshow(utils.draw_boxes(image.permute(1, 2, 0).numpy(), boxes, names, labels))
         title, font = utils.drawable(Path(dataset.samples[index][0]).stem, f"image {index}")
         axis.set_title(title, fontsize=9, parse_math=False, font=font and Path(font))
     for axis in axes.flat:

@@ -80,7 +80,7 @@ def main():
         start = time.perf_counter()
         batch = to_tensor(transform(image=image, bboxes=[])["image"])[None]  # (1, 3, H, W)
         with torch.no_grad():
-            predictions = model(batch.to(device, next(model.parameters()).dtype))
+            predictions = model(batch.to(device))
         found = utils.postprocess(predictions, anchors, CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD)[0]  # (K, 6)
         milliseconds = 1000 * (time.perf_counter() - start)
 

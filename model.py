@@ -13,6 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import utils
 from darknet_model import (
     DARKNET19_LAYERS,
+    as_input,
     convolution,
     copy_convolutions,
     darknet19_features,
@@ -69,14 +70,14 @@ class YOLOv2(nn.Module):
         initialise_kernels(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: (N, 3, H, W) -> raw outputs (N, A, S_h, S_w, 5 + C): t_x, t_y, t_w, t_h, t_o, class logits.
+        """images: (N, 3, H, W) RGB in 0..1, or uint8 -> raw outputs (N, A, S_h, S_w, 5 + C): t_x, t_y, t_w, t_h, t_o, class logits.
 
         Raises ValueError if height or width is not a multiple of 32.
         """
         n, _, h, w = images.shape
         if h % STRIDE or w % STRIDE:
             raise ValueError(f"YOLOv2 takes images whose height and width are multiples of {STRIDE} pixels, not {h} x {w}")
-        images = images.to(self.output.weight.dtype)  # a half-precision model accepts float32 images
+        images = as_input(images, self.output.weight.dtype)
         fine = self.features[:17](images)  # up to the 13th convolution: (N, 512, H/16, W/16)
         coarse = self.head(self.features[17:](fine))  # (N, 1024, S_h, S_w)
         passed = reorg(self.passthrough(fine))  # (N, 256, S_h, S_w)

@@ -284,7 +284,7 @@ def detect_dataset(
         if should_stop():
             break
         seconds["loading"] += (loaded := time.perf_counter()) - clock
-        predictions = model(images.to(parameter.device, parameter.dtype, non_blocking=True)).float().cpu()
+        predictions = model(images.to(parameter.device, non_blocking=True)).float().cpu()
         seconds["network"] += (computed := time.perf_counter()) - loaded
         found = postprocess(predictions, dataset.anchors, confidence_threshold, nms_iou_threshold)
         for (width, height), rows in zip(sizes.tolist(), found, strict=True):

@@ -52,7 +52,7 @@ MAX_HOURS = 0.0  # save and stop after this time, for queues with a time limit; 
 RESUME_WEIGHTS = ""  # a checkpoint or Darknet file whose weights a new run starts from, as for the 448 px stage
 SEED = 0
 DEVICE = "auto"  # or "cuda", "cuda:1", "cpu"
-PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device supports it natively
+PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device computes it faster
 COMPILE = False  # torch.compile: faster on a GPU, after minutes of start-up
 
 
@@ -101,7 +101,7 @@ def main():
     utils.keep_freed_memory()
     utils.set_seed(SEED)
     device = utils.pick_device(DEVICE)
-    dtype = utils.pick_precision(PRECISION, device)
+    dtype = utils.pick_precision(PRECISION, device, CHECKPOINT if RESUME else "")
     stop = utils.catch_stop_signals(MAX_HOURS)
     stem = CHECKPOINT.removesuffix(".pt")
 
@@ -167,7 +167,8 @@ def main():
                 correct = (logits.argmax(dim=1) == labels).sum()
                 step_sums += torch.stack([loss.detach() * len(images), correct, torch.full_like(correct, len(images))])
 
-            norm = get_total_norm([parameter.grad for parameter in model.parameters()])
+            norm_is_used = not scaler.is_enabled()  # otherwise the scaler alone checks the gradient
+            norm = get_total_norm([parameter.grad for parameter in model.parameters() if norm_is_used])
             if problem := utils.problem_of_step(("cross-entropy",), step_sums[:1], norm, scaler):
                 files = files_of_step(train_set.samples, batches_from(state["step"]), SUBDIVISIONS)
                 raise ValueError(utils.diverged(problem, state, files, CHECKPOINT))

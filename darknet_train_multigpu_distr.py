@@ -62,7 +62,7 @@ MAX_HOURS = 0.0  # save and stop after this time, for queues with a time limit; 
 RESUME_WEIGHTS = ""  # a checkpoint or Darknet file whose weights a new run starts from, as for the 448 px stage
 SEED = 0
 DEVICE = "auto"  # or "cuda", "cuda:1", "cpu"
-PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device supports it natively
+PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device computes it faster
 COMPILE = False  # torch.compile: faster on a GPU, after minutes of start-up
 SYNC_BATCH_NORM = False  # DDP: batch norm over the images of all processes instead of each process's own (GPUs only)
 
@@ -171,7 +171,11 @@ def main():
         raise ValueError(
             f"BATCH_SIZE / SUBDIVISIONS = {BATCH_SIZE // SUBDIVISIONS} images cannot be split evenly over {world} processes"
         )
-    dtype = utils.pick_precision(PRECISION, device)
+    dtype = utils.pick_precision(PRECISION, device, CHECKPOINT if RESUME else "")
+    # DDP: all processes use the type that the first one has measured to be faster
+    chosen = [dtype]
+    dist.broadcast_object_list(chosen)
+    dtype = chosen[0]
     stop = utils.catch_stop_signals(MAX_HOURS)
     stem = CHECKPOINT.removesuffix(".pt")
 
@@ -200,6 +204,7 @@ def main():
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
     ids = [device] if device.type == "cuda" else None
     network = ddp = DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
+    ddp.broadcast_buffers = False  # running statistics: exchanged before each validation instead of in each step
     if COMPILE:
         network = torch.compile(network)
     groups = utils.parameter_groups(model, WEIGHT_DECAY)
@@ -265,7 +270,8 @@ def main():
 
             # DDP: sums over all processes, so that all check the same loss
             dist.all_reduce(step_sums)
-            norm = get_total_norm([parameter.grad for parameter in model.parameters()])
+            norm_is_used = not scaler.is_enabled()  # otherwise the scaler alone checks the gradient
+            norm = get_total_norm([parameter.grad for parameter in model.parameters() if norm_is_used])
             if problem := utils.problem_of_step(("cross-entropy",), step_sums[:1], norm, scaler):
                 files = files_of_step(train_set.samples, batches_from(state["step"]), SUBDIVISIONS)
                 raise ValueError(utils.diverged(problem, state, files, CHECKPOINT))

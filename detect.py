@@ -29,7 +29,7 @@ NMS_IOU_THRESHOLD = 0.45  # of two boxes of one class with a larger IoU, only th
 # run
 OUTPUT_DIR = "runs/detections"
 DEVICE = "auto"  # or "cuda", "cuda:1", "cpu"
-PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device supports it natively
+PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device computes it faster
 COMPILE = False  # torch.compile with frozen weights; pays off its start-up after a few thousand images
 
 

@@ -33,7 +33,7 @@ NMS_IOU_THRESHOLD = 0.45  # from the same function
 OUTPUT_DIR = "runs/detect_txt"
 MARK_DIFFICULT = False  # True: write difficult objects with a sixth word, "difficult"; False: leave them out
 DEVICE = "auto"  # or "cuda", "cuda:1", "cpu"
-PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device supports it natively
+PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device computes it faster
 COMPILE = False  # torch.compile with frozen weights; pays off its start-up after a few thousand images
 
 

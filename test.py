@@ -33,7 +33,7 @@ FIXED_THRESHOLD = 0.4  # for precision, recall and F1 at a threshold as in use (
 # run
 OUTPUT = "runs/test"  # start of the two file names
 DEVICE = "auto"  # or "cuda", "cuda:1", "cpu"
-PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device supports it natively
+PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device computes it faster
 COMPILE = False  # torch.compile with frozen weights; pays off its start-up after a few thousand images
 
 

@@ -69,7 +69,7 @@ SAVE_EVERY_MINUTES = 30.0  # also within an epoch
 MAX_HOURS = 0.0  # save and stop after this time, for queues with a time limit; 0 for no limit
 SEED = 0
 DEVICE = "auto"  # or "cuda", "cuda:1", "cpu"
-PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device supports it natively
+PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device computes it faster
 COMPILE = False  # torch.compile: faster on a GPU, after minutes of start-up
 
 
@@ -134,7 +134,7 @@ def main():
     utils.keep_freed_memory()
     utils.set_seed(SEED)
     device = utils.pick_device(DEVICE)
-    dtype = utils.pick_precision(PRECISION, device)
+    dtype = utils.pick_precision(PRECISION, device, CHECKPOINT if RESUME else "")
     stop = utils.catch_stop_signals(MAX_HOURS)
     stem = CHECKPOINT.removesuffix(".pt")
     anchors = yolov2_model.read_anchors(ANCHORS, [IMAGE_SIZE, *MULTI_SCALE])
@@ -202,7 +202,8 @@ def main():
                 state["images_seen"] += len(images)
 
             scaler.unscale_(optimizer)
-            norm = get_total_norm([parameter.grad for parameter in model.parameters()])
+            norm_is_used = CLIP_NORM > 0 or not scaler.is_enabled()  # otherwise the scaler alone checks the gradient
+            norm = get_total_norm([parameter.grad for parameter in model.parameters() if norm_is_used])
             if CLIP_NORM > 0:
                 clip_grads_with_norm_(model.parameters(), CLIP_NORM, norm)
             if problem := utils.problem_of_step(LOSS_TERMS, step_sums, norm, scaler):

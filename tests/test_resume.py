@@ -389,7 +389,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(optimizer, tmp_path, mo
 
     def item(self, key, original=dataset.VOCDataset.__getitem__):
         image, targets = original(self, key)
-        return torch.full_like(image, torch.nan), torch.zeros_like(targets)
+        return torch.full(image.shape, torch.nan), torch.zeros_like(targets)
 
     monkeypatch.setattr(dataset.VOCDataset, "__getitem__", item)
     unchanged = watch_weights(monkeypatch)

@@ -158,11 +158,36 @@ def test_precision_by_name():
         utils.pick_precision("fp8", cpu)
 
 
-@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_automatic_precision_on_a_cpu_is_bfloat16_only_where_it_is_native(monkeypatch, native, expected):
+@pytest.mark.parametrize(
+    ("native", "milliseconds", "expected"),
+    [(True, [9.0, 5.0], torch.bfloat16), (True, [5.0, 9.0], torch.float32), (False, [9.0, 5.0], torch.float32)],
+)
+def test_automatic_precision_on_a_cpu_is_the_faster_of_two_native_types(monkeypatch, capsys, native, milliseconds, expected):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(utils, "time_convolution", lambda: milliseconds)
     assert utils.pick_precision("auto", torch.device("cpu")) == expected
+    figures = f"takes {milliseconds[0]:.1f} ms in float32, {milliseconds[1]:.1f} ms in bfloat16"
+    assert (figures in capsys.readouterr().out) == native
+
+
+def test_timing_a_convolution_leaves_the_random_numbers_alone():
+    utils.set_seed(0)
+    expected = torch.rand(3)
+    utils.set_seed(0)
+    assert all(milliseconds > 0 for milliseconds in utils.time_convolution())
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("saved", [torch.bfloat16, torch.float32])
+def test_a_resumed_run_keeps_its_precision(monkeypatch, tmp_path, saved):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(utils, "time_convolution", lambda: [5.0, 9.0] if saved == torch.bfloat16 else [9.0, 5.0])
+    utils.save_checkpoint(tmp_path / "run.pt", settings={"PRECISION": str(saved)})
+    assert utils.pick_precision("auto", torch.device("cpu"), str(tmp_path / "run.pt")) == saved
+    assert utils.pick_precision("fp16", torch.device("cpu"), str(tmp_path / "run.pt")) == torch.float16
+    (tmp_path / "broken.pt").write_bytes((tmp_path / "run.pt").read_bytes()[:200])
+    assert utils.pick_precision("auto", torch.device("cpu"), str(tmp_path / "broken.pt")) != saved
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
@@ -175,7 +200,12 @@ def test_automatic_device_is_the_gpu_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert utils.pick_device() == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert utils.pick_device("auto") == torch.device("cuda") and utils.pick_device("cpu") == torch.device("cpu")
+    assert utils.pick_device("1") == utils.pick_device("cuda:1") == torch.device("cuda:1")
+    assert current == [torch.device("cuda:1")] * 2
 
 
 # ---------------------------------------------------------------- training

@@ -1,12 +1,15 @@
-"""Wrong or unusual input, as people report it: nothing is taken silently, and what is refused is named in one sentence.
+"""Wrong or unusual input of the kind that people report: bad input is never accepted silently, and one sentence names the cause.
 
-Each test makes a situation with as few files as possible: labels of other sizes and units, lists and encodings of other tools,
-damaged weights, names that break files, settings that contradict each other.
+Each test sets up one case with as few files as possible: labels made for other image sizes or units, lists and encodings written by
+other tools, damaged weights, names that cannot be file names, contradictory settings.
 """
 
 import io
 import math
+import os
 import re
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -28,7 +31,7 @@ from model import ANCHORS, YOLOv2
 
 pytestmark = pytest.mark.usefixtures("narrow_module")
 
-SAMPLE = Path(__file__).parent.parent / "data_samples"
+ROOT = Path(__file__).parent.parent
 
 
 def annotation(box=(11, 11, 51, 41), name="bolt", size=(100, 60), difficult="0", extra="") -> str:
@@ -118,7 +121,13 @@ def test_labels_made_for_another_image_size_are_reported(declared, cause, tmp_pa
     assert re.search(rf"problem: .*a\.xml: {sizes} \(.*{cause}", capsys.readouterr().out)
     set_training(monkeypatch, tmp_path)
     train.main()
-    assert re.search(rf"^1 of 2 label files look wrong .*a\.xml: {sizes}", capsys.readouterr().out, re.MULTILINE)
+    warning = re.compile(rf"^1 of 2 label files look wrong .*a\.xml: {sizes}", re.MULTILINE)
+    assert len(warning.findall(capsys.readouterr().out)) == 1
+    tested = {"DATA_DIR": str(tmp_path), "IMAGE_SETS": [("2026", "train")], "CHECKPOINT": str(tmp_path / "runs/yolov2.pt")}
+    for name, value in (tested | {"OUTPUT": str(tmp_path / "test"), "NUM_WORKERS": 0, "PRECISION": "fp32"}).items():
+        monkeypatch.setattr(test_script, name, value)
+    test_script.main()
+    assert len(warning.findall(capsys.readouterr().out)) == 1
 
 
 def test_labels_that_leave_no_target_are_reported(tmp_path, capsys):
@@ -562,6 +571,39 @@ def test_curves_are_drawn_for_dollar_signs_in_class_names_and_for_40_classes(tmp
     test_script.draw_curves(rows, [(np.array([1.0]), np.array([0.5]))] * 40, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.width > picture.height * 0.8  # 20 panels, not 40
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file names")
+def test_detect_goes_on_after_a_file_name_that_is_not_utf8(checkpoint, tmp_path, monkeypatch, capsys):
+    source = tmp_path / "pictures"
+    source.mkdir()
+    for name in (b"caf\xe9.png", b"z.png"):
+        Image.new("RGB", (80, 60)).save(stream := io.BytesIO(), "PNG")
+        Path(os.fsdecode(os.fsencode(source) + b"/" + name)).write_bytes(stream.getvalue())
+    for name, value in {"SOURCE": str(source), "CHECKPOINT": str(checkpoint), "OUTPUT_DIR": str(tmp_path / "out")}.items():
+        monkeypatch.setattr(detect, name, value)
+    detect.main()
+    out = capsys.readouterr().out
+    assert r"caf\udce9.png" in out and "z.png" in out
+    assert sorted(os.listdir(os.fsencode(tmp_path / "out"))) == [b"caf\xe9.jpg", b"z.jpg"]
+
+
+def test_charts_are_drawn_in_the_environment_of_a_notebook(tmp_path):
+    (tmp_path / "metrics.csv").write_text("epoch,learning_rate,total,images_per_second,train_map\n1,0.1,5.0,3.0,0.5\n")
+    environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONPATH": str(ROOT)}
+    command = "import utils; utils.draw_charts('metrics.csv', 'charts.png')"
+    subprocess.run([sys.executable, "-c", command], cwd=tmp_path, env=environment, check=True)
+    with Image.open(tmp_path / "charts.png") as picture:
+        assert picture.width > 500
+
+
+def test_spawned_workers_give_the_same_items(tmp_path):
+    write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
+    data = read(tmp_path, augment=True)
+    loader = torch.utils.data.DataLoader(data, batch_sampler=[[(0, 64, 5)]], num_workers=1, multiprocessing_context="spawn")
+    (images, targets), *_ = loader
+    image, target = data[(0, 64, 5)]
+    assert torch.equal(images[0], image) and torch.equal(targets[0], target)
 
 
 def test_an_image_with_unreadable_exif_data_is_still_read(tmp_path):

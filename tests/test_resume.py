@@ -765,22 +765,30 @@ def test_a_restart_does_not_resume_from_another_runs_checkpoint(tmp_path, monkey
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_ctrl_c_ends_all_processes_of_torchrun_with_a_checkpoint(tmp_path, start):
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    process = start(tmp_path, *torchrun, LAUNCHER, "darknet_train_multigpu_distr.py", *LONG)
-    wait_for(tmp_path / "run.pt", process)
-    assert len(ranks_and_workers(tmp_path)) >= 6  # two workers each
-    os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+def test_ctrl_c_and_a_loss_that_is_not_finite_end_all_processes_of_torchrun(tmp_path, start):
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--standalone",
+        LAUNCHER,
+        "darknet_train_multigpu_distr.py",
+        *LONG,
+    ]
+    stopped = start(tmp_path / "stopped", *command)
+    diverging = start(
+        tmp_path / "diverging", *command, "LEARNING_RATE=1e30", "SAVE_EVERY_MINUTES=30", "BATCH_SIZE=8", "SUBDIVISIONS=2"
+    )
+    wait_for(tmp_path / "stopped" / "run.pt", stopped)
+    assert len(ranks_and_workers(tmp_path / "stopped")) >= 6  # two workers each
+    os.killpg(stopped.pid, signal.SIGINT)
+    out, err = stopped.communicate(timeout=120)
     assert "stopped by SIGINT" in out, err[-3000:]
-    assert ranks_and_workers(tmp_path) == [] and group_members(process.pid) == []
-    assert utils.load_checkpoint(tmp_path / "run.pt")["step"] >= 1
-
-
-def test_a_loss_that_is_not_finite_stops_all_processes_with_an_error(tmp_path):
-    """The learning rate makes the weights overflow; neither process may be left waiting for the other."""
-    printed = run_two(tmp_path, "diverging", EPOCHS=50, LEARNING_RATE=1e30, BATCH_SIZE=8, SUBDIVISIONS=2)
-    assert all("is not finite in epoch" in text for text in printed), printed
+    assert utils.load_checkpoint(tmp_path / "stopped" / "run.pt")["step"] >= 1
+    _, err = diverging.communicate(timeout=120)
+    assert diverging.returncode == 1 and err.count("is not finite in epoch") == 2, err[-3000:]  # neither rank waits for the other
+    for process, name in ((stopped, "stopped"), (diverging, "diverging")):
+        assert ranks_and_workers(tmp_path / name) == [] and group_members(process.pid) == []
 
 
 class EightImages(torch.utils.data.Dataset):

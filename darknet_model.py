@@ -208,4 +208,7 @@ def load_classifier(model: Darknet19, file: str | os.PathLike) -> None:
             f'python -c "import darknet_model as d; m = d.Darknet19({classes}); d.load_classifier(m, {os.fspath(file)!r}); '
             f"d.save_darknet_weights(m.features, 'backbone.conv.23')\""
         )
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{file}: damaged checkpoint ({utils.first_line(error)[:80]}); use another one") from None

@@ -71,8 +71,11 @@ def check_settings():
     """Raises ValueError or OSError for an invalid setting."""
     utils.check_at_least(1, EPOCHS=EPOCHS, BATCH_SIZE=BATCH_SIZE, SUBDIVISIONS=SUBDIVISIONS)
     utils.check_at_least(32, IMAGE_SIZE=IMAGE_SIZE)  # Darknet-19 halves it five times
-    utils.check_at_least(0, MOMENTUM=MOMENTUM, WEIGHT_DECAY=WEIGHT_DECAY, LABEL_SMOOTHING=LABEL_SMOOTHING, BURN_IN=BURN_IN)
+    utils.check_at_least(0, WEIGHT_DECAY=WEIGHT_DECAY, BURN_IN=BURN_IN, LR_POWER=LR_POWER, IDENTITY_INIT=IDENTITY_INIT)
     utils.check_at_least(0, SEED=SEED, NUM_WORKERS=NUM_WORKERS, LEARNING_RATE=LEARNING_RATE)
+    utils.check_at_least(0, SAVE_EVERY_MINUTES=SAVE_EVERY_MINUTES, MAX_HOURS=MAX_HOURS)
+    utils.check_at_most(1, MOMENTUM=MOMENTUM, LABEL_SMOOTHING=LABEL_SMOOTHING)
+    utils.check_numbers(LR_DROPS=LR_DROPS, CROP_SCALE=CROP_SCALE)
     utils.check_one_of(("stop", "skip"), BROKEN_IMAGES=BROKEN_IMAGES)
     utils.check_one_of(utils.LR_SCHEDULES, LR_SCHEDULE=LR_SCHEDULE)
     if BATCH_SIZE % SUBDIVISIONS:

@@ -49,6 +49,17 @@ VOC_CLASSES = (
     "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 
+COCO_CLASSES = (  # coco.names
+    "person", "bicycle", "car", "motorbike", "aeroplane", "bus", "train", "truck", "boat", "traffic light", "fire hydrant",
+    "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe",
+    "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard", "sports ball", "kite", "baseball bat",
+    "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl",
+    "banana", "apple", "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "sofa",
+    "pottedplant", "bed", "diningtable", "toilet", "tvmonitor", "laptop", "mouse", "remote", "keyboard", "cell phone",
+    "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier",
+    "toothbrush",
+)  # fmt: skip
+
 # data
 DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv lists
 IMAGE_SETS = [("2007", "train")]  # (year, list) pairs, or names of .csv files with lines image,label
@@ -69,6 +80,12 @@ def open_image(file: str | os.PathLike):
     """PIL's Image.open; any error in the block becomes a FileNotFoundError or ValueError that names the file."""
     try:
         with Image.open(file) as image:
+            if image.format == "PNG":
+                image.verify()  # its checksums, which reading does not look at
+            else:
+                yield image
+                return
+        with Image.open(file) as image:  # verify() leaves it unusable
             yield image
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: no such image") from None
@@ -112,9 +129,12 @@ def read_text(file: str | os.PathLike, missing: str = "no such file") -> str:
         raise FileNotFoundError(f"{file}: {missing}")
     content = Path(file).read_bytes()
     try:
-        return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"{file}: not UTF-8 text; save it as UTF-8") from None
+        text = "\0"
+    if "\0" in text:  # also UTF-16 and UTF-32 without a byte order mark
+        raise ValueError(f"{file}: not UTF-8 text; save it as UTF-8")
+    return text
 
 
 def read_classes(classes) -> list[str]:
@@ -252,9 +272,9 @@ def read_voc_xml(file: str, classes, tolerate=()) -> tuple[list[list[float]], tu
         root = ElementTree.parse(file).getroot()
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise ValueError(f"{file}: not readable as XML ({error}); if its text is right, save it as UTF-8") from None
-    if root.tag.startswith("{"):  # a namespace
+    if root.tag.startswith("{") or root.find("object") is None:  # a namespace, or perhaps <Object>
         for element in root.iter():
-            element.tag = element.tag.rpartition("}")[2]
+            element.tag = str(element.tag).rpartition("}")[2].lower()
     if root.tag != "annotation":
         raise ValueError(f"{file}: not a VOC annotation (its root is <{root.tag}>); export the labels as Pascal VOC XML")
     labels = []
@@ -268,6 +288,9 @@ def read_voc_xml(file: str, classes, tolerate=()) -> tuple[list[list[float]], tu
         boxes = item.findall("bndbox")
         if len(boxes) > 1:
             raise ValueError(f"{file}: an object of class {name} has {len(boxes)} bndbox; give each box an object of its own")
+        tags = [element.tag for element in (*item, *(boxes[0] if boxes else ()))]
+        if twice := [tag for tag in ("name", "difficult", "xmin", "ymin", "xmax", "ymax") if tags.count(tag) > 1]:
+            raise ValueError(f"{file}: an object of class {name} has {twice[0]} twice; remove the wrong one")
         try:
             box = [float(boxes[0].findtext(side)) for side in ("xmin", "ymin", "xmax", "ymax")]
         except (TypeError, ValueError, IndexError):
@@ -279,7 +302,7 @@ def read_voc_xml(file: str, classes, tolerate=()) -> tuple[list[list[float]], tu
             raise ValueError(f"{file}: the box {box} of class {name} has no extent (xmax <= xmin or ymax <= ymin)")
         labels.append([classes.index(name), difficult, *box])
     size = [(root.findtext(f"size/{side}") or "").strip() for side in ("width", "height")]
-    return labels, tuple(int(side) if side.isdecimal() else 0 for side in size)
+    return labels, tuple(int(side) if side.isdecimal() and len(side) < 10 else 0 for side in size)
 
 
 def read_yolo_txt(file: str, classes, tolerate=()) -> tuple[list[list[float]], tuple[int, int]]:
@@ -306,8 +329,8 @@ def read_yolo_txt(file: str, classes, tolerate=()) -> tuple[list[list[float]], t
                 continue
             raise ValueError(f"{file}, line {number}: class {int(label)} is not one of the {len(classes)} in CLASSES")
         slack = 1e-4  # for rounding by the tool that wrote the file
-        if not all(-slack <= value <= 1 + slack for value in (x, y, w, h)) or w <= 0 or h <= 0:
-            raise ValueError(f"{file}, line {number}: x y w h must be fractions of the image in 0..1 and w, h above 0")
+        if not all(-slack <= value <= 1 + slack for value in (x, y, w, h)) or min(w, h) < 1e-5:
+            raise ValueError(f"{file}, line {number}: x y w h must be fractions of the image in 0..1, and w, h at least 1e-5")
         x, y, w, h = np.clip((x, y, w, h), 0, 1)
         labels.append([label, 0, x - w / 2, y - h / 2, x + w / 2, y + h / 2])
     return labels, (0, 0)
@@ -744,6 +767,10 @@ def draw_label_sheet(dataset: VOCDataset, file: str, count: int, seed: int) -> N
 def main() -> None:
     from model import ANCHORS  # not needed when dataset.py is imported
 
+    utils.check_at_least(1, SHEET_IMAGES=SHEET_IMAGES, IMAGE_SIZE=IMAGE_SIZE)
+    utils.check_at_most(500, SHEET_IMAGES=SHEET_IMAGES)
+    utils.check_at_least(0, SEED=SEED)
+    utils.check_writable(SHEET)
     samples, classes = list_samples(DATA_DIR, IMAGE_SETS), read_classes(CLASSES)
     problems, all_labels, sizes = check_dataset(samples, classes, TOLERATE)
     labels = np.concatenate(all_labels) if all_labels else np.empty((0, 6))
@@ -764,7 +791,7 @@ def main() -> None:
             text = ", ".join(f"({w:.2f}, {h:.2f})" for w, h in anchors.tolist())
             print(f"average IoU of new anchors:        {average_best_iou(cells, anchors):.3f}  {text} cells at {IMAGE_SIZE}")
     for problem in problems:
-        print(f"problem: {problem}")
+        print(utils.printable(f"problem: {problem}"))
     if problems:
         sys.exit(f"{len(problems)} problems; correct them to get the label sheet")
     dataset = VOCDataset(DATA_DIR, IMAGE_SETS, ANCHORS, IMAGE_SIZE, classes, augment=True, tolerate=TOLERATE)

@@ -15,13 +15,15 @@ from pathlib import Path
 import torch
 
 import utils
-from dataset import IMAGE_SUFFIXES, VOC_CLASSES, read_image, test_transform, to_tensor
+from dataset import IMAGE_SUFFIXES, read_image, test_transform, to_tensor
 from model import load_detector
 
 # data
 SOURCE = "data_samples/voc/VOC2007/JPEGImages/00000*.jpg"  # an image, a folder of images, or a glob
 # model
-CHECKPOINT = "runs/yolov2.pt"  # from train.py (its best epoch is yolov2_best.pt), or a Darknet file for yolov2-voc.cfg
+CHECKPOINT = "runs/yolov2.pt"  # from train.py (its best epoch is yolov2_best.pt), or a Darknet file
+CLASSES = []  # only for a Darknet file: names or a .names file; [] for yolov2-voc.weights, or yolov2.weights of COCO
+ANCHORS = []  # likewise: those of its cfg file
 IMAGE_SIZE = None  # pixels, a multiple of 32; None for the checkpoint's own
 # detection
 CONFIDENCE_THRESHOLD = 0.4  # lowest confidence (objectness x class probability) that is drawn
@@ -35,7 +37,9 @@ COMPILE = False  # torch.compile with frozen weights; pays off its start-up afte
 
 def check_settings():
     """Raises ValueError for an invalid setting."""
-    utils.check_at_least(0, CONFIDENCE_THRESHOLD=CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD=NMS_IOU_THRESHOLD)
+    utils.check_at_most(1, CONFIDENCE_THRESHOLD=CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD=NMS_IOU_THRESHOLD)
+    if not OUTPUT_DIR:
+        raise ValueError("OUTPUT_DIR must name a folder")
     if IMAGE_SIZE is not None and (IMAGE_SIZE < 32 or IMAGE_SIZE % 32):
         raise ValueError(f"IMAGE_SIZE must be a multiple of 32 pixels or None, not {IMAGE_SIZE}")
 
@@ -60,7 +64,7 @@ def main():
     utils.keep_freed_memory()
     device = utils.pick_device(DEVICE)
     files = find_images(SOURCE)
-    model, classes, anchors, own_size = load_detector(CHECKPOINT, VOC_CLASSES, device, PRECISION, COMPILE)
+    model, classes, anchors, own_size = load_detector(CHECKPOINT, CLASSES, ANCHORS, device, PRECISION, COMPILE)
     transform = test_transform(IMAGE_SIZE or own_size)
     outputs = [os.path.join(OUTPUT_DIR, os.path.splitext(os.path.basename(file))[0] + ".jpg") for file in files]
     for name, count in Counter(outputs).items():

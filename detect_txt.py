@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import utils
-from dataset import VOC_CLASSES, VOCDataset, list_samples
+from dataset import VOCDataset, list_samples
 from model import load_detector
 
 # data
@@ -24,7 +24,9 @@ TOLERATE = []  # "other classes": skip objects of classes that the model lacks; 
 NUM_WORKERS = 2  # processes that load images
 BATCH_SIZE = 8  # images per forward pass
 # model
-CHECKPOINT = "runs/yolov2.pt"  # from train.py (its best epoch is yolov2_best.pt), or a Darknet file for yolov2-voc.cfg
+CHECKPOINT = "runs/yolov2.pt"  # from train.py (its best epoch is yolov2_best.pt), or a Darknet file
+CLASSES = []  # only for a Darknet file: names or a .names file; [] for yolov2-voc.weights, or yolov2.weights of COCO
+ANCHORS = []  # likewise: those of its cfg file
 IMAGE_SIZE = None  # pixels, a multiple of 32; None for the checkpoint's own
 # detection
 CONFIDENCE_THRESHOLD = 0.005  # lowest confidence in the files; validate_detector in Darknet's examples/detector.c
@@ -40,7 +42,8 @@ COMPILE = False  # torch.compile with frozen weights; pays off its start-up afte
 def check_settings():
     """Raises ValueError or OSError for an invalid setting."""
     utils.check_at_least(1, BATCH_SIZE=BATCH_SIZE)
-    utils.check_at_least(0, NUM_WORKERS=NUM_WORKERS, CONFIDENCE_THRESHOLD=CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD=NMS_IOU_THRESHOLD)
+    utils.check_at_least(0, NUM_WORKERS=NUM_WORKERS)
+    utils.check_at_most(1, CONFIDENCE_THRESHOLD=CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD=NMS_IOU_THRESHOLD)
     utils.check_writable(os.path.join(OUTPUT_DIR, "any"))
 
 
@@ -48,7 +51,7 @@ def main():
     check_settings()
     utils.keep_freed_memory()
     device = utils.pick_device(DEVICE)
-    model, classes, anchors, own_size = load_detector(CHECKPOINT, VOC_CLASSES, device, PRECISION, COMPILE)
+    model, classes, anchors, own_size = load_detector(CHECKPOINT, CLASSES, ANCHORS, device, PRECISION, COMPILE)
     # the test set of VOC 2012 has no annotations; if no image has any, only the detections are written
     labelled = any(os.path.exists(label) for _, label in list_samples(DATA_DIR, IMAGE_SETS))
     tolerate = TOLERATE if labelled else ["missing labels"]

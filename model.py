@@ -6,6 +6,7 @@ Letters: N images, A anchors (5), S_h x S_w grid cells (13 x 13 at 416 x 416), C
 import copy
 import os
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -22,9 +23,13 @@ from darknet_model import (
     load_darknet_weights,
     open_darknet_file,
 )
+from dataset import COCO_CLASSES, VOC_CLASSES, read_classes
 
 # widths and heights of the five prior boxes p_w, p_h in grid cells (yolov2-voc.cfg), found by k-means on the VOC boxes
 ANCHORS = [(1.3221, 1.73145), (3.19275, 4.00944), (5.05587, 8.09892), (9.47112, 4.84053), (11.2364, 10.0071)]
+COCO_ANCHORS = [(0.57273, 0.677385), (1.87446, 2.06253), (3.33843, 5.47434), (7.88282, 3.52778), (9.77052, 9.16828)]  # yolov2.cfg
+# outputs A (5 + C) of the published Darknet detectors -> class names, anchors, image size of the cfg file
+KNOWN_DETECTORS = {125: (VOC_CLASSES, ANCHORS, 416), 425: (COCO_CLASSES, COCO_ANCHORS, 608)}  # yolov2-voc.weights, yolov2.weights
 STRIDE = 32  # pixels of the image per grid cell
 
 
@@ -34,8 +39,9 @@ def read_anchors(anchors, image_sizes: list[int]) -> list[list[float]]:
     pairs = list(anchors)
     if pairs and all(isinstance(anchor, (int, float)) for anchor in pairs) and len(pairs) % 2 == 0:
         pairs = list(zip(pairs[::2], pairs[1::2], strict=True))
-    if not pairs or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
-        raise ValueError(f"ANCHORS must hold pairs of width and height, not {anchors}")
+    lists = [pair for pair in pairs if isinstance(pair, (list, tuple)) and len(pair) == 2]
+    if not pairs or len(lists) < len(pairs) or not all(isinstance(side, (int, float)) for pair in lists for side in pair):
+        raise ValueError(f"ANCHORS must hold pairs of width and height, not {anchors!r:.80}")
     pairs = [[float(width), float(height)] for width, height in pairs]
     grid = max(416, *image_sizes) // STRIDE
     if wrong := [side for pair in pairs for side in pair if not 0 < side <= grid]:
@@ -113,7 +119,9 @@ def load_pretrained_backbone(model: YOLOv2, file: str | os.PathLike, classes: li
     numbers, _ = open_darknet_file(file)
     convolutions = list(darknet_tensors(model))
     sizes = [sum(tensor.numel() for tensor in tensors) for tensors in convolutions]
-    if sum(sizes[:18]) < numbers.size != sum(sizes):  # another network that begins with the same 18 convolutions
+    published, _, _ = KNOWN_DETECTORS.get(convolutions[-1][0].numel(), (classes, (), 0))
+    other_classes = numbers.size == sum(sizes) and classes is not None and list(classes) != list(published)
+    if other_classes or sum(sizes[:18]) < numbers.size != sum(sizes):  # another network that begins with the same 18 convolutions
         copy_convolutions(convolutions[:18], numbers, file)
         print(f"{file}: loaded its first 18 convolutions, the backbone")
         return 18
@@ -133,28 +141,64 @@ def fuse(model: nn.Module) -> nn.Module:
     return fused
 
 
+def darknet_detector(file: str | os.PathLike, classes, anchors) -> tuple[list[str], list, int]:
+    """Class names, anchors and image size of a Darknet detector. The file itself tells only how many outputs the network has.
+
+    Empty classes or anchors: those of the published detector with as many outputs, if there is one. Raises ValueError, naming the
+    file and what to set, if they are not known or do not fit.
+    """
+    with torch.device("meta"):  # no memory
+        convolutions = list(darknet_tensors(YOLOv2(1, 1)))
+    numbers, _ = open_darknet_file(file)
+    inputs = convolutions[-1][1].shape[1] + 1  # weights per output, with its bias: 1025
+    outputs, rest = divmod(numbers.size - sum(tensor.numel() for tensors in convolutions[:-1] for tensor in tensors), inputs)
+    if outputs <= 0 or rest:
+        raise ValueError(
+            f"{file}: {numbers.size:,} numbers are not those of a YOLOv2 detector; a backbone is for train.py's PRETRAINED"
+        )
+    known_classes, known_anchors, image_size = KNOWN_DETECTORS.get(outputs, ((), (), 416))
+    classes, anchors = classes or known_classes, anchors or known_anchors
+    classes, anchors = read_classes(classes) if classes else [], read_anchors(anchors, [image_size]) if anchors else []
+    if len(anchors) * (5 + len(classes)) != outputs:
+        fitting = [f"{outputs // count - 5} classes and {count} anchors" for count in (5, 3, 6, 9) if outputs % count == 0]
+        raise ValueError(
+            f"{file}: has {outputs} outputs per cell, which fits {' or '.join(fitting) or 'other numbers of anchors'}, not "
+            f"{len(classes)} and {len(anchors)}; set CLASSES (names, or a .names file) and ANCHORS to those of its training"
+        )
+    return classes, anchors, image_size
+
+
 def load_detector(
-    file: str | os.PathLike, darknet_classes, device: torch.device, precision: str = "auto", compiled: bool = False
+    file: str | os.PathLike, classes, anchors, device: torch.device, precision: str = "auto", compiled: bool = False
 ) -> tuple[nn.Module, list[str], list, int]:
     """Loads a trained YOLOv2 for inference, fused and channels-last -> model, class names, anchors, image size of its training.
 
-    file: a checkpoint of train.py (`.pt`), which contains all four, or a Darknet file of yolov2-voc.cfg, which gets
-    darknet_classes, ANCHORS and 416. precision: as in utils.pick_precision. compiled: torch.compile with frozen weights, for long
-    runs. Raises FileNotFoundError or ValueError, naming the file.
+    file: a checkpoint of train.py (`.pt`), which contains all four, or a Darknet file (see darknet_detector). classes and anchors:
+    empty, or those of the file. precision: as in utils.pick_precision. compiled: torch.compile with frozen weights, for long runs.
+    Raises FileNotFoundError or ValueError, naming the file.
     """
     if utils.is_torch_file(file):
         state = utils.load_checkpoint(file, "cpu", keys=("model", "classes", "anchors", "image_size"))
-        classes, anchors, image_size = list(state["classes"]), state["anchors"], state["image_size"]
-        model = YOLOv2(len(classes), len(anchors))
+        own_classes, image_size = list(state["classes"]), state["image_size"]
+        try:
+            own_anchors = read_anchors(state["anchors"], [image_size])
+        except ValueError as error:
+            raise ValueError(f"{file}: damaged checkpoint ({error}); use another one") from None
+        if image_size % STRIDE:
+            raise ValueError(f"{file}: not a checkpoint of train.py (its image size {image_size} is not a multiple of {STRIDE})")
+        if classes and read_classes(classes) != own_classes:
+            raise ValueError(f"{file}: has other classes than CLASSES; leave CLASSES empty, because a checkpoint contains its own")
+        if anchors and not np.allclose(read_anchors(anchors, [image_size]), own_anchors):
+            raise ValueError(f"{file}: has other anchors than ANCHORS; leave ANCHORS empty, because a checkpoint contains its own")
+        model = YOLOv2(len(own_classes), len(own_anchors))
         try:
             model.load_state_dict(state["model"])
         except (RuntimeError, TypeError, AttributeError):
-            raise ValueError(f"{file}: these are not the weights of a YOLOv2 with {len(classes)} classes") from None
+            raise ValueError(f"{file}: these are not the weights of a YOLOv2 with {len(own_classes)} classes") from None
     else:
-        classes, anchors, image_size = list(darknet_classes), ANCHORS, 416
-        model = YOLOv2(len(classes), len(anchors))
-        if load_darknet_weights(model, file) < 23:
-            raise ValueError(f"{file}: contains only a backbone, not a detector; pass it to train.py as PRETRAINED")
+        own_classes, own_anchors, image_size = darknet_detector(file, classes, anchors)
+        model = YOLOv2(len(own_classes), len(own_anchors))
+        load_darknet_weights(model, file)
     model = fuse(model).to(device, utils.pick_precision(precision, device), memory_format=torch.channels_last)
     if compiled:
         # freezing turns the weights into constants in the best layout; it has no effect as an option of torch.compile()
@@ -162,4 +206,4 @@ def load_detector(
 
         inductor.freezing = True
         model = torch.compile(model)
-    return model, classes, anchors, image_size
+    return model, own_classes, own_anchors, image_size

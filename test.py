@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import utils
-from dataset import VOC_CLASSES, VOCDataset, print_doubts
+from dataset import VOCDataset, print_doubts
 from model import load_detector
 
 # data
@@ -24,7 +24,9 @@ TOLERATE = []  # "other classes": skip objects of classes that the model lacks; 
 NUM_WORKERS = 2  # processes that load images
 BATCH_SIZE = 8  # images per forward pass
 # model
-CHECKPOINT = "runs/yolov2.pt"  # from train.py (its best epoch is yolov2_best.pt), or a Darknet file for yolov2-voc.cfg
+CHECKPOINT = "runs/yolov2.pt"  # from train.py (its best epoch is yolov2_best.pt), or a Darknet file
+CLASSES = []  # only for a Darknet file: names or a .names file; [] for yolov2-voc.weights, or yolov2.weights of COCO
+ANCHORS = []  # likewise: those of its cfg file
 INPUT_SIZES = []  # pixels; the paper's Table 3 has [288, 352, 416, 480, 544]; [] for the checkpoint's own
 # detection
 CONFIDENCE_THRESHOLD = 0.005  # lowest confidence on the curves; validate_detector in Darknet's examples/detector.c
@@ -40,8 +42,11 @@ COMPILE = False  # torch.compile with frozen weights; pays off its start-up afte
 def check_settings():
     """Raises ValueError or OSError for an invalid setting."""
     utils.check_at_least(1, BATCH_SIZE=BATCH_SIZE)
-    utils.check_at_least(0, NUM_WORKERS=NUM_WORKERS, CONFIDENCE_THRESHOLD=CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD=NMS_IOU_THRESHOLD)
-    utils.check_writable(f"{OUTPUT}.csv")
+    utils.check_at_least(0, NUM_WORKERS=NUM_WORKERS)
+    utils.check_at_most(1, CONFIDENCE_THRESHOLD=CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD=NMS_IOU_THRESHOLD)
+    utils.check_at_most(1, FIXED_THRESHOLD=FIXED_THRESHOLD)
+    utils.check_numbers(INPUT_SIZES=INPUT_SIZES)
+    utils.check_writable(OUTPUT)
 
 
 PAPER_MAP = {288: 69.0, 352: 73.7, 416: 76.8, 480: 77.8, 544: 78.6}  # VOC 2007 test, trained on 07+12; YOLO9000 Table 3
@@ -109,7 +114,7 @@ def main():
     check_settings()
     utils.keep_freed_memory()
     device = utils.pick_device(DEVICE)
-    model, classes, anchors, own_size = load_detector(CHECKPOINT, VOC_CLASSES, device, PRECISION, COMPILE)
+    model, classes, anchors, own_size = load_detector(CHECKPOINT, CLASSES, ANCHORS, device, PRECISION, COMPILE)
     means = {}
     for size in INPUT_SIZES or [own_size]:
         dataset = VOCDataset(DATA_DIR, IMAGE_SETS, anchors, size, classes, tolerate=TOLERATE)

@@ -56,7 +56,7 @@ def override_globals(script_globals: dict, words: list[str]) -> None:
     """Sets a script's settings from the NAME=value arguments of its command line; `--help` prints them and exits.
 
     Values are Python literals; text needs no quotes. A value must have the type of its default, except that an int is accepted for
-    a float, and None is accepted both as default and as value. Other values end the script with a one-line message.
+    a float; where the default is None, it must be an int or None. Other values end the script with a one-line message.
     """
     known = script_settings(script_globals)
     script = os.path.basename(script_globals.get("__file__", "script"))
@@ -81,19 +81,34 @@ def override_globals(script_globals: dict, words: list[str]) -> None:
             value = float(value)
         if isinstance(default, str) and value is not None and not isinstance(value, str):
             value = text  # CHECKPOINT=7
-        fits = default is None or value is None or type(value) is type(default)
+        fits = type(value) is type(default) or (default is None and type(value) is int)
         if isinstance(default, (list, tuple)):  # also takes the name of a file that holds the list
             fits |= isinstance(value, (list, tuple)) or str(value).endswith((".csv", ".txt", ".names"))
         if not fits:
-            sys.exit(f"{script}: {name} must be {type(default).__name__}, like its default {default!r}, not {text!r}")
+            kind = "an int or None" if default is None else f"{type(default).__name__}, like its default {default!r}"
+            sys.exit(f"{script}: {name} must be {kind}, not {text[:80]!r}")
         script_globals[name] = value
 
 
 def check_at_least(least: float, **settings: float) -> None:
-    """Raises ValueError for the first setting, passed as NAME=value, that is less than `least`."""
+    """Raises ValueError for the first setting, passed as NAME=value, that is less than `least` or an integer of absurd size."""
     for name, value in settings.items():
-        if not isinstance(value, (int, float)) or value < least:
-            raise ValueError(f"{name} must be {least} or more, not {value}")
+        if not isinstance(value, (int, float)) or not value >= least or (type(value) is int and value >= 2**40):
+            raise ValueError(f"{name} must be {least} or more, not {value!r:.40}")
+
+
+def check_at_most(most: float, **settings: float) -> None:
+    """Raises ValueError for the first setting, passed as NAME=value, that is negative or more than `most`."""
+    for name, value in settings.items():
+        if not isinstance(value, (int, float)) or not 0 <= value <= most:
+            raise ValueError(f"{name} must be between 0 and {most}, not {value!r:.40}")
+
+
+def check_numbers(**settings: list) -> None:
+    """Raises ValueError for the first setting, passed as NAME=value, that is not a list of numbers of 0 or more."""
+    for name, values in settings.items():
+        if isinstance(values, str) or not all(isinstance(value, (int, float)) and value >= 0 for value in values):
+            raise ValueError(f"{name} must be a list of numbers, not {values!r:.80}")
 
 
 def check_one_of(choices: tuple[str, ...], **settings: str) -> None:
@@ -166,7 +181,9 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(f"cuda:{name}" if str(name).isdigit() else name)
     except RuntimeError:
-        raise ValueError(f'DEVICE={name}: no such device; use "auto", "cpu", "cuda" or "cuda:1"') from None
+        device = torch.device("meta")  # refused below
+    if device.type not in ("cpu", "cuda", "mps") or (device.type == "mps" and not torch.backends.mps.is_available()):
+        raise ValueError(f'DEVICE={name}: no such device here; use "auto", "cpu", "cuda" or "cuda:1"')
     if device.type == "cuda":
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= gpus:
@@ -591,7 +608,9 @@ def atomic_write(file: str | os.PathLike):
 
 
 def check_writable(file: str | os.PathLike) -> None:
-    """Raises OSError, naming the file, if atomic_write would fail: better before training than after an epoch."""
+    """Raises OSError or ValueError, naming the file, if atomic_write would fail: better before training than after an epoch."""
+    if not os.path.basename(file):
+        raise ValueError(f"{os.fspath(file)!r} is not the name of a file; set CHECKPOINT, OUTPUT or OUTPUT_DIR")
     folder = os.path.dirname(os.path.realpath(file))
     try:
         if os.path.isdir(file):
@@ -617,6 +636,17 @@ LARGEST_WEIGHT = 1e12  # far above any trained one; flipped bits and infinity ar
 def check_weights(file: str | os.PathLike, weights: dict[str, Tensor]) -> None:
     """Raises ValueError, naming the file, for damaged weights: not finite, a negative running variance, a kernel of zeros, or zeros
     at the end of the last kernel (an incomplete download)."""
+    types = (
+        torch.float32,
+        torch.float64,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+    )  # int64: the batches that batch norm has seen
+    for name, tensor in weights.items():
+        plain = isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+        if not plain or tensor.dtype not in types:
+            raise ValueError(f"{file}: damaged weights ({name!r:.40} is not a table of numbers); download or train it again")
     kernels = [tensor for tensor in weights.values() if tensor.ndim == 4]
     problem = ""
     if not all((tensor.abs() < LARGEST_WEIGHT).all() for tensor in weights.values()):
@@ -664,13 +694,30 @@ def load_checkpoint(file: str | os.PathLike, device: str | torch.device = "cpu",
         raise ValueError(f"{file}: not a checkpoint of this repository (it contains a {type(state).__name__})")
     if missing := [key for key in keys if key not in state]:
         raise ValueError(f"{file}: this checkpoint cannot be used here (it has no {', '.join(missing)})")
-    weights = state.get("model", {})
-    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+    for key in {*keys, "classes"} & state.keys():
+        if not CHECKPOINT_VALUES[key](state[key]):
+            raise ValueError(f"{file}: damaged checkpoint, its {key} is {state[key]!r:.60}; use another one")
+    if not isinstance(state.get("model", {}), dict):
         raise ValueError(f"{file}: not a checkpoint of this repository (its model is no table of weights)")
-    check_weights(file, weights)
+    check_weights(file, state.get("model", {}))
     if "classes" in state:
         check_classes(os.fspath(file), list(state["classes"]))
     return state
+
+
+def is_counter(value) -> bool:
+    return type(value) is int and 0 <= value < 2**60
+
+
+# what the values of a checkpoint must be; a damaged file may contain anything
+CHECKPOINT_VALUES = {
+    **dict.fromkeys(("model", "optimizer", "scaler", "settings"), lambda value: isinstance(value, dict)),
+    **dict.fromkeys(("epoch", "step", "images_seen"), is_counter),
+    **dict.fromkeys(("classes", "anchors"), lambda value: isinstance(value, (list, tuple))),
+    "best": lambda value: isinstance(value, (int, float)) and not value > 1,  # -1 before the first evaluation; may be NaN
+    "sums": lambda value: isinstance(value, Tensor) and value.dtype == torch.float64 and value.ndim == 1,
+    "image_size": lambda value: is_counter(value) and 32 <= value <= 10_000,
+}
 
 
 # may change silently on RESUME, because they do not affect what a run computes
@@ -693,7 +740,9 @@ def resume(file: str | os.PathLike, model: nn.Module, optimizer, scaler, setting
     counters = ("epoch", "step", "images_seen", "best", "sums")
     saved = load_checkpoint(file, keys=("model", "optimizer", "scaler", *counters, "settings"))
     old = saved["settings"]
-    changed = [name for name in settings if name in old and json.dumps(old[name]) != json.dumps(settings[name])]
+    if missing := [name for name in fixed if name not in old]:
+        raise ValueError(f"{file}: damaged, or a checkpoint of another script (its settings lack {', '.join(missing)})")
+    changed = [name for name in settings if name in old and json.dumps(old[name], default=repr) != json.dumps(settings[name])]
 
     def shown(value):
         return repr(value) if len(repr(value)) <= 200 else f"{value!r:.200}... ({len(value)} in all)"
@@ -711,10 +760,10 @@ def resume(file: str | os.PathLike, model: nn.Module, optimizer, scaler, setting
                 raise ValueError("the optimiser's buffers have other shapes than the weights")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
+        if saved["scaler"]:  # empty unless the run is in fp16
+            scaler.load_state_dict(saved["scaler"])
     except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: does not fit this model and optimiser ({first_line(error)[:90]}); start a new run") from None
-    if saved["scaler"]:  # empty unless the run is in fp16
-        scaler.load_state_dict(saved["scaler"])
     state = {name: saved[name] for name in counters}
     state["sums"] = state["sums"].to(next(model.parameters()).device)
     if SCORE_SETTINGS & set(changed):

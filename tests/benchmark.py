@@ -74,7 +74,7 @@ def eager_inference(weights, batch, size, device):
 def our_inference(weights, batch, size, device, precision, compiled):
     """What test.py, detect.py and detect_txt.py do."""
     utils.keep_freed_memory()
-    model, *_ = load_detector(weights, dataset.VOC_CLASSES, torch.device(device), precision, compiled)
+    model, *_ = load_detector(weights, [], [], torch.device(device), precision, compiled)
     images, parameter = some_images(batch, size), next(model.parameters())
 
     @torch.no_grad()
@@ -420,7 +420,7 @@ def postprocessing(weights):
                 torchvision.ops.nms(corners[image][likely], scores[likely, c], 0.45)
 
     if os.path.isfile(CHECKPOINT):
-        model, classes, anchors, size = load_detector(CHECKPOINT, dataset.VOC_CLASSES, torch.device("cpu"), "fp32")
+        model, classes, anchors, size = load_detector(CHECKPOINT, [], [], torch.device("cpu"), "fp32")
         root = Path(__file__).parents[1] / "data_samples" / "voc"
         photographs = dataset.VOCDataset(root, [("2007", "train")], anchors, size, classes)
         with torch.no_grad():

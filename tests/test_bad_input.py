@@ -168,6 +168,19 @@ def test_common_spellings_of_the_difficult_flag_are_read(tmp_path, flag, value):
     assert read(tmp_path).labels[0][0, 1] == value
 
 
+@pytest.mark.parametrize("tag", ["name", "difficult", "xmin", "ymax"])
+def test_an_xml_object_with_a_value_given_twice_is_refused(tag, tmp_path):
+    xml = re.sub(rf"(<{tag}>.*?</{tag}>)", r"\1\1", annotation())
+    write_devkit(tmp_path, {"a": xml})
+    with pytest.raises(ValueError, match=rf"a\.xml: an object of class bolt has {tag} twice"):
+        read(tmp_path)
+
+
+def test_xml_tags_may_have_capitals(tmp_path):
+    write_devkit(tmp_path, {"a": annotation().replace("object>", "Object>").replace("name>", "Name>")})
+    assert len(read(tmp_path).labels[0]) == 1
+
+
 def test_xml_namespaces_are_ignored_and_parts_are_not_objects(tmp_path):
     part = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"
     xml = annotation(extra=part).replace("<annotation>", '<annotation xmlns="http://example.org/voc">')
@@ -401,7 +414,7 @@ def test_checkpoints_with_dots_in_their_names_write_separate_files(tmp_path, mon
     expected = {f"{name}{ending}" for name in ("lr0.001", "lr0.01", "v1.pth.tar") for ending in ("", "_best.pt", "_metrics.csv")}
     assert {file.name for file in (tmp_path / "runs").iterdir()} == expected
     loaded, *_ = model.load_detector(
-        tmp_path / "runs/v1.pth.tar", ["bolt"], torch.device("cpu"), "fp32"
+        tmp_path / "runs/v1.pth.tar", ["bolt"], [], torch.device("cpu"), "fp32"
     )  # recognised by its content, not its suffix
     assert isinstance(loaded, torch.nn.Module)
 
@@ -409,6 +422,46 @@ def test_checkpoints_with_dots_in_their_names_write_separate_files(tmp_path, mon
 def test_names_are_printed_with_escapes():
     assert utils.printable("a\x1b[2Jb\n") == "a\\x1b[2Jb\\n" and utils.printable("né 螺栓") == "né 螺栓"
     assert utils.printable("bad\udcff") == "bad\\udcff"
+
+
+# ---------------------------------------------------------------- damaged checkpoints and weights
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("classes", 3), ("classes", "abc"), ("classes", None), ("anchors", None), ("anchors", [[1.0]] * 5),
+        ("anchors", [["1", 1]] * 5), ("anchors", [(-1.0, 2.0)] * 5), ("anchors", [(math.nan, 2.0)] * 5), ("image_size", "64"),
+        ("image_size", None), ("image_size", 63), ("image_size", 2**63), ("image_size", 64.0), ("model", [1]),
+        ("model", {3: torch.ones(1)}), ("model", {"w": torch.ones(3, dtype=torch.bool)}),
+        ("model", {"w": torch.ones(3).to_sparse()}), ("model", {"w": 3}),
+    ],
+)  # fmt: skip
+def test_a_detector_with_a_damaged_value_is_refused_by_its_name(key, value, checkpoint, tmp_path):
+    state = torch.load(checkpoint)
+    torch.save(state | {key: value}, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match=r"odd\.pt: ") as error:
+        model.load_detector(tmp_path / "odd.pt", [], [], torch.device("cpu"), "fp32")
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("settings", None), ("settings", {}), ("settings", []), ("sums", [1.0]), ("sums", None), ("epoch", "1"), ("epoch", -1),
+        ("epoch", 1.5), ("step", math.nan), ("step", -1), ("step", torch.tensor(1)), ("images_seen", None), ("best", None),
+        ("best", 1e9), ("scaler", torch.tensor([])), ("optimizer", 3),
+    ],
+)  # fmt: skip
+def test_resuming_a_checkpoint_with_a_damaged_value_is_refused(key, value, tmp_path, monkeypatch):
+    write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
+    set_training(monkeypatch, tmp_path, RESUME=True)
+    state = {"epoch": 0, "step": 0, "images_seen": 0, "best": -1.0, "sums": torch.zeros(6, dtype=torch.float64)}
+    detector, settings = YOLOv2(1), utils.script_settings(vars(train)) | {"training images": ""}
+    state |= {"model": detector.state_dict(), "optimizer": {"state": {}}, "scaler": {}, "settings": settings}
+    torch.save(state | {key: value}, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match=r"odd\.pt: .*(damaged|does not fit)"):
+        utils.resume(str(tmp_path / "odd.pt"), detector, torch.optim.SGD(detector.parameters()), None, settings, train.FIXED)
 
 
 # ---------------------------------------------------------------- damaged weights
@@ -447,7 +500,17 @@ def test_damaged_weights_are_refused_and_the_model_is_unchanged(kind, suffix, tm
         model.load_pretrained_backbone(own, file)
     assert all(torch.equal(tensor, before[name]) for name, tensor in own.state_dict().items())
     with pytest.raises(ValueError, match="damaged weights"):
-        model.load_detector(file, ["bolt"], torch.device("cpu"), "fp32")
+        model.load_detector(file, ["bolt"], ANCHORS, torch.device("cpu"), "fp32")
+
+
+def test_a_png_with_a_wrong_checksum_is_refused(tmp_path):
+    """Pillow decodes the pixels without looking at the checksums."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    content = bytearray((tmp_path / "a.png").read_bytes())
+    content[content.index(b"IDAT") + 2000] ^= 4
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.png: not a readable image"):
+        dataset.read_image(tmp_path / "a.png")
 
 
 def test_big_endian_weights_are_refused(tmp_path):
@@ -516,7 +579,16 @@ def test_an_unreadable_metrics_file_is_renamed_and_a_new_one_is_started(tmp_path
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"MOMENTUM": -0.1}, "MOMENTUM must be 0 or more"),
+        ({"MOMENTUM": -0.1}, "MOMENTUM must be between 0 and 1"),
+        ({"MOMENTUM": 2.0}, "MOMENTUM must be between 0 and 1"),
+        ({"EVAL_THRESHOLD": 40.0}, "EVAL_THRESHOLD must be between 0 and 1"),
+        ({"BATCH_SIZE": 10**30}, "BATCH_SIZE must be 1 or more"),
+        ({"MAX_HOURS": -1.0}, "MAX_HOURS must be 0 or more"),
+        ({"LR_DROPS": ["a"]}, "LR_DROPS must be a list of numbers"),
+        ({"MULTI_SCALE": "x.txt"}, "MULTI_SCALE must be a list of numbers"),
+        ({"ANCHORS": [("a", 1)]}, "ANCHORS must hold pairs"),
+        ({"CHECKPOINT": ""}, "'' is not the name of a file"),
+        ({"DEVICE": "meta"}, "DEVICE=meta: no such device"),
         ({"WEIGHT_DECAY": -1.0}, "WEIGHT_DECAY must be 0 or more"),
         ({"BURN_IN": -1}, "BURN_IN must be 0 or more"),
         ({"SEED": -1}, "SEED must be 0 or more"),
@@ -571,6 +643,13 @@ def test_curves_are_drawn_for_dollar_signs_in_class_names_and_for_40_classes(tmp
     test_script.draw_curves(rows, [(np.array([1.0]), np.array([0.5]))] * 40, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.width > picture.height * 0.8  # 20 panels, not 40
+
+
+def test_text_with_another_encoding_than_utf_8_is_refused_by_its_name(tmp_path):
+    write_devkit(tmp_path, {"a": annotation()})
+    (tmp_path / "VOC2026/ImageSets/Main/train.txt").write_bytes("a\n".encode("utf-16-le"))
+    with pytest.raises(ValueError, match=r"train\.txt: not UTF-8 text; save it as UTF-8"):
+        read(tmp_path)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file names")

@@ -15,9 +15,9 @@ from torch.utils.data import Dataset
 import train
 import utils
 from darknet_model import DARKNET19_LAYERS, Darknet19, darknet_tensors, load_darknet_weights, save_darknet_weights
-from dataset import VOC_CLASSES, encode_targets
+from dataset import COCO_CLASSES, VOC_CLASSES, encode_targets
 from loss import YoloLoss
-from model import ANCHORS, YOLOv2, fuse, load_detector, load_pretrained_backbone, reorg
+from model import ANCHORS, COCO_ANCHORS, YOLOv2, fuse, load_detector, load_pretrained_backbone, reorg
 
 GOLDEN = Path(__file__).parent / "golden"
 YOLOV2_NUMBERS = 50_676_061
@@ -274,8 +274,8 @@ def test_a_detector_is_built_from_a_darknet_file_or_a_checkpoint(narrow, tmp_pat
     utils.save_checkpoint(tmp_path / "ours.pt", model=donor.state_dict(), classes=classes, anchors=ANCHORS, image_size=96)
     images = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(3))
     for file, size in (("ours.weights", 416), ("ours.pt", 96)):
-        model, names, anchors, image_size = load_detector(tmp_path / file, classes, torch.device("cpu"), "fp32")
-        assert (names, list(anchors), image_size) == (classes, list(ANCHORS), size)
+        model, names, anchors, image_size = load_detector(tmp_path / file, classes, [], torch.device("cpu"), "fp32")
+        assert (names, image_size) == (classes, size) and np.allclose(anchors, ANCHORS)
         with torch.no_grad():
             assert torch.allclose(model(images), donor(images), atol=1e-4)
 
@@ -286,7 +286,63 @@ def test_a_backbone_or_a_foreign_checkpoint_is_not_a_detector(narrow, tmp_path):
     utils.save_checkpoint(tmp_path / "odd.pt", model={"a": torch.zeros(1)}, classes=["a"], anchors=ANCHORS, image_size=96)
     for name in ("backbone.conv.23", "foreign.pt", "odd.pt"):
         with pytest.raises(ValueError, match=name):
-            load_detector(tmp_path / name, ["a"] * 20, torch.device("cpu"))
+            load_detector(tmp_path / name, [], [], torch.device("cpu"))
+
+
+def load_darknet(file, classes=(), anchors=()):
+    _, *rest = load_detector(file, classes, anchors, torch.device("cpu"), "fp32")
+    return rest
+
+
+def test_a_darknet_file_of_own_classes_needs_classes_and_anchors(narrow, tmp_path):
+    file, anchors = tmp_path / "bolts.weights", [(1.0, 2.0), (3.0, 1.0), (2.0, 2.0), (4.0, 5.0), (9.0, 9.0)]
+    donor = YOLOv2(3)
+    save_darknet_weights(donor, file)
+    (tmp_path / "bolts.names").write_text("bolt\nnut\nsmall screw\n")
+    fits = r"bolts\.weights: has 40 outputs per cell, which fits 3 classes and 5 anchors, not {} and {}; set CLASSES .* and ANCHORS"
+    for arguments, counts in (
+        ((), (0, 0)),
+        (([], anchors), (0, 5)),
+        ((["a", "b", "c"],), (3, 0)),
+        ((["a"] + ["b"], anchors), (2, 5)),
+    ):
+        with pytest.raises(ValueError, match=fits.format(*counts)):
+            load_darknet(file, *arguments)
+    names, own_anchors, size = load_darknet(file, str(tmp_path / "bolts.names"), anchors)
+    assert (names, size) == (["bolt", "nut", "small screw"], 416) and np.allclose(own_anchors, anchors)
+    assert load_pretrained_backbone(YOLOv2(2), file) == 18
+
+
+@pytest.mark.parametrize(
+    ("count", "names", "anchors", "size"),
+    [(20, VOC_CLASSES, ANCHORS, 416), (80, COCO_CLASSES, COCO_ANCHORS, 608)],
+    ids=["voc", "coco"],
+)
+def test_the_published_detectors_are_known_by_their_size(count, names, anchors, size, narrow, tmp_path):
+    save_darknet_weights(YOLOv2(count), tmp_path / "known.weights")
+    found, own_anchors, own_size = load_darknet(tmp_path / "known.weights")
+    assert (found, own_size) == (list(names), size) and np.allclose(own_anchors, anchors)
+    others = [f"class {number}" for number in range(count)]
+    assert load_darknet(tmp_path / "known.weights", others)[0] == others  # another network with as many classes
+    assert load_pretrained_backbone(YOLOv2(count), tmp_path / "known.weights", list(names)) == 23
+    assert load_pretrained_backbone(YOLOv2(count), tmp_path / "known.weights", others) == 18
+
+
+def test_the_published_sizes_are_those_of_the_full_network():
+    assert len(set(COCO_CLASSES)) == 80 and (COCO_CLASSES[0], COCO_CLASSES[79]) == ("person", "toothbrush")
+    with torch.device("meta"):
+        numbers = [sum(tensor.numel() for tensors in darknet_tensors(YOLOv2(count)) for tensor in tensors) for count in (20, 80)]
+    assert numbers == [YOLOV2_NUMBERS, 50_983_561] and 4 * numbers[1] + 16 == 203_934_260  # bytes of COCO's yolov2.weights
+
+
+def test_a_checkpoint_refuses_other_classes_and_anchors_than_its_own(narrow, tmp_path):
+    state = {"model": YOLOv2(2).state_dict(), "classes": ["a", "b"], "anchors": ANCHORS, "image_size": 96}
+    utils.save_checkpoint(tmp_path / "own.pt", **state)
+    assert load_darknet(tmp_path / "own.pt", ["a", "b"], ANCHORS)[0] == ["a", "b"]
+    with pytest.raises(ValueError, match=r"own\.pt: has other classes than CLASSES"):
+        load_darknet(tmp_path / "own.pt", ["b", "a"])
+    with pytest.raises(ValueError, match=r"own\.pt: has other anchors than ANCHORS"):
+        load_darknet(tmp_path / "own.pt", [], COCO_ANCHORS)
 
 
 def test_kernels_are_initialised_as_in_darknet():
@@ -429,14 +485,14 @@ def test_weights_and_statistics_move_as_in_darknet(step, trajectory):
     golden = np.load(GOLDEN / "trajectory.npz")
     column = golden["steps"].tolist().index(step)
     norms, sampled = trajectory[0][step - 1]
-    # 1e-9: the first step moves most weights by less than the rounding of float32
-    assert norms == pytest.approx(golden["movement_norm"][:, column].tolist(), rel=0.01, abs=1e-9)
+    # 2e-8: the first step moves most weights by no more than the rounding of float32
+    assert norms == pytest.approx(golden["movement_norm"][:, column].tolist(), rel=0.01, abs=2e-8)
     kinds = ["bias", "scale", "mean", "variance", "kernel"] * 22 + ["bias", "kernel"]
     for kind, limit in (("kernel", 0.05), ("bias", 0.05), ("scale", 0.05), ("mean", 1e-4), ("variance", 1e-4)):
         pairs = [
             (ours, golden["movement"][place, column, : len(ours)]) for place, ours in enumerate(sampled) if kinds[place] == kind
         ]
         ours, darknets = (np.concatenate(side) for side in zip(*pairs, strict=True))
-        error = np.sqrt(np.mean((ours - darknets) ** 2)) / np.sqrt(np.mean(darknets**2))
-        print(f"step {step}, {kind}: {error:.1g}")  # pytest -s shows the table of tests/MEASUREMENTS.md
-        assert error < limit, kind
+        difference, moved = np.sqrt(np.mean((ours - darknets) ** 2)), np.sqrt(np.mean(darknets**2))
+        print(f"step {step}, {kind}: {difference / moved:.1g}")  # pytest -s shows the table of tests/MEASUREMENTS.md
+        assert difference < limit * moved + 1e-9, kind  # 1e-9: rounding, as above

@@ -32,7 +32,7 @@ def script_globals(**extra) -> dict:
         "EPOCHS": 10,
         "LEARNING_RATE": 0.1,
         "RESUME": False,
-        "MAX_HOURS": None,
+        "WIDTH": None,
         **extra,
     }
 
@@ -50,10 +50,8 @@ def script_globals(**extra) -> dict:
         ("DATA_DIR=a=b", "DATA_DIR", "a=b"),
         ("DATA_DIR=7", "DATA_DIR", "7"),  # a folder may be called 7
         ("DATA_DIR=", "DATA_DIR", ""),
-        ("DATA_DIR=None", "DATA_DIR", None),
-        ("EPOCHS=None", "EPOCHS", None),
-        ("MAX_HOURS=1.5", "MAX_HOURS", 1.5),  # None accepts anything
-        ("MAX_HOURS=soon", "MAX_HOURS", "soon"),
+        ("WIDTH=416", "WIDTH", 416),
+        ("WIDTH=None", "WIDTH", None),
         (
             "IMAGE_SETS=[('2007','trainval'),('2012','trainval')]",
             "IMAGE_SETS",
@@ -86,6 +84,11 @@ def test_the_last_argument_wins_and_without_arguments_nothing_changes():
         ("EPOCHS=1.5", "EPOCHS must be int"),
         ("EPOCHS=many", "EPOCHS must be int"),
         ("EPOCHS=True", "EPOCHS must be int"),
+        ("EPOCHS=None", "EPOCHS must be int"),
+        ("DATA_DIR=None", "DATA_DIR must be str"),
+        ("IMAGE_SETS=None", "IMAGE_SETS must be list"),
+        ("WIDTH=abc", "WIDTH must be an int or None, not 'abc'"),
+        ("WIDTH=1.5", "WIDTH must be an int or None"),
         ("LEARNING_RATE=fast", "LEARNING_RATE must be float"),
         ("RESUME=1", "RESUME must be bool"),
         ("RESUME=yes", "RESUME must be bool"),
@@ -109,7 +112,7 @@ def test_an_unknown_name_is_an_error_that_lists_the_known_ones(name):
         utils.override_globals(script_globals(), [f"{name}=3"])
     message, _, known = stop.value.code.partition("; the known ones are ")
     assert repr(name) in message
-    assert known.split(", ") == ["DATA_DIR", "IMAGE_SETS", "SIZES", "EPOCHS", "LEARNING_RATE", "RESUME", "MAX_HOURS"]
+    assert known.split(", ") == ["DATA_DIR", "IMAGE_SETS", "SIZES", "EPOCHS", "LEARNING_RATE", "RESUME", "WIDTH"]
 
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"], ["EPOCHS=3", "--help"]])
@@ -120,7 +123,7 @@ def test_help_prints_the_docstring_and_the_globals_and_exits_with_status_0(words
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert printed.startswith("Trains something.")
-    for line in ("EPOCHS = 10", "DATA_DIR = 'data'", "IMAGE_SETS = [('2007', 'train')]", "MAX_HOURS = None"):
+    for line in ("EPOCHS = 10", "DATA_DIR = 'data'", "IMAGE_SETS = [('2007', 'train')]", "WIDTH = None"):
         assert f"  {line}\n" in printed
     assert "_HIDDEN" not in printed and "helper" not in printed
 

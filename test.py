@@ -4,17 +4,23 @@
     python test.py CHECKPOINT=yolov2-voc.weights DATA_DIR=/data/VOCdevkit "IMAGE_SETS=[('2007','test')]" "INPUT_SIZES=[416,544]"
 
 Prints one row per class and the mAP by three metrics: 11 points (VOC 2007, the paper's), all points (VOC 2010 and later, Padilla et
-al.), and all points using only detections with at least FIXED_THRESHOLD. Writes the table to `runs/test.csv` and the
-precision-recall curves to `runs/test_curves.png`, both for the last input size.
+al.), and all points using only detections with at least FIXED_THRESHOLD. Also counts the kinds of errors at that threshold (see
+error_kinds). Writes both tables to `runs/test.csv`, the precision-recall curves to `runs/test_curves.png` and the worst errors to
+`runs/test_worst.jpg`, all for the last input size.
 """
 
 import csv
 import math
 import sys
+import textwrap
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 import utils
-from dataset import VOCDataset, print_doubts
+from dataset import VOCDataset, print_doubts, read_image
 from model import load_detector
 
 # data
@@ -33,7 +39,7 @@ CONFIDENCE_THRESHOLD = 0.005  # lowest confidence on the curves; validate_detect
 NMS_IOU_THRESHOLD = 0.45  # from the same function
 FIXED_THRESHOLD = 0.4  # for precision, recall and F1 at a threshold as in use (detect.py)
 # run
-OUTPUT = "runs/test"  # start of the two file names
+OUTPUT = "runs/test"  # start of the three file names
 DEVICE = "auto"  # or "cuda", "cuda:1", "cpu"
 PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device computes it faster
 COMPILE = False  # torch.compile with frozen weights; pays off its start-up after a few thousand images
@@ -51,6 +57,8 @@ def check_settings():
 
 PAPER_MAP = {288: 69.0, 352: 73.7, 416: 76.8, 480: 77.8, 544: 78.6}  # VOC 2007 test, trained on 07+12; YOLO9000 Table 3
 COLUMNS = ("class", "truths", "difficult", "detections", "ap_11", "ap_all", "ap_at_fixed", "precision", "recall", "f1")
+FALSE_POSITIVES = ("duplicate", "localisation", "confusion", "background")
+ERROR_COLUMNS = (*FALSE_POSITIVES, "missed", "confused_with", "confused_with_count")
 
 
 def measure(detections, truths, classes, fixed_threshold):
@@ -82,6 +90,98 @@ def print_table(rows):
         cells = [f"{row['class']:>16s}", *(f"{row[name]:7d}" for name in COLUMNS[1:4])]
         cells += ["      -" if math.isnan(row[name]) else f"{row[name]:7.3f}" for name in COLUMNS[4:]]
         print("  ".join(cells))
+
+
+def error_kinds(detections, truths, num_classes, iou_threshold=0.5, least_iou=0.1):
+    """What each detection (D, 7) is -> kinds (D,) text, confused_with (D,) class or -1, and missed (G,) of the truths (G, 7).
+
+    The kinds of Hoiem et al. (ECCV 2012) and of the YOLO paper's Fig. 4, without their groups of similar classes. A detection is
+    assigned to the ground truth of its class with the largest IoU, as in utils.match_detections. Of these, the first that fits:
+      correct       a true positive of the devkit
+      ignored       its ground truth is difficult, and their IoU is at least iou_threshold: no error
+      duplicate     IoU >= iou_threshold, but a more confident detection has taken its ground truth
+      localisation  IoU >= least_iou with its ground truth, difficult or not
+      confusion     IoU >= least_iou with an object of another class, difficult or not; confused_with: that with the largest IoU
+      background    everything else
+    Missed: not difficult, and taken by no detection. The detections must be those above the confidence threshold in use.
+    """
+    iou, truth, correct, ignored = utils.assign_detections(detections, truths, num_classes, iou_threshold)
+    any_iou, other = utils.largest_overlaps(detections, truths, num_classes, any_class=True)
+    # np.select takes the first condition that holds, so the last one only sees objects of other classes
+    conditions = [correct, ignored, iou >= iou_threshold, iou >= least_iou, any_iou >= least_iou]
+    kinds = np.select(conditions, ["correct", "ignored", *FALSE_POSITIVES[:3]], "background")
+    other_class = np.append(truths[:, 1], -1).astype(int)[other]  # row -1: no overlap
+    missed = truths[:, 2] == 0
+    missed[truth[correct]] = False
+    return kinds, np.where(kinds == "confusion", other_class, -1), missed
+
+
+def count_errors(detections, truths, classes, errors):
+    """errors: from error_kinds -> a dict of ERROR_COLUMNS per class."""
+    kinds, confused_with, missed = errors
+    rows = []
+    for c in range(len(classes)):
+        of_class = detections[:, 1] == c
+        counts = Counter(kinds[of_class].tolist())
+        others = Counter(confused_with[of_class & (kinds == "confusion")].tolist())
+        other, times = max(others.items(), key=lambda item: item[1], default=(None, 0))
+        found = [counts[kind] for kind in FALSE_POSITIVES] + [int((truths[missed, 1] == c).sum())]
+        rows.append(dict(zip(ERROR_COLUMNS, (*found, "" if other is None else classes[other], times), strict=True)))
+    return rows
+
+
+def print_errors(rows):
+    """One line of errors per class, and their sums; the most frequent confusion in brackets."""
+    names = ("duplicate", "localisation", "background", "missed", "confusion")
+    print(f"{f'errors at {FIXED_THRESHOLD}':>16s}  " + "  ".join(f"{name:>{max(7, len(name))}s}" for name in names))
+    total = {"class": "all", "confused_with": ""} | {name: sum(row[name] for row in rows) for name in names}
+    for row in [*rows, total]:
+        cells = "  ".join(f"{row[name]:{max(7, len(name))}d}" for name in names)
+        most = f" ({row['confused_with']} {row['confused_with_count']})" if row["confused_with"] else ""
+        print(f"{row['class']:>16s}  {cells}{most}")
+
+
+def draw_worst(dataset, detections, truths, errors, file):
+    """Draws up to 12 errors: the 4 largest missed objects and the most confident false positives, more of one kind where the other
+    has fewer. Coloured: the detection or the missed object; thin and white: all ground truths of the image. -> number of panels."""
+    kinds, confused_with, missed = errors
+    false = np.flatnonzero(np.isin(kinds, FALSE_POSITIVES))
+    false = false[np.argsort(-detections[false, 2], kind="stable")]
+    lost = truths[missed]
+    areas = (lost[:, 5:] - lost[:, 3:5] + 1).prod(axis=1)
+    lost = lost[np.argsort(-areas, kind="stable")][: max(4, 12 - len(false))]
+    false = false[: 12 - len(lost)]
+    panels = list(zip(detections[false], kinds[false], confused_with[false], strict=True)) + [(row, "missed", -1) for row in lost]
+    if not panels:
+        Path(file).unlink(missing_ok=True)  # of an earlier run
+        return 0
+    from matplotlib import pyplot as plt
+
+    height = math.ceil(len(panels) / 3)
+    figure, axes = plt.subplots(height, 3, figsize=(12, 3.4 * height), squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (row, kind, other) in zip(axes.flat, panels, strict=False):
+        index, label = int(row[0]), int(row[1])
+        image_file = dataset.samples[index][0]
+        picture = Image.fromarray(read_image(image_file))
+        extent = (0, picture.width, picture.height, 0)
+        picture.thumbnail((800, 800))
+        axis.imshow(picture, extent=extent)
+        boxes = [(box, *style) for box in truths[truths[:, 0] == index, 3:] for style in (("black", 2.5), ("white", 1))]
+        for (x1, y1, x2, y2), colour, width in [*boxes, (row[3:], np.array(utils.class_colour(label)) / 255, 3)]:
+            corner = (x1 - 1, y1 - 1)  # the devkit's first pixel is 1
+            axis.add_patch(plt.Rectangle(corner, x2 - x1 + 1, y2 - y1 + 1, fill=False, color=colour, linewidth=width))
+        name, other_name = (utils.drawable(dataset.classes[c], f"class {c}")[0] for c in (label, other))
+        title = f"{name}: missed" if kind == "missed" else f"{name} {row[2]:.2f}: {kind}"
+        title += f" with {other_name}" if kind == "confusion" else ""
+        title += f", image {utils.drawable(Path(image_file).stem, f'number {index}')[0]}"
+        title, font = utils.drawable(title, f"class {label}: {kind}, image number {index}")  # one font for all of it
+        axis.set_title(textwrap.fill(title, 46), fontsize=11, parse_math=False, font=font and Path(font))
+    with utils.atomic_write(file) as temporary:
+        figure.savefig(temporary, dpi=100, format="jpg")
+    plt.close(figure)
+    return len(panels)
 
 
 def draw_curves(rows, curves, file):
@@ -128,6 +228,10 @@ def main():
         print(f"\n{CHECKPOINT} at {size} px on {len(dataset)} images, {len(truths)} ground truths, {len(detections)} detections")
         print_table(rows)
         print(f"{'mAP':>16s}  {'':25s}  " + "  ".join(f"{value:7.3f}" for value in means[size]))
+        confident = detections[detections[:, 2] >= FIXED_THRESHOLD]
+        errors = error_kinds(confident, truths, len(classes))
+        rows = [row | counts for row, counts in zip(rows, count_errors(confident, truths, classes, errors), strict=True)]
+        print_errors(rows)
         total = sum(seconds.values())
         parts = ", ".join(f"{name} {1000 * value / len(dataset):.1f} ms" for name, value in seconds.items())
         print(f"{len(dataset) / total:.1f} images/s in batches of {BATCH_SIZE}; per image: {parts}")
@@ -140,12 +244,16 @@ def main():
         print(f"{'paper, VOC 2007':>16s}  " + "  ".join(paper))
 
     with utils.atomic_write(f"{OUTPUT}.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
+        writer = csv.DictWriter(stream, COLUMNS + ERROR_COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
         writer.writerow({"class": "mAP", **dict(zip(COLUMNS[4:7], means[size], strict=True))})
     draw_curves(rows, curves, f"{OUTPUT}_curves.png")
     print(f"wrote {OUTPUT}.csv and {OUTPUT}_curves.png")
+    if draw_worst(dataset, confident, truths, errors, f"{OUTPUT}_worst.jpg"):
+        print(f"wrote the worst errors to {OUTPUT}_worst.jpg")
+    else:
+        print(f"no errors at confidence {FIXED_THRESHOLD} or above, so there is no {OUTPUT}_worst.jpg")
 
 
 if __name__ == "__main__":

@@ -352,6 +352,56 @@ def detect_dataset(
 # ---------------------------------------------------------------- average precision
 
 
+def largest_overlaps(
+    detections: np.ndarray, truths: np.ndarray, num_classes: int, any_class: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """The largest IoU (D,) of each detection with the ground truths of its image and class (any_class: of its image), and the row
+    (D,) of that ground truth: the first for ties, -1 without overlap. Tables as in average_precision."""
+    # Ground truths sorted by key: those that a detection may match are a contiguous range, found by binary search.
+    keys, truth_keys = (table[:, 0] if any_class else table[:, 0] * num_classes + table[:, 1] for table in (detections, truths))
+    order = np.argsort(truth_keys, kind="stable")
+    truths = truths[order]
+    start = np.searchsorted(truth_keys[order], keys, side="left")
+    count = np.searchsorted(truth_keys[order], keys, side="right") - start
+
+    # Compare all detections with the first ground truth of their range, then with the second, and so on.
+    best_iou = np.zeros(len(detections))
+    best_truth = np.full(len(detections), -1)
+    truth_areas = (truths[:, 5] - truths[:, 3] + 1) * (truths[:, 6] - truths[:, 4] + 1)  # both end pixels belong to a box
+    x1, y1, x2, y2 = detections[:, 3:].T.copy()
+    areas = (x2 - x1 + 1) * (y2 - y1 + 1)
+    remaining = np.flatnonzero(count)
+    for nth in range(int(count.max(initial=0))):
+        remaining = remaining[count[remaining] > nth]
+        truth = start[remaining] + nth
+        width = np.minimum(x2[remaining], truths[truth, 5]) - np.maximum(x1[remaining], truths[truth, 3]) + 1
+        height = np.minimum(y2[remaining], truths[truth, 6]) - np.maximum(y1[remaining], truths[truth, 4]) + 1
+        intersection = np.clip(width, 0, None) * np.clip(height, 0, None)
+        iou = intersection / (areas[remaining] + truth_areas[truth] - intersection)
+        better = iou > best_iou[remaining]
+        best_iou[remaining[better]], best_truth[remaining[better]] = iou[better], order[truth[better]]
+    return best_iou, best_truth
+
+
+def assign_detections(
+    detections: np.ndarray, truths: np.ndarray, num_classes: int, iou_threshold: float = 0.5
+) -> tuple[np.ndarray, ...]:
+    """Assigns each detection to a ground truth by the rules of match_detections; tables as there, in any order.
+
+    -> best_iou (D,) and best_truth (D,) of largest_overlaps, is_true_positive (D,), is_ignored (D,).
+    """
+    best_iou, best_truth = largest_overlaps(detections, truths, num_classes)
+    matched = (best_iou >= iou_threshold) & (best_truth >= 0)
+    is_ignored = np.zeros(len(detections), bool)
+    is_ignored[matched] = truths[best_truth[matched], 2] > 0  # difficult
+    order = np.argsort(-detections[:, 2], kind="stable")
+    candidates = order[(matched & ~is_ignored)[order]]
+    _, first = np.unique(best_truth[candidates], return_index=True)  # the most confident detection takes the ground truth
+    is_true_positive = np.zeros(len(detections), bool)
+    is_true_positive[candidates[first]] = True
+    return best_iou, best_truth, is_true_positive, is_ignored
+
+
 def match_detections(detections, ground_truths, num_classes: int, iou_threshold: float = 0.5) -> tuple[np.ndarray, ...]:
     """Decides which detections are true positives, by the rules of the VOC devkit (VOCevaldet.m).
 
@@ -368,40 +418,8 @@ def match_detections(detections, ground_truths, num_classes: int, iou_threshold:
         if len(table) and not (table[:, 1].min() >= 0 and table[:, 1].max() < num_classes):
             raise ValueError(f"{name}: a class is outside 0..{num_classes - 1}")
     detections = detections[np.lexsort((-detections[:, 2], detections[:, 1]))]  # by class and descending confidence; stable
-
-    # Ground truths sorted by (image, class): those that a detection may match are a contiguous range, found by binary search.
-    truths = truths[np.lexsort((truths[:, 1], truths[:, 0]))]
-    truth_keys = truths[:, 0] * num_classes + truths[:, 1]
-    keys = detections[:, 0] * num_classes + detections[:, 1]
-    start = np.searchsorted(truth_keys, keys, side="left")
-    count = np.searchsorted(truth_keys, keys, side="right") - start
-
-    # Largest IoU: compare all detections with the first ground truth of their range, then with the second, and so on.
-    best_iou = np.zeros(len(detections))
-    best_truth = np.full(len(detections), -1)
-    truth_areas = (truths[:, 5] - truths[:, 3] + 1) * (truths[:, 6] - truths[:, 4] + 1)  # both end pixels belong to a box
-    x1, y1, x2, y2 = detections[:, 3:].T.copy()
-    areas = (x2 - x1 + 1) * (y2 - y1 + 1)
-    remaining = np.flatnonzero(count)
-    for nth in range(int(count.max(initial=0))):
-        remaining = remaining[count[remaining] > nth]
-        truth = start[remaining] + nth
-        width = np.minimum(x2[remaining], truths[truth, 5]) - np.maximum(x1[remaining], truths[truth, 3]) + 1
-        height = np.minimum(y2[remaining], truths[truth, 6]) - np.maximum(y1[remaining], truths[truth, 4]) + 1
-        intersection = np.clip(width, 0, None) * np.clip(height, 0, None)
-        iou = intersection / (areas[remaining] + truth_areas[truth] - intersection)
-        better = iou > best_iou[remaining]
-        best_iou[remaining[better]], best_truth[remaining[better]] = iou[better], truth[better]
-
-    matched = (best_iou >= iou_threshold) & (best_truth >= 0)
-    difficult = np.zeros(len(detections), bool)
-    difficult[matched] = truths[best_truth[matched], 2] > 0
-    candidates = np.flatnonzero(matched & ~difficult)  # in descending confidence within each class
-    _, first = np.unique(best_truth[candidates], return_index=True)  # the most confident detection takes the ground truth
-    is_true_positive = np.zeros(len(detections), bool)
-    is_true_positive[candidates[first]] = True
-
-    counts = ~difficult
+    _, _, is_true_positive, is_ignored = assign_detections(detections, truths, num_classes, iou_threshold)
+    counts = ~is_ignored
     truths_per_class = np.bincount(truths[truths[:, 2] == 0, 1].astype(int), minlength=num_classes)
     return detections[counts, 1].astype(int), detections[counts, 2], is_true_positive[counts], truths_per_class
 

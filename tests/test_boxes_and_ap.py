@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import test as test_script
 import utils
 
 NAN = math.nan
@@ -395,3 +396,40 @@ def test_average_precision_agrees_with_the_reference_on_random_data_sets(metric)
         values += expected
     values = np.array(values)  # the comparison is only meaningful if many APs are neither 0 nor 1
     assert np.isnan(values).any() and (values == 0).any() and ((values > 0.1) & (values < 0.9)).sum() > 200
+
+
+def reference_kinds(detections, truths) -> list[str]:
+    """error_kinds, one detection at a time."""
+
+    def iou(box, other):
+        width, height = (min(box[i + 2], other[i + 2]) - max(box[i], other[i]) + 1 for i in (0, 1))
+        shared = max(width, 0) * max(height, 0)
+        areas = sum((b[2] - b[0] + 1) * (b[3] - b[1] + 1) for b in (box, other))
+        return shared / (areas - shared)
+
+    kinds, taken = {}, set()
+    for number, (image, label, _, *box) in sorted(enumerate(detections), key=lambda item: -item[1][2]):
+        here = [(iou(box, other), k) for k, (where, _, _, *other) in enumerate(truths) if where == image]
+        own = max((pair for pair in here if truths[pair[1]][1] == label), key=lambda pair: pair[0], default=(0, None))
+        if own[0] >= 0.5:
+            kinds[number] = "ignored" if truths[own[1]][2] else "duplicate" if own[1] in taken else "correct"
+            taken.add(own[1])
+        elif own[0] >= 0.1:
+            kinds[number] = "localisation"
+        else:
+            kinds[number] = "confusion" if any(overlap >= 0.1 for overlap, _ in here) else "background"
+    return [kinds[number] for number in range(len(detections))]
+
+
+def test_error_kinds_agree_with_the_reference_on_random_data_sets():
+    rng = np.random.default_rng(1)
+    seen = []
+    for number in range(100):
+        detections, truths = random_data_set(rng)
+        kinds, confused_with, missed = test_script.error_kinds(detections, truths, 3)
+        expected = reference_kinds(detections.tolist(), truths.tolist())
+        assert kinds.tolist() == expected, f"data set {number}"
+        seen += expected
+        assert ((confused_with >= 0) == (kinds == "confusion")).all() and (confused_with != detections[:, 1]).all()
+        assert missed.sum() == (truths[:, 2] == 0).sum() - (kinds == "correct").sum()
+    assert all(seen.count(kind) > 20 for kind in ("correct", "ignored", *test_script.FALSE_POSITIVES))

@@ -202,6 +202,9 @@ def test_test_prints_a_table_and_writes_a_csv_and_curves(trained, tmp_path, monk
     assert math.isnan(float(rows["cat"]["ap_all"])) and 0 <= float(rows["dog"]["ap_all"]) <= 1
     with Image.open(tmp_path / "test_curves.png") as picture:
         assert min(picture.size) > 500
+    assert out.count("errors at 0.4  duplicate") == 2 and "wrote the worst errors" in out
+    assert float(rows["dog"]["recall"]) == 1 - int(rows["dog"]["missed"]) and rows["cat"]["missed"] == "0"
+    assert (tmp_path / "test_worst.jpg").is_file()
 
 
 def test_measure_equals_values_computed_by_hand():
@@ -216,6 +219,140 @@ def test_measure_equals_values_computed_by_hand():
     assert row["ap_at_fixed"] == pytest.approx(0.5)
     assert row["ap_11"] == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)
     assert math.isnan(rows[1]["ap_all"]) and len(curves) == 2
+
+
+# Disjoint boxes of 10 x 10 pixels. Classes: A, HARD and D are of class 0, C is of class 1; HARD is difficult.
+A, HARD, C, D = ([x, 1, x + 9, 10] for x in (1, 21, 41, 61))
+TRUTHS = np.array([[0, 0, 0, *A], [0, 0, 1, *HARD], [0, 1, 0, *C], [0, 0, 0, *D]], float)
+
+
+def rows_of(box, count, top=1):
+    """`count` rows of pixels of a box of 10 x 10, so their IoU is count / 10."""
+    return [box[0], top, box[2], top + count - 1]
+
+
+def kinds_of(detections, truths=TRUTHS, classes=3):
+    kinds, confused_with, missed = test_script.error_kinds(np.array(detections, float).reshape(-1, 7), truths, classes)
+    return kinds.tolist(), confused_with.tolist(), missed.tolist()
+
+
+def test_each_kind_of_error_by_hand():
+    detections = [
+        [0, 0, 0.5, *rows_of(A, 5)],  # IoU .5 with A, which the next one takes
+        [0, 0, 0.9, *A],
+        [0, 0, 0.8, *rows_of(HARD, 5)],
+        [0, 0, 0.7, *HARD],  # a second detection of a difficult object is no error either
+        [0, 0, 0.9, *rows_of(D, 4)],
+        [0, 0, 0.9, *rows_of(D, 1)],  # IoU .1
+        [0, 0, 0.9, *C],
+        [0, 0, 0.9, *rows_of(C, 1)],  # IoU .1
+        [0, 0, 0.9, 41, 1, 49, 1],  # 9 of 100 pixels of C
+        [0, 0, 0.9, 1, 71, 10, 80],
+        [1, 0, 0.9, *A],  # another image
+        [0, 2, 0.9, *HARD],  # class 2 has no ground truth, and a difficult object can be confused, too
+    ]
+    kinds, confused_with, missed = kinds_of(detections)
+    assert kinds == [
+        "duplicate", "correct", "ignored", "ignored", "localisation", "localisation", "confusion", "confusion", "background",
+        "background", "background", "confusion",
+    ]  # fmt: skip
+    assert confused_with == [-1] * 6 + [1, 1] + [-1] * 3 + [0]
+    assert missed == [False, False, True, True]  # HARD is difficult; C has no detection of its class, D a bad one
+
+
+def test_the_precedence_of_the_kinds_of_errors():
+    """An object of class 1 lies exactly under each detection; only what the detection has in its own class differs."""
+    others = np.array([[0, 1, 0, *box] for box in (A, HARD, D)], float)
+    detections = [[0, 0, 0.9, *A], [0, 0, 0.8, *A], [0, 0, 0.8, *HARD]]
+    kinds, _, missed = kinds_of(detections, np.concatenate([TRUTHS, others]))
+    assert kinds == ["correct", "duplicate", "ignored"]  # none is a confusion
+    assert missed == [False, False, True, True, True, True, True]
+    truths = np.array([[0, 0, 0, *rows_of(D, 2)], [0, 1, 0, *D]], float)
+    assert kinds_of([[0, 0, 0.9, *D]], truths)[0] == ["localisation"]  # IoU .2 with class 0 comes before 1 with class 1
+    assert kinds_of([[0, 0, 0.9, *rows_of(HARD, 4)]])[0] == ["localisation"]  # too far from a difficult object to be ignored
+
+
+def test_a_confusion_names_the_class_with_the_largest_overlap():
+    truths = np.array([[0, 1, 0, *rows_of(A, 4)], [0, 2, 0, *rows_of(A, 6)], [0, 1, 0, *rows_of(A, 5)]], float)
+    assert kinds_of([[0, 0, 0.9, *A]], truths)[:2] == (["confusion"], [2])
+
+
+def test_kinds_of_errors_without_detections_or_truths():
+    assert kinds_of([]) == ([], [], [True, False, True, True])
+    assert kinds_of([[0, 0, 0.9, *A]], np.empty((0, 7))) == (["background"], [-1], [])
+
+
+def test_errors_are_counted_and_printed_per_class(capsys):
+    truths = np.array([[0, 1, 0, *A], [0, 2, 0, *C], [0, 1, 0, *D]], float)
+    detections = np.array([[0, 0, 0.9, *A], [0, 0, 0.9, *C], [0, 0, 0.9, *D], [0, 2, 0.9, *C], [0, 2, 0.8, *C]], float)
+    classes = ["dog", "cat", "cow", "boat"]
+    rows = test_script.count_errors(detections, truths, classes, test_script.error_kinds(detections, truths, 4))
+    assert [list(row.values()) for row in rows] == [  # duplicate, localisation, confusion, background, missed, confused_with
+        [0, 0, 3, 0, 0, "cat", 2],  # on two cats and a cow; there are no dogs
+        [0, 0, 0, 0, 2, "", 0],
+        [1, 0, 0, 0, 0, "", 0],
+        [0, 0, 0, 0, 0, "", 0],
+    ]
+    test_script.print_errors([{"class": name} | row for name, row in zip(classes, rows, strict=True)])
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == "errors at 0.4 duplicate localisation background missed confusion"
+    assert lines[1:] == ["dog 0 0 0 0 3 (cat 2)", "cat 0 0 0 2 0", "cow 1 0 0 0 0", "boat 0 0 0 0 0", "all 1 0 0 2 3"]
+
+
+def worst_of(monkeypatch, dataset, detections, file):
+    """Draws the sheet -> the number of panels and, for each, the title and the boxes of its patches."""
+    from matplotlib import pyplot as plt
+
+    figures, close = [], plt.close
+    monkeypatch.setattr(plt, "close", lambda figure: figures.append(figure) or close(figure))
+    truths = np.concatenate([[[i, *row] for row in dataset.ground_truth(i)[0].tolist()] for i in range(len(dataset))])
+    detections = np.array(detections, float).reshape(-1, 7)
+    errors = test_script.error_kinds(detections, truths, len(dataset.classes))
+    count = test_script.draw_worst(dataset, detections, truths, errors, file)
+    axes = [axis for figure in figures for axis in figure.axes if axis.get_title()]
+    return count, [axis.get_title() for axis in axes], [[patch.get_bbox().extents for patch in axis.patches] for axis in axes]
+
+
+def test_the_sheet_shows_the_8_most_confident_false_positives_and_the_4_largest_missed_objects(tmp_path, monkeypatch):
+    dataset = VOCDataset(SAMPLE, [("2007", "tiny")], ANCHORS, 64)
+    dog = [name for _, name in map(dataset.ground_truth, range(len(dataset)))].index("000005")
+    box = dataset.ground_truth(dog)[0][0, 2:].tolist()
+    corner = [1, 1, 2, 2]
+    detections = [[dog, 11, 0.5, *box], [dog, 7, 0.93, *box], *([0, 0, 0.4 + k / 100, *corner] for k in range(10))]
+    count, titles, boxes = worst_of(monkeypatch, dataset, detections, tmp_path / "worst.jpg")
+    assert count == 12
+    assert titles[0] == "cat 0.93: confusion with dog, image 000005"  # the correct dog is no error
+    assert titles[1:8] == [f"aeroplane 0.{49 - k}: background, image 000001" for k in range(7)]
+    assert all(re.fullmatch(r"\w+: missed, image \d{6}", title) for title in titles[8:])
+    np.testing.assert_allclose(boxes[0][-1], [box[0] - 1, box[1] - 1, box[2], box[3]])  # the detection is drawn last
+    areas = [np.prod(patches[-1][2:] - patches[-1][:2]) for patches in boxes[8:]]
+    every = [row for i in range(len(dataset)) if i != dog for row in dataset.ground_truth(i)[0].tolist() if not row[1]]
+    np.testing.assert_allclose(areas, sorted(((row[4] - row[2] + 1) * (row[5] - row[3] + 1) for row in every), reverse=True)[:4])
+    with Image.open(tmp_path / "worst.jpg") as picture:
+        assert picture.format == "JPEG" and picture.size == (1200, 1360)
+
+
+def test_the_sheet_has_more_missed_objects_if_there_are_few_false_positives(tmp_path, monkeypatch):
+    dataset = VOCDataset(SAMPLE, [("2007", "tiny")], ANCHORS, 64)
+    dataset.classes = [f"{name} $x_1$" for name in VOC_CLASSES]  # no mathematics
+    count, titles, _ = worst_of(monkeypatch, dataset, [[0, 0, 0.9, 1, 1, 2, 2]], tmp_path / "worst.jpg")
+    assert count == 12 and titles[0] == "aeroplane $x_1$ 0.90: background, image 000001"
+    assert sum("missed" in title for title in titles) == 11
+
+
+def test_no_sheet_is_drawn_without_errors(trained, tmp_path, monkeypatch, capsys):
+    set_globals(
+        monkeypatch, test_script, DATA_DIR=str(SAMPLE), IMAGE_SETS=[("2007", "one")], CHECKPOINT=str(trained / "yolov2.pt"),
+        OUTPUT=str(tmp_path / "test"), PRECISION="fp32", draw_curves=lambda *arguments: None,
+    )  # fmt: skip
+    truths = np.array([[0, 11, 0, *A]], float)
+    found = np.array([[0, 11, 0.9, *A], [0, 7, 0.39, *A]])  # the wrong one is below the threshold
+    monkeypatch.setattr(utils, "detect_dataset", lambda *arguments: (found, truths, {"network": 1.0}))
+    (tmp_path / "test_worst.jpg").write_text("of an earlier run")
+    test_script.main()
+    assert "no errors at confidence 0.4 or above" in capsys.readouterr().out
+    assert not (tmp_path / "test_worst.jpg").exists()
+    assert [row["missed"] for row in read_rows(tmp_path / "test.csv")] == ["0"] * 20 + [""]
 
 
 # ---------------------------------------------------------------- detect.py
@@ -371,7 +508,8 @@ def test_the_files_of_detect_txt_give_the_average_precisions_of_test(trained, tm
     data = {"DATA_DIR": str(SAMPLE), "IMAGE_SETS": [("2007", "tiny")], "CHECKPOINT": str(trained / "yolov2.pt"), "NUM_WORKERS": 0}
     set_globals(monkeypatch, test_script, **data, OUTPUT=str(tmp_path / "test"), PRECISION="fp32", CONFIDENCE_THRESHOLD=1e-4)
     set_globals(monkeypatch, detect_txt, **data, OUTPUT_DIR=str(tmp_path), PRECISION="fp32", CONFIDENCE_THRESHOLD=1e-4)
-    monkeypatch.setattr(test_script, "draw_curves", lambda *arguments: None)  # saves two seconds
+    for name in ("draw_curves", "draw_worst"):  # they take three seconds
+        monkeypatch.setattr(test_script, name, lambda *arguments: None)
     test_script.main()
     detect_txt.main()
     ids = (SAMPLE / "VOC2007" / "ImageSets" / "Main" / "tiny.txt").read_text().split()

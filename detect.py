@@ -1,9 +1,13 @@
-"""Draws a trained YOLOv2's detections on images.
+"""Draws a trained YOLOv2's detections on images, videos and camera pictures.
 
     python detect.py                                           the photographs of the sample, with the checkpoint of train.py
     python detect.py SOURCE=street.jpg CHECKPOINT=yolov2-voc.weights CONFIDENCE_THRESHOLD=0.5
+    python detect.py SOURCE=clip.mp4                           a video; a folder or a glob may mix images and videos
+    python detect.py SOURCE=0                                  the first camera, until Ctrl-C; or a stream: rtsp://..., http://...
 
-Writes each image with its boxes, class names and confidences to `runs/detections/`, and prints what was found and how long it took.
+Writes each image (.jpg) and each video (.mp4, without sound) with its boxes, class names and confidences to `runs/detections/`, and
+prints what was found and how long it took. A camera or stream becomes `recording_<date>_<time>.mp4`. Ctrl-C ends a video and the
+run; the file contains the frames until then.
 """
 
 import os
@@ -12,14 +16,20 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import cv2
+import numpy as np
 import torch
+from tqdm import tqdm
 
 import utils
 from dataset import IMAGE_SUFFIXES, read_image, test_transform, to_tensor
 from model import load_detector
 
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # draw_video's errors say the same in one sentence
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
 # data
-SOURCE = "data_samples/voc/VOC2007/JPEGImages/00000*.jpg"  # an image, a folder of images, or a glob
+SOURCE = "data_samples/voc/VOC2007/JPEGImages/00000*.jpg"  # image, video, folder, glob, camera number or stream address
 # model
 CHECKPOINT = "runs/yolov2.pt"  # from train.py (its best epoch is yolov2_best.pt), or a Darknet file
 CLASSES = []  # only for a Darknet file: names or a .names file; [] for yolov2-voc.weights, or yolov2.weights of COCO
@@ -44,60 +54,129 @@ def check_settings():
         raise ValueError(f"IMAGE_SIZE must be a multiple of 32 pixels or None, not {IMAGE_SIZE}")
 
 
-def find_images(pattern: str) -> list[str]:
-    """A file, a folder (its images, sorted) or a glob -> image files. Raises FileNotFoundError if there are none."""
+VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
+
+
+def is_live(source: str) -> bool:
+    return source.isdecimal() or "://" in source  # a camera or a stream, not a file
+
+
+def find_sources(pattern: str) -> list[str]:
+    """A file, a folder (its images and videos, sorted) or a glob -> files. Raises FileNotFoundError if there are none."""
     path = Path(pattern)
-    if path.is_file():
-        return [str(path)]
+    if is_live(pattern) or path.is_file():
+        return [pattern if is_live(pattern) else str(path)]
     root = Path(path.anchor or ".")
     found = sorted(path.iterdir()) if path.is_dir() else sorted(root.glob(os.path.relpath(pattern, root)))
-    files = [str(file) for file in found if file.suffix.lower() in IMAGE_SUFFIXES]
+    files = [str(file) for file in found if file.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES]
     if not files:
-        raise FileNotFoundError(f"{pattern}: no image file there; give an image, a folder of images or a glob")
+        raise FileNotFoundError(f"{pattern}: no image or video file there; give an image, a video, a folder of them or a glob")
     if others := [file.name for file in found if file.is_file() and str(file) not in set(files)]:
-        print(f"{pattern}: {len(others)} files skipped that are not images, {utils.printable(others[0])} first")
+        print(f"{pattern}: {len(others)} files skipped that are not images or videos, {utils.printable(others[0])} first")
     return files
+
+
+def output_name(source: str) -> str:
+    """The file name of a source's drawing: .jpg for an image, .mp4 for a video."""
+    if is_live(source):
+        return time.strftime("recording_%Y%m%d_%H%M%S.mp4")  # with the time: a later run must not replace a recording
+    stem, suffix = os.path.splitext(os.path.basename(source))
+    return stem + (".mp4" if suffix.lower() in VIDEO_SUFFIXES else ".jpg")
+
+
+def draw_detections(image: np.ndarray, model, classes: list[str], anchors, transform, device: torch.device) -> tuple:
+    """Detects on an (H, W, 3) uint8 RGB image -> the PIL image with boxes, their class names, the milliseconds of the detection."""
+    start = time.perf_counter()
+    batch = to_tensor(transform(image=image, bboxes=[])["image"])[None]  # (1, 3, H, W)
+    with torch.no_grad():
+        predictions = model(batch.to(device))
+    found = utils.postprocess(predictions, anchors, CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD)[0]  # (K, 6)
+    milliseconds = 1000 * (time.perf_counter() - start)
+
+    height, width = image.shape[:2]
+    boxes = found[:, :4] * torch.tensor([width, height, width, height])  # pixels
+    names = [classes[int(index)] for index in found[:, 5]]
+    labels = [f"{name} {confidence:.2f}" for name, confidence in zip(names, found[:, 4].tolist(), strict=True)]
+    return utils.draw_boxes(image, boxes, labels, found[:, 5]), names, milliseconds
+
+
+def draw_video(source: str, output: str, detector: tuple) -> tuple[int, Counter, bool]:
+    """Writes a video file, camera or stream with its detections as MPEG-4. detector: what draw_detections takes after the image.
+
+    Returns the number of frames, the boxes per class over all frames, and whether Ctrl-C ended the video early. Raises ValueError,
+    naming the source, if no frame can be read, and OSError, naming the output, if it cannot be written; then no new file is left.
+    """
+    # absolute, because FFmpeg takes 10:30.mp4 for an address; bytes, because OpenCV crashes on names that are not UTF-8
+    address = os.fsencode(source if is_live(source) else os.path.abspath(source))
+    video = cv2.VideoCapture(int(source)) if source.isdecimal() else cv2.VideoCapture(address, cv2.CAP_FFMPEG)
+    more, frame = video.read()  # (H, W, 3) uint8, BGR
+    if not more:
+        raise ValueError(f"{source}: no video frame could be read; replace the file, or check the camera or the address")
+    rate, expected = video.get(cv2.CAP_PROP_FPS), video.get(cv2.CAP_PROP_FRAME_COUNT)
+    rate = rate if 0 < rate < 1000 else 25.0  # cameras report 0 or NaN, files without a constant rate 1000 or 90000
+    bar = tqdm(total=int(expected) if expected > 0 else None, unit="frame", leave=False, disable=None)
+    frames, boxes, stopped = 0, Counter(), False
+    with utils.atomic_write(output, ".mp4") as temporary, bar:
+        file, size = os.fsencode(temporary), frame.shape[1::-1]  # the writer cuts off an odd last column or row
+        writer = cv2.VideoWriter(file, cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
+        try:
+            while more:
+                picture, names, _ = draw_detections(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), *detector)
+                writer.write(cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGB2BGR))
+                frames += 1
+                boxes.update(names)
+                bar.update()
+                more, frame = video.read()
+        except KeyboardInterrupt:
+            if not frames:
+                raise
+            stopped = True
+        finally:
+            writer.release()  # adds the index, without which no player opens the file
+        written = cv2.VideoCapture(file, cv2.CAP_FFMPEG).get(cv2.CAP_PROP_FRAME_COUNT)
+        if written < frames:  # the writer itself reports neither a full disk nor a size that MPEG-4 does not have
+            raise OSError(f"{written:.0f} of {frames} frames of {size[0]} x {size[1]} pixels")
+    return frames, boxes, stopped
 
 
 def main():
     check_settings()
     utils.keep_freed_memory()
     device = utils.pick_device(DEVICE)
-    files = find_images(SOURCE)
+    files = find_sources(str(SOURCE))
     model, classes, anchors, own_size = load_detector(CHECKPOINT, CLASSES, ANCHORS, device, PRECISION, COMPILE)
-    transform = test_transform(IMAGE_SIZE or own_size)
-    outputs = [os.path.join(OUTPUT_DIR, os.path.splitext(os.path.basename(file))[0] + ".jpg") for file in files]
+    detector = (model, classes, anchors, test_transform(IMAGE_SIZE or own_size), device)
+    outputs = [os.path.join(OUTPUT_DIR, output_name(file)) for file in files]
     for name, count in Counter(outputs).items():
         if count > 1:
-            raise ValueError(f"{name}: would be the picture of {count} files of {SOURCE}; draw them one folder or suffix at a time")
+            raise ValueError(f"{name}: would be the drawing of {count} files of {SOURCE}; draw them one folder or suffix at a time")
     if overwritten := {os.path.realpath(file) for file in files} & {os.path.realpath(output) for output in outputs}:
-        raise ValueError(f"{min(overwritten)}: the picture would replace its own source; set another OUTPUT_DIR")
+        raise ValueError(f"{min(overwritten)}: the drawing would replace its own source; set another OUTPUT_DIR")
     os.makedirs(OUTPUT_DIR, exist_ok=True)
-    unreadable = 0
+    unreadable, stopped = 0, False
     for file, output in zip(files, outputs, strict=True):
+        start = time.perf_counter()
         try:
-            image = read_image(file)
-        except (OSError, ValueError) as error:
+            if output.endswith(".mp4"):
+                frames, names, stopped = draw_video(file, output, detector)
+                duration = f"{frames} frames and {time.perf_counter() - start:.1f} s"
+            else:
+                picture, names, milliseconds = draw_detections(read_image(file), *detector)
+                picture.save(output, quality=92)
+                duration = f"{milliseconds:.0f} ms"
+        except (FileNotFoundError, ValueError) as error:  # an output that cannot be written (OSError) ends the run
+            if len(files) == 1:
+                raise
             print(utils.printable(f"error: {error}"))
             unreadable += 1
             continue
-        start = time.perf_counter()
-        batch = to_tensor(transform(image=image, bboxes=[])["image"])[None]  # (1, 3, H, W)
-        with torch.no_grad():
-            predictions = model(batch.to(device))
-        found = utils.postprocess(predictions, anchors, CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD)[0]  # (K, 6)
-        milliseconds = 1000 * (time.perf_counter() - start)
-
-        height, width = image.shape[:2]
-        boxes = found[:, :4] * torch.tensor([width, height, width, height])  # pixels
-        names = [classes[int(index)] for index in found[:, 5]]
-        labels = [f"{name} {confidence:.2f}" for name, confidence in zip(names, found[:, 4].tolist(), strict=True)]
-        picture = utils.draw_boxes(image, boxes, labels, found[:, 5])
-        picture.save(output, quality=92)
         summary = ", ".join(f"{count} {name}" for name, count in Counter(names).items()) or "nothing"
-        print(utils.printable(f"{file}: {summary} in {milliseconds:.0f} ms -> {output}"))
+        print(utils.printable(f"{file}: {summary} in {duration} -> {output}"))
+        if stopped:
+            print(utils.printable(f"stopped by Ctrl-C: {output} contains the frames until then"))
+            break
     if unreadable:
-        sys.exit(f"{unreadable} of {len(files)} images could not be read")
+        sys.exit(f"{unreadable} of {len(files)} files could not be read")
 
 
 if __name__ == "__main__":

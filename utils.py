@@ -608,10 +608,12 @@ def first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def atomic_write(file: str | os.PathLike):
-    """Yields a temporary name, renamed to `file` at the end; on failure the old file stays. Raises OSError, naming the file."""
+def atomic_write(file: str | os.PathLike, suffix: str = ""):
+    """Yields a temporary name, renamed to `file` at the end; on failure the old file stays. Raises OSError, naming the file.
+
+    suffix: of the temporary name, for a writer that takes the format from it."""
     target = os.path.realpath(file)  # keeps a symbolic link
-    temporary = f"{target}.tmp"  # a fixed name, so that the next save replaces what kill -9 left behind
+    temporary = f"{target}.tmp{suffix}"  # a fixed name, so that the next save replaces what kill -9 left behind
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         yield temporary

@@ -391,19 +391,19 @@ def test_detect_refuses_to_overwrite_a_source_image(tmp_path, monkeypatch, check
     values = {"SOURCE": str(tmp_path / "data"), "OUTPUT_DIR": str(tmp_path / "data"), "CHECKPOINT": str(checkpoint)}
     for name, value in values.items():
         monkeypatch.setattr(detect, name, value)
-    with pytest.raises(ValueError, match=r"street\.jpg: the picture would replace its own source"):
+    with pytest.raises(ValueError, match=r"street\.jpg: the drawing would replace its own source"):
         detect.main()
     assert (tmp_path / "data/street.jpg").read_bytes() == before
 
 
-def test_find_images_lists_every_image_format_and_counts_other_files(tmp_path, capsys):
+def test_find_sources_lists_every_image_format_and_counts_other_files(tmp_path, capsys):
     for name in ("a.jfif", "b.PPM", "c.jpe", "d.gif"):
         Image.new("RGB", (9, 9)).save(
             tmp_path / name, format={".jfif": "JPEG", ".jpe": "JPEG", ".PPM": "PPM"}.get(Path(name).suffix)
         )
     (tmp_path / "notes.txt").write_text("x")
-    assert [Path(file).name for file in detect.find_images(str(tmp_path))] == ["a.jfif", "b.PPM", "c.jpe", "d.gif"]
-    assert "1 files skipped that are not images, notes.txt first" in capsys.readouterr().out
+    assert [Path(file).name for file in detect.find_sources(str(tmp_path))] == ["a.jfif", "b.PPM", "c.jpe", "d.gif"]
+    assert "1 files skipped that are not images or videos, notes.txt first" in capsys.readouterr().out
 
 
 def test_checkpoints_with_dots_in_their_names_write_separate_files(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -392,8 +393,237 @@ def test_detect_skips_a_broken_image_and_reports_it(trained, tmp_path, monkeypat
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["b_good.jpg"]
 
     (source / "b_good.png").write_bytes(data)
-    with pytest.raises(ValueError, match="b_good.jpg: would be the picture of 2 files"):
+    with pytest.raises(ValueError, match="b_good.jpg: would be the drawing of 2 files"):
         detect.main()
+
+
+# ---------------------------------------------------------------- detect.py on videos
+
+COLOUR = np.array(utils.class_colour(1))  # a blue
+
+
+def square_in_frame(index):
+    """Corners x1, y1, x2, y2 of the yellow square. The box around it has lines of two pixels; x1 and y1 are even, x2 and y2 odd,
+    because a video has one colour per 2 x 2 pixels."""
+    return 4 + 2 * index, 18, 25 + 2 * index, 39
+
+
+def square_frames(count, width=64, height=48):
+    """BGR frames of a yellow square that moves to the right on a dark background."""
+    frames = np.full((count, height, width, 3), 20, np.uint8)
+    for index, frame in enumerate(frames):
+        x1, y1, x2, y2 = square_in_frame(index)
+        frame[y1:y2, x1:x2] = (40, 230, 230)
+    return frames
+
+
+def write_clip(file, frames=12, rate=12.5, size=(64, 48), codec="mp4v"):
+    writer = cv2.VideoWriter(str(file), cv2.VideoWriter_fourcc(*codec), rate, size)
+    for frame in square_frames(frames, *size):
+        writer.write(frame)
+    writer.release()
+
+
+def read_clip(file):
+    """The RGB frames of a video and its frame rate."""
+    video, frames = cv2.VideoCapture(str(file)), []
+    while (grabbed := video.read())[0]:
+        frames.append(grabbed[1][:, :, ::-1].astype(int))
+    return frames, video.get(cv2.CAP_PROP_FPS)
+
+
+class SquareDetector(torch.nn.Module):
+    """Stands in for a network: raw outputs with a box exactly around the yellow pixels of the image, class 1."""
+
+    calls, error = 0, None  # the error is raised by the fifth call
+
+    def forward(self, images):  # (1, 3, H, W) uint8
+        self.calls += 1
+        if self.error and self.calls == 5:
+            raise self.error
+        height, width = images.shape[2:]
+        rows, columns = torch.where((images[0, 0] > 128) & (images[0, 2] < 128))
+        output = torch.full((1, len(ANCHORS), height // 32, width // 32, 7), -20.0)
+        if len(rows):
+            x1, y1, x2, y2 = columns.min() / 32, rows.min() / 32, (columns.max() + 1) / 32, (rows.max() + 1) / 32  # in grid cells
+            x, y = (x1 + x2) / 2, (y1 + y2) / 2
+            anchor = torch.tensor(ANCHORS[0])
+            output[0, 0, int(y), int(x), :2] = torch.logit(torch.tensor([x % 1, y % 1]), eps=1e-6)
+            output[0, 0, int(y), int(x), 2:4] = torch.log(torch.tensor([x2 - x1, y2 - y1]) / anchor)
+            output[0, 0, int(y), int(x), [4, 6]] = 20.0  # objectness and class 1
+        return output
+
+
+@pytest.fixture
+def squares(tmp_path, monkeypatch):
+    """detect.py with a SquareDetector; it writes to out/."""
+    model = SquareDetector()
+    monkeypatch.setattr(detect, "load_detector", lambda *args, **kwargs: (model, ["a", "b"], ANCHORS, 64))
+    set_globals(monkeypatch, detect, OUTPUT_DIR=str(tmp_path / "out"), IMAGE_SIZE=None)
+    return model
+
+
+def is_coloured(pixels):
+    return abs(pixels - COLOUR).max(axis=-1) < 70
+
+
+def check_boxes(frames):
+    """Compares the drawn boxes with the squares: the lower edge and the lower half of the sides, which no label covers."""
+    for index, frame in enumerate(frames):
+        x1, y1, x2, y2 = square_in_frame(index)
+        lower = is_coloured(frame[30:])  # (H - 30, W)
+        rows, columns = np.where(lower)
+        assert abs(np.array([columns.min(), columns.max(), rows.max() + 30]) - (x1, x2, y2)).max() <= 1, index
+        assert lower[y2 - 31 : y2 - 29, x1:x2].any(axis=0).all(), index  # without gaps
+        assert not lower[: y2 - 32, x1 + 3 : x2 - 2].any(), index  # the box is not filled
+
+
+@pytest.mark.parametrize(("name", "codec"), [("clip.mp4", "mp4v"), ("clip.AVI", "MJPG")])
+def test_a_video_is_written_with_its_size_and_rate_and_a_box_around_the_object_in_each_frame(
+    name, codec, squares, tmp_path, monkeypatch, capsys
+):
+    write_clip(tmp_path / name, codec=codec)
+    monkeypatch.setattr(detect, "SOURCE", str(tmp_path / name))
+    detect.main()
+    frames, rate = read_clip(tmp_path / "out" / "clip.mp4")
+    assert len(frames) == 12 and rate == pytest.approx(12.5)
+    assert {frame.shape for frame in frames} == {(48, 64, 3)}
+    check_boxes(frames)
+    assert re.search(rf"{name}: 12 b in 12 frames and \d+\.\d s -> .*clip\.mp4", capsys.readouterr().out)
+    assert os.listdir(tmp_path / "out") == ["clip.mp4"]
+
+
+def test_the_odd_last_row_and_column_of_a_video_are_cut_off(squares, tmp_path, monkeypatch):
+    pictures = [Image.fromarray(frame[:, :, ::-1]) for frame in square_frames(5, 63, 47)]
+    source = tmp_path / "odd.mov"  # GIF has odd sizes, and FFmpeg knows it by its content
+    pictures[0].save(source, format="GIF", save_all=True, append_images=pictures[1:], duration=40)
+    assert read_clip(source)[0][0].shape == (47, 63, 3)
+    monkeypatch.setattr(detect, "SOURCE", str(source))
+    detect.main()
+    frames, rate = read_clip(tmp_path / "out" / "odd.mp4")
+    assert len(frames) == 5 and rate == pytest.approx(25) and frames[0].shape == (46, 62, 3)
+    check_boxes(frames)
+
+
+def test_a_video_without_a_frame_is_one_sentence_that_names_it(squares, tmp_path, monkeypatch, capfd):
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "noise.webm").write_bytes(bytes(range(256)) * 20)
+    for name in ("empty.mp4", "noise.webm"):
+        monkeypatch.setattr(detect, "SOURCE", str(tmp_path / name))
+        with pytest.raises(SystemExit) as stop, utils.plain_errors():
+            detect.main()
+        assert re.fullmatch(rf"error: .*{name}: no video frame could be read; .*", stop.value.code)
+    assert capfd.readouterr() == ("", "")  # nor any message of FFmpeg
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_a_folder_may_mix_images_and_videos_and_unreadable_ones_are_counted(trained, tmp_path, monkeypatch, capsys):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a_broken.mp4").write_bytes(b"no video")
+    write_clip(source / "b_clip.avi", frames=3, codec="MJPG")
+    shutil.copy(SAMPLE / "VOC2007" / "JPEGImages" / "000005.jpg", source / "c_photo.jpg")
+    (source / "notes.txt").write_text("x")
+    set_globals(monkeypatch, detect, SOURCE=str(source), CHECKPOINT=str(trained / "yolov2.pt"), OUTPUT_DIR=str(tmp_path / "out"))
+    with pytest.raises(SystemExit, match="1 of 3 files could not be read"):
+        detect.main()
+    out = capsys.readouterr().out
+    assert "1 files skipped that are not images or videos, notes.txt first" in out
+    assert len(re.findall("error: .*a_broken.mp4: no video frame", out)) == 1
+    assert sorted(os.listdir(tmp_path / "out")) == ["b_clip.mp4", "c_photo.jpg"]
+    assert len(read_clip(tmp_path / "out" / "b_clip.mp4")[0]) == 3
+
+    write_clip(source / "b_clip.mp4", frames=1)
+    with pytest.raises(ValueError, match=r"b_clip\.mp4: would be the drawing of 2 files"):
+        detect.main()
+
+
+def test_a_video_never_replaces_its_source(squares, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    write_clip(tmp_path / "out" / "clip.mp4", frames=2)
+    before = (tmp_path / "out" / "clip.mp4").read_bytes()
+    monkeypatch.setattr(detect, "SOURCE", str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"clip\.mp4: the drawing would replace its own source"):
+        detect.main()
+    assert (tmp_path / "out" / "clip.mp4").read_bytes() == before
+
+
+def test_ctrl_c_keeps_the_frames_so_far_and_ends_the_run(squares, tmp_path, monkeypatch, capsys):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        write_clip(source / name)
+    monkeypatch.setattr(detect, "SOURCE", str(source))
+    squares.error = KeyboardInterrupt()
+    detect.main()  # no SystemExit: status 0
+    assert f"stopped by Ctrl-C: {tmp_path / 'out' / 'a.mp4'} contains the frames until then" in capsys.readouterr().out
+    assert os.listdir(tmp_path / "out") == ["a.mp4"]
+    frames, rate = read_clip(tmp_path / "out" / "a.mp4")
+    assert len(frames) == 4 and rate == pytest.approx(12.5)
+    check_boxes(frames)
+
+
+def test_an_error_in_the_middle_of_a_video_leaves_the_older_file(squares, tmp_path, monkeypatch):
+    write_clip(tmp_path / "clip.mp4")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "clip.mp4").write_bytes(b"older")
+    monkeypatch.setattr(detect, "SOURCE", str(tmp_path / "clip.mp4"))
+    squares.error = RuntimeError("out of memory")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        detect.main()
+    assert os.listdir(tmp_path / "out") == ["clip.mp4"]
+    assert (tmp_path / "out" / "clip.mp4").read_bytes() == b"older"
+
+
+def test_a_video_that_cannot_be_written_is_an_error_that_names_it(squares, tmp_path, monkeypatch):
+    write_clip(tmp_path / "wide.avi", frames=2, size=(8200, 48), codec="MJPG")  # MPEG-4 has at most 8191 columns
+    monkeypatch.setattr(detect, "SOURCE", str(tmp_path / "wide.avi"))
+    with pytest.raises(OSError, match=r"wide\.mp4: could not be written \(0 of 2 frames of 8200 x 48 pixels\)"):
+        detect.main()
+    assert os.listdir(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("rate", [0.0, math.nan, -1.0, 90000.0])
+def test_a_camera_number_opens_that_camera_and_a_wrong_frame_rate_becomes_25(rate, squares, tmp_path, monkeypatch):
+    write_clip(tmp_path / "clip.mp4", frames=3)
+    opened, capture = [], cv2.VideoCapture
+
+    class Camera:
+        """The camera's frames are those of a clip; OpenCV's rate is replaced."""
+
+        def __init__(self):
+            self.clip = capture(str(tmp_path / "clip.mp4"))
+            self.read = self.clip.read
+
+        def get(self, name):
+            return rate if name == cv2.CAP_PROP_FPS else -1.0
+
+    def open_capture(source, *backend):
+        opened.append(source)
+        return Camera() if source == 3 else capture(source, *backend)
+
+    monkeypatch.setattr(cv2, "VideoCapture", open_capture)
+    with monkeypatch.context() as patch:
+        patch.setattr(detect, "SOURCE", "3")  # SOURCE=3 on the command line
+        detect.main()
+    assert opened[0] == 3
+    (name,) = os.listdir(tmp_path / "out")
+    assert re.fullmatch(r"recording_\d{8}_\d{6}\.mp4", name)
+    frames, written_rate = read_clip(tmp_path / "out" / name)
+    assert len(frames) == 3 and written_rate == pytest.approx(25)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file names")
+def test_video_names_may_hold_colons_percent_signs_and_bytes_that_are_not_utf8(squares, tmp_path, monkeypatch):
+    write_clip(tmp_path / "clip.mp4", frames=1)
+    names = [b"10:30.mp4", b"%03d.mp4", b"caf\xe9.mp4"]
+    (tmp_path / "source").mkdir()
+    for name in names:
+        shutil.copy(tmp_path / "clip.mp4", os.fsencode(tmp_path / "source") + b"/" + name)
+    monkeypatch.chdir(tmp_path / "source")
+    monkeypatch.setattr(detect, "SOURCE", ".")
+    detect.main()
+    assert sorted(os.listdir(os.fsencode(tmp_path / "out"))) == sorted(names)
 
 
 # ---------------------------------------------------------------- command lines

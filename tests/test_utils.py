@@ -533,7 +533,7 @@ def test_every_class_has_a_distinct_bright_colour():
     assert distances.min() > 15 and colours.max(axis=1).min() > 200
 
 
-# ---------------------------------------------------------------- detect.find_images
+# ---------------------------------------------------------------- detect.find_sources
 
 
 @pytest.fixture
@@ -547,7 +547,7 @@ def folder(tmp_path):
 
 def test_a_file_a_folder_or_a_glob_gives_sorted_image_files(folder):
     def found(pattern):
-        return [os.path.relpath(file, folder) for file in detect.find_images(str(pattern))]
+        return [os.path.relpath(file, folder) for file in detect.find_sources(str(pattern))]
 
     assert found(folder / "b.jpg") == ["b.jpg"]
     assert found(folder) == ["a.PNG", "b.jpg"]
@@ -558,15 +558,15 @@ def test_a_file_a_folder_or_a_glob_gives_sorted_image_files(folder):
 
 def test_patterns_may_be_relative(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    assert detect.find_images("b.jpg") == ["b.jpg"]
-    assert detect.find_images("*.jpg") == ["b.jpg"]
-    assert detect.find_images(".") == ["a.PNG", "b.jpg"]
+    assert detect.find_sources("b.jpg") == ["b.jpg"]
+    assert detect.find_sources("*.jpg") == ["b.jpg"]
+    assert detect.find_sources(".") == ["a.PNG", "b.jpg"]
     monkeypatch.chdir(folder / "more")
-    assert [os.path.basename(file) for file in detect.find_images("../*.jpg")] == ["b.jpg"]
+    assert [os.path.basename(file) for file in detect.find_sources("../*.jpg")] == ["b.jpg"]
 
 
 @pytest.mark.parametrize("name", ["nothing.jpg", "*.bmp", "*.txt", "empty"])
 def test_a_pattern_without_images_is_an_error_that_names_it(folder, name):
     (folder / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=re.escape(f"{folder / name}: no image file there")):
-        detect.find_images(str(folder / name))
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{folder / name}: no image or video file there")):
+        detect.find_sources(str(folder / name))

@@ -1,10 +1,16 @@
 """Darknet-19, the classification network that is YOLOv2's backbone (YOLO9000 sec. 3, Table 6), and Darknet's weight files.
 
+    python darknet_model.py                                                             prints the layers, as in Table 6
+    python darknet_model.py CHECKPOINT=runs/darknet19.pt OUTPUT=runs/darknet19.weights  writes a checkpoint as a Darknet file
+
 Letters: N images of H x W pixels, H and W multiples of 32. Images are float32 RGB in 0..1, without mean and std, as in Darknet.
 """
 
+import copy
+import functools
 import itertools
 import os
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,6 +18,19 @@ import torch
 from torch import Tensor, nn
 
 import utils
+
+CHECKPOINT = ""  # of darknet_train*.py; "": the untrained network with 1000 classes
+OUTPUT = ""  # Darknet file to write: .weights, or .conv.23 for the backbone alone; "": print the layers
+IMAGE_SIZE = 224  # pixels of the printed layers' input, a multiple of 32
+
+
+def check_settings():
+    """Raises ValueError or OSError for an invalid setting."""
+    if IMAGE_SIZE < 32 or IMAGE_SIZE % 32:
+        raise ValueError(f"IMAGE_SIZE must be a multiple of 32 pixels, not {IMAGE_SIZE}")
+    if OUTPUT:
+        check_output(OUTPUT, CHECKPOINT, (".weights", ".conv.23"))
+
 
 # Table 6 from top to bottom: (output channels, kernel size) of each convolution; "pool" is a 2x2 max-pool of stride 2.
 # The 1x1 convolutions between the 3x3 ones reduce the channels, which keeps the network cheap.
@@ -89,6 +108,35 @@ class Darknet19(nn.Module):
         images = as_input(images, self.classifier.weight.dtype)
         maps = self.classifier(self.features(images))  # (N, num_classes, H/32, W/32)
         return maps.mean(dim=(2, 3))  # global average pooling -> (N, num_classes)
+
+
+def layer_table(model: nn.Module, image_size: int) -> str:
+    """The convolutions and max-pools of a model as lines of text, in the order in which they run on image_size x image_size pixels.
+
+    Parameters are kernels, biases and batch-norm scales. GFLOP are those of the convolutions, 2 k^2 c_in c_out h w / 1e9 as in
+    Darknet: a multiply-add counts as two operations. (AlexeyAB's Darknet adds .011 for YOLOv2's max-pools at 416 px.)
+    """
+    rows = []  # number, name, type, kernel, output, parameters, GFLOP
+
+    def record(name, module, inputs, output):  # a forward hook
+        _, c, h, w = output.shape
+        parameters = sum(tensor.numel() for tensor in module.parameters())
+        if isinstance(module, nn.BatchNorm2d):
+            rows[-1][5] += parameters  # to those of its convolution
+        elif isinstance(module, nn.Conv2d):
+            k, gflop = module.kernel_size[0], module.weight.numel() * 2 * h * w / 1e9
+            rows.append([len(rows) + 1, name.removesuffix(".0"), "convolution", f"{k}x{k}", f"{c} x {h} x {w}", parameters, gflop])
+        else:
+            rows.append([len(rows) + 1, name, "max-pool", "2x2 / 2", f"{c} x {h} x {w}", 0, 0.0])
+
+    model = copy.deepcopy(model).to("meta").eval()  # tensors on "meta" have a shape but no values: nothing is computed
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d)):
+            module.register_forward_hook(functools.partial(record, name))
+    model(torch.empty(1, 3, image_size, image_size, device="meta"))
+    rows.append(["", "total", "", "", "", sum(row[5] for row in rows), sum(row[6] for row in rows)])
+    lines = [f"    {'layer':15}{'type':13}{'kernel':9}{'output':17}parameters    GFLOP"]
+    return "\n".join(lines + ["{:>2}  {:15}{:13}{:9}{:17}{:10,}  {:7.3f}".format(*row) for row in rows])
 
 
 # ---------------------------------------------------------------- Darknet's weight files
@@ -204,11 +252,45 @@ def load_classifier(model: Darknet19, file: str | os.PathLike) -> None:
     if classes != expected:
         raise ValueError(
             f"{file}: was trained on {classes} classes, not {expected}. To use only its backbone, write that to a Darknet file "
-            f"and start with RESUME_WEIGHTS=backbone.conv.23: "
-            f'python -c "import darknet_model as d; m = d.Darknet19({classes}); d.load_classifier(m, {os.fspath(file)!r}); '
-            f"d.save_darknet_weights(m.features, 'backbone.conv.23')\""
+            f'and start with RESUME_WEIGHTS=backbone.conv.23: python darknet_model.py "CHECKPOINT={file}" OUTPUT=backbone.conv.23'
         )
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{file}: damaged checkpoint ({utils.first_line(error)[:80]}); use another one") from None
+
+
+# ---------------------------------------------------------------- run as a script
+
+
+def check_output(output: str, checkpoint: str, suffixes: tuple[str, ...] = (".weights",)) -> None:
+    """Raises ValueError or OSError if the checkpoint cannot be written to the Darknet file `output`."""
+    if not checkpoint:
+        raise ValueError("OUTPUT needs CHECKPOINT, the checkpoint that is written as a Darknet file")
+    if not output.endswith(suffixes):
+        raise ValueError(f"{output}: OUTPUT must end in {' or '.join(suffixes)}")
+    if os.path.realpath(output) == os.path.realpath(checkpoint):
+        raise ValueError(f"{output}: OUTPUT would replace CHECKPOINT; choose another name")
+    utils.check_writable(output)
+
+
+def main():
+    check_settings()
+    model, images_seen = Darknet19(), 0
+    if CHECKPOINT:
+        state = utils.load_checkpoint(CHECKPOINT, keys=("model",))
+        if "classifier.bias" not in state["model"]:
+            raise ValueError(f"{CHECKPOINT}: not a checkpoint of darknet_train*.py; for one of train.py, use model.py")
+        model, images_seen = Darknet19(len(state["model"]["classifier.bias"])), state.get("images_seen", 0)
+        load_classifier(model, CHECKPOINT)
+    if OUTPUT:
+        save_darknet_weights(model if OUTPUT.endswith(".weights") else model.features, OUTPUT, images_seen)
+        print(f"wrote {OUTPUT} ({images_seen:,} images seen in training)")
+    else:
+        print(layer_table(model, IMAGE_SIZE))
+
+
+if __name__ == "__main__":
+    utils.override_globals(globals(), sys.argv[1:])
+    with utils.plain_errors():
+        main()

@@ -1,10 +1,15 @@
 """YOLOv2: the Darknet-19 backbone with a detection head (YOLO9000 sec. 2, yolov2-voc.cfg).
 
+    python model.py                                                        prints the layers
+    python model.py CHECKPOINT=runs/yolov2.pt OUTPUT=runs/yolov2.weights   writes a checkpoint of train.py for Darknet and OpenCV:
+                                                                           yolov2.weights, yolov2.cfg and yolov2.names
+
 Letters: N images, A anchors (5), S_h x S_w grid cells (13 x 13 at 416 x 416), C classes (20). Images are float32 RGB in 0..1.
 """
 
 import copy
 import os
+import sys
 
 import numpy as np
 import torch
@@ -15,15 +20,31 @@ import utils
 from darknet_model import (
     DARKNET19_LAYERS,
     as_input,
+    check_output,
     convolution,
     copy_convolutions,
     darknet19_features,
     darknet_tensors,
     initialise_kernels,
+    layer_table,
     load_darknet_weights,
     open_darknet_file,
+    save_darknet_weights,
 )
 from dataset import COCO_CLASSES, VOC_CLASSES, read_classes
+
+CHECKPOINT = ""  # of train.py; "": the untrained network with 20 classes
+OUTPUT = ""  # Darknet file to write, .weights; its .cfg and .names are written beside it; "": print the layers
+IMAGE_SIZE = None  # pixels, a multiple of 32; None for the checkpoint's own, 416 without a checkpoint
+
+
+def check_settings():
+    """Raises ValueError or OSError for an invalid setting."""
+    if IMAGE_SIZE is not None and (not isinstance(IMAGE_SIZE, int) or IMAGE_SIZE < 32 or IMAGE_SIZE % 32):
+        raise ValueError(f"IMAGE_SIZE must be a multiple of 32 pixels or None, not {IMAGE_SIZE}")
+    if OUTPUT:
+        check_output(OUTPUT, CHECKPOINT)
+
 
 # widths and heights of the five prior boxes p_w, p_h in grid cells (yolov2-voc.cfg), found by k-means on the VOC boxes
 ANCHORS = [(1.3221, 1.73145), (3.19275, 4.00944), (5.05587, 8.09892), (9.47112, 4.84053), (11.2364, 10.0071)]
@@ -36,7 +57,7 @@ STRIDE = 32  # pixels of the image per grid cell
 def read_anchors(anchors, image_sizes: list[int]) -> list[list[float]]:
     """anchors: pairs of width and height in grid cells, or the flat list of a cfg file -> a list of pairs. Raises ValueError for
     other forms, and for anchors larger than the grid of the largest image size (at least 416 px), which are probably in pixels."""
-    pairs = list(anchors)
+    pairs = list(anchors) if isinstance(anchors, (list, tuple)) else []
     if pairs and all(isinstance(anchor, (int, float)) for anchor in pairs) and len(pairs) % 2 == 0:
         pairs = list(zip(pairs[::2], pairs[1::2], strict=True))
     lists = [pair for pair in pairs if isinstance(pair, (list, tuple)) and len(pair) == 2]
@@ -141,6 +162,26 @@ def fuse(model: nn.Module) -> nn.Module:
     return fused
 
 
+def read_detector(file: str | os.PathLike) -> tuple[YOLOv2, dict]:
+    """Reads a checkpoint of train.py -> the trained model on the CPU, and the checkpoint, with classes, anchors and image_size.
+
+    Raises FileNotFoundError or ValueError, naming the file.
+    """
+    state = utils.load_checkpoint(file, "cpu", keys=("model", "classes", "image_size"))
+    if "anchors" not in state or state["image_size"] % STRIDE:
+        raise ValueError(f"{file}: holds a classifier of darknet_train*.py, not a detector; pass it to train.py as PRETRAINED")
+    try:
+        state["anchors"] = read_anchors(state["anchors"], [state["image_size"]])
+    except ValueError as error:
+        raise ValueError(f"{file}: damaged checkpoint ({error}); use another one") from None
+    model = YOLOv2(len(state["classes"]), len(state["anchors"]))
+    try:
+        model.load_state_dict(state["model"])
+    except (RuntimeError, TypeError, AttributeError):
+        raise ValueError(f"{file}: these are not the weights of a YOLOv2 with {len(state['classes'])} classes") from None
+    return model, state
+
+
 def darknet_detector(file: str | os.PathLike, classes, anchors) -> tuple[list[str], list, int]:
     """Class names, anchors and image size of a Darknet detector. The file itself tells only how many outputs the network has.
 
@@ -178,23 +219,12 @@ def load_detector(
     Raises FileNotFoundError or ValueError, naming the file.
     """
     if utils.is_torch_file(file):
-        state = utils.load_checkpoint(file, "cpu", keys=("model", "classes", "anchors", "image_size"))
-        own_classes, image_size = list(state["classes"]), state["image_size"]
-        try:
-            own_anchors = read_anchors(state["anchors"], [image_size])
-        except ValueError as error:
-            raise ValueError(f"{file}: damaged checkpoint ({error}); use another one") from None
-        if image_size % STRIDE:
-            raise ValueError(f"{file}: not a checkpoint of train.py (its image size {image_size} is not a multiple of {STRIDE})")
+        model, state = read_detector(file)
+        own_classes, own_anchors, image_size = list(state["classes"]), state["anchors"], state["image_size"]
         if classes and read_classes(classes) != own_classes:
             raise ValueError(f"{file}: has other classes than CLASSES; leave CLASSES empty, because a checkpoint contains its own")
         if anchors and not np.allclose(read_anchors(anchors, [image_size]), own_anchors):
             raise ValueError(f"{file}: has other anchors than ANCHORS; leave ANCHORS empty, because a checkpoint contains its own")
-        model = YOLOv2(len(own_classes), len(own_anchors))
-        try:
-            model.load_state_dict(state["model"])
-        except (RuntimeError, TypeError, AttributeError):
-            raise ValueError(f"{file}: these are not the weights of a YOLOv2 with {len(own_classes)} classes") from None
     else:
         own_classes, own_anchors, image_size = darknet_detector(file, classes, anchors)
         model = YOLOv2(len(own_classes), len(own_anchors))
@@ -207,3 +237,58 @@ def load_detector(
         inductor.freezing = True
         model = torch.compile(model)
     return model, own_classes, own_anchors, image_size
+
+
+def darknet_cfg(classes: int, anchors, image_size: int) -> str:
+    """yolov2-voc.cfg for a number of classes, anchors (A pairs in grid cells) and an image size in pixels -> its text."""
+    sections = [
+        f"[net]\nbatch=1\nsubdivisions=1\nwidth={image_size}\nheight={image_size}\nchannels=3\nmomentum=0.9\ndecay=0.0005\nangle=0\n"
+        "saturation=1.5\nexposure=1.5\nhue=.1\nlearning_rate=0.001\nburn_in=1000\nmax_batches=80200\npolicy=steps\n"
+        "steps=40000,60000\nscales=.1,.1\n"
+    ]
+
+    def convolutional(filters, size):
+        sections.append(f"[convolutional]\nbatch_normalize=1\nfilters={filters}\nsize={size}\nstride=1\npad=1\nactivation=leaky\n")
+
+    for layer in DARKNET19_LAYERS:  # layers 0 to 22
+        if layer == "pool":
+            sections.append("[maxpool]\nsize=2\nstride=2\n")
+        else:
+            convolutional(*layer)
+    fine, coarse = DARKNET19_LAYERS[16][0], DARKNET19_LAYERS[-1][0]
+    convolutional(coarse, 3)
+    convolutional(coarse, 3)  # layer 24
+    sections.append("[route]\nlayers=-9\n")  # layer 25: the 26 x 26 map, layer 25 - 9 = 16
+    convolutional(fine // 8, 1)
+    sections.append("[reorg]\nstride=2\n")  # layer 27
+    sections.append("[route]\nlayers=-1,-4\n")  # layer 28: the reorganised map, then layer 24
+    convolutional(coarse, 3)
+    sections.append(f"[convolutional]\nsize=1\nstride=1\npad=1\nfilters={len(anchors) * (5 + classes)}\nactivation=linear\n")
+    numbers = ", ".join(str(float(side)) for anchor in anchors for side in anchor)
+    sections.append(
+        f"[region]\nanchors={numbers}\nbias_match=1\nclasses={classes}\ncoords=4\nnum={len(anchors)}\nsoftmax=1\njitter=.2\nrescore=1\n"
+        "object_scale=5\nnoobject_scale=1\nclass_scale=1\ncoord_scale=1\nabsolute=1\nthresh=.6\nrandom=0\n"
+    )
+    return "\n".join(sections)
+
+
+def main():
+    check_settings()
+    model, state = read_detector(CHECKPOINT) if CHECKPOINT else (YOLOv2(), {})
+    image_size = IMAGE_SIZE or state.get("image_size", 416)
+    if not OUTPUT:
+        print(layer_table(model, image_size))
+        return
+    stem, classes, images_seen = OUTPUT.removesuffix(".weights"), state["classes"], state.get("images_seen", 0)
+    save_darknet_weights(model, OUTPUT, images_seen)
+    texts = {"cfg": darknet_cfg(len(classes), state["anchors"], image_size), "names": "".join(f"{name}\n" for name in classes)}
+    for suffix, text in texts.items():
+        with utils.atomic_write(f"{stem}.{suffix}") as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as stream:
+            stream.write(text)
+    print(f"wrote {OUTPUT}, {stem}.cfg and {stem}.names: {len(classes)} classes, {image_size} px, {images_seen:,} images seen")
+
+
+if __name__ == "__main__":
+    utils.override_globals(globals(), sys.argv[1:])
+    with utils.plain_errors():
+        main()

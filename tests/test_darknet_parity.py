@@ -3,6 +3,7 @@
 Tests that use golden_file or need the real channel counts run at full width; the others use a narrow network.
 """
 
+import re
 import signal
 from pathlib import Path
 
@@ -12,12 +13,24 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+import darknet_model
+import model as yolov2_model
 import train
 import utils
-from darknet_model import DARKNET19_LAYERS, Darknet19, darknet_tensors, load_darknet_weights, save_darknet_weights
+from darknet_model import Darknet19, darknet_tensors, layer_table, load_darknet_weights, open_darknet_file, save_darknet_weights
 from dataset import COCO_CLASSES, VOC_CLASSES, encode_targets
 from loss import YoloLoss
-from model import ANCHORS, COCO_ANCHORS, YOLOv2, fuse, load_detector, load_pretrained_backbone, reorg
+from model import (
+    ANCHORS,
+    COCO_ANCHORS,
+    YOLOv2,
+    darknet_cfg,
+    fuse,
+    load_detector,
+    load_pretrained_backbone,
+    read_detector,
+    reorg,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 YOLOV2_NUMBERS = 50_676_061
@@ -100,40 +113,147 @@ def test_reorg_matches_darknet():
     assert np.array_equal(reorg(torch.from_numpy(golden["reorg_input"])).numpy(), golden["reorg_output"])
 
 
-def yolov2_cfg(width, height):
-    """The text of yolov2-voc.cfg up to its last convolution."""
-    sections = [f"[net]\nwidth={width}\nheight={height}\nchannels=3\n"]
-
-    def convolutional(filters, size):
-        sections.append(f"[convolutional]\nbatch_normalize=1\nfilters={filters}\nsize={size}\nstride=1\npad=1\nactivation=leaky\n")
-
-    for layer in DARKNET19_LAYERS:
-        if layer == "pool":
-            sections.append("[maxpool]\nsize=2\nstride=2\n")
-        else:
-            convolutional(*layer)
-    convolutional(1024, 3)
-    convolutional(1024, 3)
-    sections.append("[route]\nlayers=-9\n")
-    convolutional(64, 1)
-    sections.append("[reorg]\nstride=2\n")
-    sections.append("[route]\nlayers=-1,-4\n")
-    convolutional(1024, 3)
-    sections.append("[convolutional]\nsize=1\nstride=1\npad=1\nfilters=125\nactivation=linear\n")
-    return "\n".join(sections)
-
-
 def test_opencv_computes_the_same_output_from_a_file_we_wrote(golden_model, tmp_path):
     save_darknet_weights(golden_model, tmp_path / "ours.weights", images_seen=77)
-    (tmp_path / "yolov2.cfg").write_text(yolov2_cfg(width=160, height=96))
+    (tmp_path / "yolov2.cfg").write_text(darknet_cfg(20, ANCHORS, 160).replace("height=160", "height=96"))
     network = cv2.dnn.readNetFromDarknet(str(tmp_path / "yolov2.cfg"), str(tmp_path / "ours.weights"))
     images = torch.rand(1, 3, 96, 160, generator=torch.Generator().manual_seed(1))
     network.setInput(images.numpy())
-    theirs = network.forward()
+    theirs = network.forward("conv_30")  # the last convolution, before the region layer
     with torch.no_grad():
         ours = channels_first(golden_model(images))
     assert theirs.shape == ours.shape == (1, 125, 3, 5)
     assert np.abs(theirs - ours).max() < 1e-3
+
+
+@pytest.fixture
+def exported(narrow, tmp_path, monkeypatch):
+    """A detector with own classes and anchors, the anchors, and the folder of its checkpoint and the files that model.py writes."""
+    torch.manual_seed(10)  # with this seed, no confidence is within .005 of .6, and no IoU within .02 of .4
+    detector, anchors = YOLOv2(num_classes=3, num_anchors=4).eval(), [[0.6, 0.9], [1.5, 2.5], [2.25, 1.0], [2.0, 2.8]]
+    randomise_batch_norm(detector)
+    detector.output.weight.data.view(4, 8, -1)[:, 2:4] *= 0.1  # t_w and t_h, so that boxes are not much larger than the image
+    metadata = {"classes": ["bolt", "nut", "Schraubenschlüssel"], "anchors": anchors, "image_size": 128, "images_seen": 640}
+    utils.save_checkpoint(tmp_path / "bolts.pt", model=detector.state_dict(), **metadata)
+    monkeypatch.setattr(yolov2_model, "CHECKPOINT", str(tmp_path / "bolts.pt"))
+    monkeypatch.setattr(yolov2_model, "OUTPUT", str(tmp_path / "bolts.weights"))
+    yolov2_model.main()
+    return detector, anchors, tmp_path
+
+
+def test_opencv_finds_the_same_boxes_with_the_exported_files(exported):
+    detector, anchors, folder = exported
+    network = cv2.dnn.readNetFromDarknet(str(folder / "bolts.cfg"), str(folder / "bolts.weights"))
+    images = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(1))
+    network.setInput(images.numpy())
+    raw, region = network.forward(["conv_30", "detection_out"])
+    with torch.no_grad():
+        predictions = detector(images)
+    assert raw.shape == (1, 4 * 8, 4, 4)
+    np.testing.assert_allclose(raw, channels_first(predictions), atol=1e-3)  # OpenCV's batch norm has eps 1e-6, ours 1e-5
+
+    # OpenCV's rows are boxes (cell, then anchor), its columns are x y w h, objectness and the confidence of each class
+    boxes, objectness, probabilities = utils.decode_predictions(predictions, anchors)
+    ours = torch.cat([boxes, objectness[..., None], objectness[..., None] * probabilities], dim=-1)[0]
+    ours = ours.reshape(4, 16, 8).transpose(0, 1).reshape(64, 8).numpy()
+    np.testing.assert_allclose(region[:, :5], ours[:, :5], atol=1e-4)
+    # confidences up to the cfg's thresh and those that OpenCV's NMS (IoU .4) suppresses are zero
+    detections = utils.postprocess(predictions, anchors, 0.6, 0.4)[0]
+    kept = region[:, 5:] > 0
+    assert 5 < kept.sum() == len(detections) < (ours[:, 5:] > 0.6).sum()
+    np.testing.assert_allclose(region[:, 5:][kept], ours[:, 5:][kept], atol=1e-4)
+    np.testing.assert_allclose(np.sort(region[:, 5:][kept])[::-1], detections[:, 4], atol=1e-4)
+
+
+def test_exported_files_hold_the_images_seen_the_size_the_anchors_and_the_names(exported, monkeypatch):
+    detector, anchors, folder = exported
+    numbers, images_seen = open_darknet_file(folder / "bolts.weights")
+    assert images_seen == 640 and np.array_equal(numbers, numbers_of(detector).numpy())
+    assert (folder / "bolts.names").read_text(encoding="utf-8") == "bolt\nnut\nSchraubenschlüssel\n"
+    cfg = (folder / "bolts.cfg").read_text()
+    assert "width=128\nheight=128\n" in cfg and "classes=3\n" in cfg and "num=4\n" in cfg and "filters=32\n" in cfg
+    assert "anchors=0.6, 0.9, 1.5, 2.5, 2.25, 1.0, 2.0, 2.8\n" in cfg
+    assert sorted(file.name for file in folder.iterdir()) == ["bolts.cfg", "bolts.names", "bolts.pt", "bolts.weights"]
+
+    monkeypatch.setattr(yolov2_model, "IMAGE_SIZE", 160)
+    yolov2_model.main()
+    assert (folder / "bolts.cfg").read_text() == cfg.replace("=128\nheight=128\n", "=160\nheight=160\n")
+
+
+def test_the_cfg_has_the_layers_of_yolov2_voc():
+    sections = darknet_cfg(20, ANCHORS, 416).split("\n\n")
+    kinds = [section.split("\n")[0] for section in sections]
+    assert kinds[0] == "[net]" and kinds[26:] == [
+        "[route]", "[convolutional]", "[reorg]", "[route]", "[convolutional]", "[convolutional]", "[region]"
+    ]  # fmt: skip
+    assert kinds.count("[convolutional]") == 23 and kinds.count("[maxpool]") == 5
+    filters = [section.partition("filters=")[2].split("\n")[0] for section in sections if section.startswith("[convolutional]")]
+    assert filters == [str(outputs) for _, outputs, _ in CONVOLUTIONS]
+    assert "anchors=1.3221, 1.73145, 3.19275, 4.00944, 5.05587, 8.09892, 9.47112, 4.84053, 11.2364, 10.0071\n" in sections[-1]
+
+
+def test_a_classifier_is_exported_as_a_darknet_file_or_as_its_backbone(narrow, tmp_path, monkeypatch):
+    classifier = Darknet19(num_classes=3)
+    randomise_batch_norm(classifier)
+    utils.save_checkpoint(tmp_path / "run.pt", model=classifier.state_dict(), images_seen=99)
+    monkeypatch.setattr(darknet_model, "CHECKPOINT", str(tmp_path / "run.pt"))
+    for name, part in (("run.weights", classifier), ("run.conv.23", classifier.features)):
+        monkeypatch.setattr(darknet_model, "OUTPUT", str(tmp_path / name))
+        darknet_model.main()
+        numbers, images_seen = open_darknet_file(tmp_path / name)
+        assert images_seen == 99 and np.array_equal(numbers, numbers_of(part).numpy())
+
+
+# ---------------------------------------------------------------- table of layers
+
+
+def rows_of(table):
+    """The lines of a table of layers, cut at runs of two or more spaces."""
+    return [re.split(r"\s{2,}", line.strip()) for line in table.splitlines()]
+
+
+def test_the_layers_of_darknet19_are_those_of_table_6():
+    heading, *rows, total = rows_of(layer_table(Darknet19(), 224))
+    assert heading == ["layer", "type", "kernel", "output", "parameters", "GFLOP"]
+    assert [row[0] for row in rows] == [str(number) for number in range(1, 25)]
+    # 2 * 3 * 3 * 3 * 32 * 224 * 224 = 86,704,128 operations; 3 * 3 * 3 * 32 kernel numbers and 2 * 32 of batch norm
+    assert rows[0][2:] == ["convolution", "3x3", "32 x 224 x 224", "928", "0.087"]
+    assert rows[1][2:] == ["max-pool", "2x2 / 2", "32 x 112 x 112", "0", "0.000"]
+    assert rows[-1][1:] == ["classifier", "convolution", "1x1", "1000 x 7 x 7", "1,025,000", "0.100"]
+    assert total[-1] == "5.582"  # "5.58 billion operations" in the paper
+
+
+def test_the_operations_of_yolov2_are_those_that_darknet_prints():
+    model = YOLOv2()
+    *rows, total = rows_of(layer_table(model, 416))[1:]
+    assert [row[1] for row in rows if row[2] == "convolution"][18:] == ["head.0", "head.1", "passthrough", "merge", "output"]
+    assert total == ["total", f"{sum(parameter.numel() for parameter in model.parameters()):,}", "29.360"]
+    pools = [np.prod([int(side) for side in row[4].split(" x ")]) for row in rows if row[2] == "max-pool"]
+    assert 29.360 + 4 * sum(pools) / 1e9 == pytest.approx(29.371, abs=6e-4)  # which counts 2 x 2 operations per output of a pool
+    # without the convolution in the passthrough, as in an earlier cfg: the 34.90 of the YOLOv2 page
+    wider = 2 * 9 * (4 * 512 - 4 * 64) * 1024 * 13 * 13 / 1e9  # merge takes 2048 instead of 256 channels of the passthrough
+    assert rows[25][-1] == "0.044" and 29.360 - 0.044 + wider == pytest.approx(34.90, abs=5e-3)
+    assert model.training and not model.output._forward_hooks and next(model.parameters()).device.type == "cpu"
+
+
+# ---------------------------------------------------------------- ONNX
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_onnxruntime_computes_the_same_output_from_an_exported_model(exported):
+    pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    detector, _, folder = exported
+    model, checkpoint = read_detector(folder / "bolts.pt")
+    size = checkpoint["image_size"]
+    torch.onnx.export(fuse(model), torch.zeros(1, 3, size, size), folder / "bolts.onnx", dynamo=False)
+    images = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(1))
+    session = onnxruntime.InferenceSession(folder / "bolts.onnx")
+    (outputs,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    with torch.no_grad():
+        expected = detector(images).numpy()
+    assert outputs.shape == expected.shape == (1, 4, 4, 4, 8)
+    np.testing.assert_allclose(outputs, expected, atol=1e-4)
 
 
 def test_saving_and_loading_is_bit_identical(golden_file, golden_model, tmp_path):

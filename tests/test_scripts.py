@@ -26,9 +26,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import detect
 import detect_txt
+import model as yolov2_model
 import test as test_script
 import train
 import utils
+from darknet_model import Darknet19
 from dataset import VOC_CLASSES, VOCDataset
 from model import ANCHORS, YOLOv2
 
@@ -630,7 +632,7 @@ def test_video_names_may_hold_colons_percent_signs_and_bytes_that_are_not_utf8(s
 
 
 def run_here(script, *words):
-    """Runs a script with command-line arguments in this process, where torch is already imported; discards its standard output."""
+    """Runs a script with command-line arguments in this process, where torch is already imported."""
     status, output, errors = 0, io.StringIO(), io.StringIO()
     with (
         contextlib.redirect_stdout(output),
@@ -644,7 +646,7 @@ def run_here(script, *words):
         except SystemExit as stop:  # Python prints a string to stderr and exits with status 1
             status = 1 if isinstance(stop.code, str) else stop.code
             errors.write(f"{stop.code}\n" if isinstance(stop.code, str) else "")
-    return subprocess.CompletedProcess(words, status, stderr=errors.getvalue())
+    return subprocess.CompletedProcess(words, status, output.getvalue(), errors.getvalue())
 
 
 @pytest.mark.parametrize(
@@ -656,6 +658,14 @@ def run_here(script, *words):
         (("test.py", "CHECKPOINT=/nowhere/yolov2.pt"), "/nowhere/yolov2.pt"),
         (("detect.py", "SOURCE=/nowhere/street.jpg"), "/nowhere/street.jpg"),
         (("dataset.py", "IMAGE_SETS=[('2007','nothing')]"), "nothing.txt"),
+        (("model.py", "OUTPUT=runs/yolov2.weights"), "OUTPUT needs CHECKPOINT"),
+        (("model.py", "CHECKPOINT=/nowhere/yolov2.pt"), "/nowhere/yolov2.pt"),
+        (("model.py", "CHECKPOINT=runs/yolov2.pt", "OUTPUT=runs/yolov2.onnx"), "runs/yolov2.onnx: OUTPUT must end in .weights"),
+        (("model.py", "CHECKPOINT=x.weights", "OUTPUT=./x.weights"), "./x.weights: OUTPUT would replace CHECKPOINT"),
+        (("model.py", "IMAGE_SIZE=100"), "IMAGE_SIZE must be a multiple of 32"),
+        (("model.py", "ANCHORS=[]"), "no global 'ANCHORS'; the known ones are CHECKPOINT, OUTPUT, IMAGE_SIZE"),
+        (("darknet_model.py", "CHECKPOINT=x.pt", "OUTPUT=x.cfg"), "x.cfg: OUTPUT must end in .weights or .conv.23"),
+        (("darknet_model.py", "IMAGE_SIZE=0"), "IMAGE_SIZE must be a multiple of 32"),
     ],
 )
 def test_bad_input_exits_with_a_one_line_error(words, message):
@@ -663,6 +673,40 @@ def test_bad_input_exits_with_a_one_line_error(words, message):
     assert result.returncode == 1
     assert message in result.stderr and "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_model_py_and_darknet_model_py_refuse_checkpoints_of_the_other_network(trained, tmp_path):
+    state = Darknet19(num_classes=3).state_dict()
+    utils.save_checkpoint(tmp_path / "classifier.pt", model=state, classes=["a", "b", "c"], image_size=64)
+    for script, checkpoint, message in (
+        ("model.py", tmp_path / "classifier.pt", "classifier.pt: holds a classifier"),
+        ("darknet_model.py", trained / "yolov2.pt", "yolov2.pt: not a checkpoint of darknet_train"),
+    ):
+        result = run_here(script, f"CHECKPOINT={checkpoint}", f"OUTPUT={tmp_path}/x.weights")
+        assert result.returncode == 1 and message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_model_py_and_darknet_model_py_print_their_layers(trained):
+    result = run_here("model.py", "IMAGE_SIZE=96")
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"28  output +convolution +1x1 +125 x 3 x 3 ", result.stdout)
+    result = run_here("model.py", f"CHECKPOINT={trained / 'yolov2.pt'}")
+    assert re.search(r"28  output +convolution +1x1 +125 x 2 x 2 ", result.stdout)  # trained at 64 px
+    result = run_here("darknet_model.py")
+    assert re.search(r"24  classifier +convolution +1x1 +1000 x 7 x 7 +1,025,000 +0\.100\n +total ", result.stdout)
+
+
+def test_model_py_writes_the_files_of_a_training_run(trained, tmp_path):
+    result = run_here("model.py", f"CHECKPOINT={trained / 'yolov2.pt'}", f"OUTPUT={tmp_path}/new/yolov2.weights")
+    assert result.returncode == 0, result.stderr
+    assert "20 classes, 64 px, 16 images seen" in result.stdout
+    assert (tmp_path / "new" / "yolov2.names").read_text().split() == list(VOC_CLASSES)
+    model, *_ = yolov2_model.load_detector(tmp_path / "new" / "yolov2.weights", VOC_CLASSES, [], torch.device("cpu"), "fp32")
+    expected, *_ = yolov2_model.load_detector(trained / "yolov2.pt", [], [], torch.device("cpu"), "fp32")
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model(images), expected(images))
 
 
 def run(*words):

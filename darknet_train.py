@@ -9,7 +9,6 @@ and MAX_HOURS save after the current step and stop; RESUME=True continues as if 
 """
 
 import functools
-import os
 import sys
 import time
 
@@ -147,7 +146,7 @@ def main():
     batches = batches_from(state["step"])
     data = iter(DataLoader(train_set, batch_sampler=batches, **loading))
     bar = tqdm(total=EPOCHS * steps, initial=state["step"], unit="step", disable=None)
-    stopping, saved = False, time.monotonic()
+    stopping, saved, began, first_step = False, time.monotonic(), time.monotonic(), state["step"]
     while state["epoch"] < EPOCHS:
         end, images_before, start = (state["epoch"] + 1) * steps, state["images_seen"], time.monotonic()
         model.train()
@@ -181,7 +180,7 @@ def main():
             state["sums"] += step_sums
             state["images_seen"] += min(BATCH_SIZE, len(train_set))
             state["step"] += 1
-            bar.update()
+            utils.advance(bar, state["images_seen"] - images_before, start, step_sums[0] / step_sums[2])
 
             stopping = utils.should_stop(stop)
             if stopping:
@@ -210,11 +209,9 @@ def main():
             state["best"] = top1
             utils.save_checkpoint(f"{stem}_best.pt", model=model.state_dict(), **state, **metadata)
         bar.clear()
-        utils.log_epoch(stem, row)
+        utils.log_epoch(stem, row, utils.time_left(began, state["step"] - first_step, EPOCHS * steps - state["step"]))
         save()  # last: a run that dies before this line repeats the epoch's end, and loses neither row nor best network
-    bar.close()
-    if os.path.isfile(train_set.broken_list):
-        print(f"{train_set.broken_list} lists the images that could not be read")
+    utils.finish(bar, train_set.broken_list)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
     python train.py DATA_DIR=/data/VOCdevkit "IMAGE_SETS=[('2007','trainval'),('2012','trainval')]" AUGMENT=True REPEAT=1 ...
 
 The README has complete recipes. Writes, named after CHECKPOINT: `runs/yolov2.pt` after each epoch, `runs/yolov2_best.pt` (best
-mAP), `runs/yolov2_metrics.csv` (one row per epoch) and `runs/yolov2_charts.png` (its columns as curves). Ctrl-C, SIGTERM and
-MAX_HOURS save after the current step and stop; RESUME=True continues as if the run had never been stopped.
+mAP), `runs/yolov2_metrics.csv` (one row per epoch), `runs/yolov2_charts.png` (its columns as curves) and, at each evaluation,
+`runs/yolov2_samples.jpg` (detections on the first images). Ctrl-C, SIGTERM and MAX_HOURS save after the current step and stop;
+RESUME=True continues as if the run had never been stopped.
 """
 
 import functools
@@ -20,7 +21,16 @@ from tqdm import tqdm
 
 import model as yolov2_model
 import utils
-from dataset import VOC_CLASSES, VOCDataset, drop_broken_images, files_of_step, print_doubts, steps_per_epoch, training_batches
+from dataset import (
+    VOC_CLASSES,
+    VOCDataset,
+    drop_broken_images,
+    files_of_step,
+    print_doubts,
+    read_image,
+    steps_per_epoch,
+    training_batches,
+)
 from loss import YoloLoss
 
 # data
@@ -122,11 +132,15 @@ def read_data_sets(anchors, broken_list):
 
 
 def evaluate(model, eval_set, device, dtype, stop):
-    """mAP@0.5 (all points) of the detections with at least EVAL_THRESHOLD; meaningless if the run is asked to stop."""
+    """mAP@0.5 (all points) of the detections with at least EVAL_THRESHOLD; meaningless if the run is asked to stop. Draws the first
+    images with their detections; the validation set comes last, so that its pictures stay."""
     settings = (BATCH_SIZE // SUBDIVISIONS, NUM_WORKERS, EVAL_THRESHOLD)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         found, truths, _ = utils.detect_dataset(model.eval(), eval_set, *settings, should_stop=lambda: utils.should_stop(stop))
     mean = utils.mean_average_precision(utils.average_precision(found, truths, len(eval_set.classes)))
+    if not stop.reason:
+        images = [read_image(file) for file, _ in eval_set.samples[:8]]
+        utils.draw_samples(images, eval_set.classes, found, truths, f"{CHECKPOINT.removesuffix('.pt')}_samples.jpg")
     if mean == 0 and not stop.reason:  # tells a detector that finds nothing from one that is wrong
         print(f"mAP is 0: {len(found)} detections at {EVAL_THRESHOLD} for {len(truths)} ground truths")
     return mean
@@ -181,7 +195,7 @@ def main():
     loading = {"num_workers": NUM_WORKERS, "pin_memory": device.type == "cuda", "worker_init_fn": utils.ignore_signals}
     data = iter(DataLoader(train_set, batch_sampler=batches_from(state["step"]), **loading))
     bar = tqdm(total=EPOCHS * steps, initial=state["step"], unit="step", disable=None)
-    stopping, saved = False, time.monotonic()
+    stopping, saved, began, first_step = False, time.monotonic(), time.monotonic(), state["step"]
     while state["epoch"] < EPOCHS:
         end, images_before, start = (state["epoch"] + 1) * steps, state["images_seen"], time.monotonic()
         model.train()
@@ -217,7 +231,7 @@ def main():
             optimizer.zero_grad(set_to_none=True)
             state["sums"] += step_sums
             state["step"] += 1
-            bar.update()
+            utils.advance(bar, state["images_seen"] - images_before, start, step_sums[-1] / SUBDIVISIONS)
 
             if stopping := utils.should_stop(stop):
                 break
@@ -246,11 +260,9 @@ def main():
             state["best"] = score
             utils.save_checkpoint(f"{stem}_best.pt", model=model.state_dict(), **state, **metadata)
         bar.clear()
-        utils.log_epoch(stem, row)
+        utils.log_epoch(stem, row, utils.time_left(began, state["step"] - first_step, EPOCHS * steps - state["step"]))
         save()  # last: a run that dies before this line repeats the epoch's end, and loses neither row nor best network
-    bar.close()
-    if os.path.isfile(broken_list):
-        print(f"{broken_list} lists the images that could not be read")
+    utils.finish(bar, broken_list)
 
 
 if __name__ == "__main__":

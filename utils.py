@@ -836,6 +836,12 @@ def draw_charts(metrics_file: str | os.PathLike, chart_file: str | os.PathLike) 
                 epochs, values = [int(row["epoch"]) for row in measured], [float(row[name]) for row in measured]
                 axis.plot(epochs, values, marker="." if len(values) < 40 else None, label=name)
         if title == "scores":
+            for name in ("val_map", "val_top1", "train_map"):  # the first one that was measured decides on the best checkpoint
+                measured = [(float(row[name]), int(row["epoch"])) for row in rows if row.get(name) not in (None, "", "nan")]
+                if measured:
+                    value, epoch = max(measured)
+                    axis.plot([epoch], [value], "k*", markersize=10, label=f"best: {value:.3f} in epoch {epoch}")
+                    break
             axis.set_ylim(0, 1.02)
             if axis.lines:
                 axis.legend(loc="lower right", fontsize=8)
@@ -851,15 +857,38 @@ def draw_charts(metrics_file: str | os.PathLike, chart_file: str | os.PathLike) 
     plt.close(figure)
 
 
-def log_epoch(stem: str, row: dict) -> None:
-    """Appends an epoch to `<stem>_metrics.csv`, redraws `<stem>_charts.png` and prints the epoch's values that are not empty."""
+def advance(bar, images: int, start: float, loss: Tensor) -> None:
+    """Moves the progress bar by one step and shows the images per second since `start` (time.monotonic()) and the step's loss."""
+    if not bar.disable:
+        bar.set_postfix_str(f"{images / (time.monotonic() - start):.1f} images/s, loss {float(loss):.3g}", refresh=False)
+        bar.update()
+
+
+def time_left(began: float, done: int, remaining: int) -> str:
+    """How long the remaining steps take at the pace of those done since `began` (time.monotonic()), evaluations included."""
+    minutes = (time.monotonic() - began) / max(done, 1) * remaining / 60
+    if not remaining:
+        return ""
+    return f"{minutes // 60:.0f} h {minutes % 60:02.0f} min left" if minutes >= 60 else f"{minutes:.1f} min left"
+
+
+def finish(bar, broken_list: str) -> None:
+    """Closes the progress bar and names the list of broken images, if there is one."""
+    bar.close()
+    if os.path.isfile(broken_list):
+        print(f"{broken_list} lists the images that could not be read")
+
+
+def log_epoch(stem: str, row: dict, left: str) -> None:
+    """Appends an epoch to `<stem>_metrics.csv`, redraws `<stem>_charts.png` and prints the epoch's values that are not empty, and
+    the time left."""
     try:
         append_metrics(f"{stem}_metrics.csv", row)
         draw_charts(f"{stem}_metrics.csv", f"{stem}_charts.png")
     except Exception as error:  # whatever it is, it must not end a run
         print(f"{stem}_metrics.csv or {stem}_charts.png could not be written: {first_line(error)}")
     shown = [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items() if value != ""]
-    print("  ".join(shown), flush=True)
+    print("  ".join(shown + [left] * bool(left)), flush=True)
 
 
 # ---------------------------------------------------------------- drawing
@@ -914,3 +943,22 @@ def draw_boxes(image: np.ndarray, boxes, labels: list[str], class_indices) -> Im
         luminance = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2]
         draw.text((x + thickness, y + thickness / 2), label, fill="white" if luminance < 130 else "black", font=font)
     return picture
+
+
+def draw_samples(images: list[np.ndarray], classes: list[str], detections, ground_truths, file: str | os.PathLike) -> None:
+    """Draws the first images of a data set (H, W, 3) as a sheet: the six most confident detections of each, (D, 7), in the colours of
+    their classes, and all ground truths (G, 7) as thin white boxes on top; both as in average_precision."""
+    width, height, columns = 400, 300, 4  # pixels of a picture
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height))
+    for index, image in enumerate(images):
+        scale = min(width / image.shape[1], height / image.shape[0])
+        small = Image.fromarray(image).resize((round(scale * image.shape[1]), round(scale * image.shape[0])))
+        found = detections[detections[:, 0] == index]
+        found = found[np.argsort(-found[:, 2])[:6]]
+        labels = [f"{classes[int(label)]} {confidence:.2f}" for label, confidence in found[:, 1:3]]
+        picture = draw_boxes(np.asarray(small), (found[:, 3:] - 1) * scale, labels, found[:, 1])
+        for box in (ground_truths[ground_truths[:, 0] == index, 3:] - 1) * scale:
+            ImageDraw.Draw(picture).rectangle(box.tolist(), outline="white")
+        sheet.paste(picture, (index % columns * width, index // columns * height))
+    with atomic_write(file) as temporary:
+        sheet.save(temporary, "JPEG", quality=90)

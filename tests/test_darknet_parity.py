@@ -180,6 +180,35 @@ def test_exported_files_hold_the_images_seen_the_size_the_anchors_and_the_names(
     assert (folder / "bolts.cfg").read_text() == cfg.replace("=128\nheight=128\n", "=160\nheight=160\n")
 
 
+def test_opencv_finds_the_same_boxes_with_the_weights_of_80_classes(tmp_path):
+    """A file of the size and header of COCO's yolov2.weights, with random numbers, read without CLASSES and ANCHORS."""
+    torch.manual_seed(2)
+    donor = YOLOv2(num_classes=80).eval()
+    randomise_batch_norm(donor)
+    donor.output.weight.data.view(5, 85, -1)[:, 2:4] *= 0.1  # t_w and t_h, so that boxes are not much larger than the image
+    save_darknet_weights(donor, tmp_path / "new.weights")
+    content = (tmp_path / "new.weights").read_bytes()
+    (tmp_path / "yolov2.weights").write_bytes(np.array([0, 1, 0, 32_013_312], "<i4").tobytes() + content[20:])  # header 0.1
+    assert (tmp_path / "yolov2.weights").stat().st_size == 203_934_260
+    detector, classes, anchors, size = load_detector(tmp_path / "yolov2.weights", [], [], torch.device("cpu"), "fp32")
+    assert (classes, size) == (list(COCO_CLASSES), 608)
+
+    (tmp_path / "yolov2.cfg").write_text(darknet_cfg(80, COCO_ANCHORS, 96).replace("thresh=.6", "thresh=.0001"))
+    network = cv2.dnn.readNetFromDarknet(str(tmp_path / "yolov2.cfg"), str(tmp_path / "yolov2.weights"))
+    images = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(1))
+    network.setInput(images.numpy())
+    raw, region = network.forward(["conv_30", "detection_out"])
+    with torch.no_grad():
+        predictions = detector(images)
+    assert raw.shape == (1, 425, 3, 3)
+    np.testing.assert_allclose(raw, channels_first(predictions), atol=0.01 * np.abs(raw).max())  # OpenCV's batch norm has eps 1e-6
+    boxes, objectness, _ = utils.decode_predictions(predictions, anchors)
+    ours = torch.cat([boxes, objectness[..., None]], dim=-1)[0].reshape(5, 9, 5).transpose(0, 1).reshape(45, 5)
+    np.testing.assert_allclose(region[:, :5], ours, atol=5e-3)
+    found = utils.postprocess(predictions, anchors, 0.0001, 0.4)[0]
+    assert len(found) and len(found) == pytest.approx((region[:, 5:] > 0).sum(), rel=0.02)
+
+
 def test_the_cfg_has_the_layers_of_yolov2_voc():
     sections = darknet_cfg(20, ANCHORS, 416).split("\n\n")
     kinds = [section.split("\n")[0] for section in sections]
@@ -580,7 +609,7 @@ def trajectory(golden_file, tmp_path_factory):
         patch.setattr(utils, "should_stop", record)
         patch.setattr(utils, "warm_batch_norm", lambda model, batches_seen: None)
         patch.setattr(utils, "save_checkpoint", lambda file, **state: None)
-        patch.setattr(utils, "log_epoch", lambda stem, row: None)
+        patch.setattr(utils, "log_epoch", lambda stem, row, left: None)
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         train.main()
         for number, handler in handlers.items():

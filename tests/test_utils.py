@@ -1,6 +1,7 @@
 """Settings, schedules, optimiser groups, checkpoints, logs, charts, drawing and detect.py's search for images."""
 
 import csv
+import io
 import math
 import os
 import pickle
@@ -9,8 +10,10 @@ import re
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 from torch import nn
+from tqdm import tqdm
 
 import darknet_model
 import detect
@@ -570,3 +573,41 @@ def test_a_pattern_without_images_is_an_error_that_names_it(folder, name):
     (folder / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=re.escape(f"{folder / name}: no image or video file there")):
         detect.find_sources(str(folder / name))
+
+
+def test_samples_show_the_six_most_confident_detections_and_all_ground_truths(tmp_path):
+    images = [np.zeros((150, 200, 3), np.uint8), np.zeros((300, 100, 3), np.uint8)]  # drawn at twice and once their size
+    detections = np.array([[0, 1, 0.1 + 0.1 * place, 21, 41, 61, 81] for place in range(6)] + [[0, 0, 0.05, 101, 41, 141, 81]])
+    truths = np.array([[0, 1, 0, 11, 31, 71, 91], [1, 0, 1, 21, 21, 81, 81]])
+    utils.draw_samples(images, ["cat", "dog"], detections, truths, tmp_path / "samples.jpg")
+    with Image.open(tmp_path / "samples.jpg") as sheet:
+        assert sheet.size == (1600, 300)
+        pixels = np.asarray(sheet).astype(int)
+    dog, cat = (np.array(utils.class_colour(index)) for index in (1, 0))
+    assert np.abs(pixels[120, 40] - dog).max() < 60  # the left side of the detection, at x = 20, twice as large
+    assert np.abs(pixels[120, 200] - cat).max() > 100  # the seventh detection is left out
+    assert pixels[100, 20].min() > 150 and pixels[50, 420].min() > 150  # the left sides of the ground truths
+
+
+def test_the_time_left_is_extrapolated_from_the_steps_done(monkeypatch):
+    monkeypatch.setattr(utils.time, "monotonic", lambda: 1600.0)
+    assert utils.time_left(1000.0, 10, 5) == "5.0 min left"  # 10 steps in 600 s
+    assert utils.time_left(1000.0, 10, 65) == "1 h 05 min left"
+    assert utils.time_left(1000.0, 10, 0) == ""
+
+
+def test_the_progress_bar_shows_images_per_second_and_the_loss(monkeypatch):
+    monkeypatch.setattr(utils.time, "monotonic", lambda: 20.0)
+    bar = tqdm(total=4, file=(screen := io.StringIO()), mininterval=0)
+    utils.advance(bar, 25, 10.0, torch.tensor(1.25))
+    assert "25%" in (shown := screen.getvalue()) and "2.5 images/s, loss 1.25" in shown
+
+
+def test_the_chart_of_the_scores_names_the_best_epoch(tmp_path, monkeypatch):
+    (tmp_path / "metrics.csv").write_text(
+        "epoch,learning_rate,total,images_per_second,train_map,val_map\n1,.1,5,3,,\n2,.1,4,3,.9,.5\n3,.1,3,3,.8,.7\n4,.1,3,3,1,.6\n"
+    )
+    labels = []
+    monkeypatch.setattr(Axes, "legend", lambda axis, **options: labels.extend(axis.get_legend_handles_labels()[1]))
+    utils.draw_charts(tmp_path / "metrics.csv", tmp_path / "charts.png")
+    assert labels == ["train_map", "val_map", "best: 0.700 in epoch 3"]

@@ -83,7 +83,7 @@ def override_globals(script_globals: dict, words: list[str]) -> None:
             value = text  # CHECKPOINT=7
         fits = default is None or value is None or type(value) is type(default)
         if isinstance(default, (list, tuple)):  # also takes the name of a file that holds the list
-            fits |= isinstance(value, (list, tuple)) or str(value).endswith((".csv", ".txt", ".names"))
+            fits |= isinstance(value, (list, tuple)) or str(value).endswith((".csv", ".txt", ".json", ".names"))
         if not fits:
             sys.exit(f"{script}: {name} must be {type(default).__name__}, like its default {default!r}, not {text!r}")
         script_globals[name] = value

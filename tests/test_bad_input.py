@@ -324,7 +324,11 @@ def test_detections_are_written_for_images_without_annotations(tmp_path, monkeyp
     monkeypatch.setattr(test_script, "OUTPUT", str(tmp_path / "test"))
     detect_txt.main()
     assert "no ground truth is written" in capsys.readouterr().out
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["comp4_det_test_bolt.txt", "detections"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "coco_results.json",
+        "comp4_det_test_bolt.txt",
+        "detections",
+    ]
     with pytest.raises(FileNotFoundError, match=r"a\.xml: no such label file"):
         test_script.main()
 

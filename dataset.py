@@ -1,4 +1,4 @@
-"""Data sets: Pascal VOC in the devkit's layout or as lists of files, ImageNet folders; augmentation, targets and k-means anchors.
+"""Data sets: Pascal VOC in the devkit's layout, lists of files, COCO JSON, ImageNet; augmentation, targets and k-means anchors.
 
 `python dataset.py DATA_DIR=... IMAGE_SETS=...` checks a data set before a long run. It prints the objects per class, every unusable
 file with the reason, and how well the anchors fit, and draws augmented samples with their boxes to `runs/label_sheet.png`.
@@ -8,8 +8,10 @@ Letters: M boxes of an image, A anchors (5), S_h x S_w grid cells (13 x 13 at 41
 
 import contextlib
 import csv
+import functools
 import io
 import itertools
+import json
 import math
 import os
 import random
@@ -61,8 +63,8 @@ COCO_CLASSES = (  # coco.names
 )  # fmt: skip
 
 # data
-DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv lists
-IMAGE_SETS = [("2007", "train")]  # (year, list) pairs, or names of .csv files with lines image,label
+DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv lists or COCO .json files
+IMAGE_SETS = [("2007", "train")]  # (year, list) pairs, or files in DATA_DIR: .csv with lines image,label, or COCO .json
 CLASSES = VOC_CLASSES  # any names, or a Darknet .names file
 TOLERATE = []  # "other classes": skip objects that CLASSES does not name; "missing labels": such images have no objects
 # model
@@ -150,11 +152,12 @@ def read_classes(classes) -> list[str]:
 def list_samples(root: str | os.PathLike, image_sets) -> list[tuple[str, str]]:
     """Pairs (image file, label file) of a data set, in list order.
 
-    image_sets: (year, list) pairs of the VOC devkit, or names of list files in root: `.csv` with lines `image,label`, or Darknet's
-    `.txt` with one image per line (images/x.jpg has labels/x.txt). If it is empty, root is itself a csv file. Raises
-    FileNotFoundError or ValueError, naming what is missing.
+    image_sets: (year, list) pairs of the VOC devkit, or names of list files in root: `.csv` with lines `image,label`, Darknet's
+    `.txt` with one image per line (images/x.jpg has labels/x.txt), or COCO's `.json`, whose label files are called
+    `x.json#<image id>`. If it is empty, root is itself a csv or JSON file. Raises FileNotFoundError or ValueError, naming what is
+    missing.
     """
-    if os.fspath(root).endswith(".csv"):
+    if os.fspath(root).endswith((".csv", ".json")):
         if image_sets:
             raise ValueError(f"{root}: DATA_DIR must be the folder of the lists that IMAGE_SETS names ({image_sets})")
         root, image_sets = os.path.dirname(root), [os.path.basename(root)]
@@ -166,10 +169,13 @@ def list_samples(root: str | os.PathLike, image_sets) -> list[tuple[str, str]]:
             samples += read_csv_list(os.path.join(root, image_set))
         elif isinstance(image_set, str) and image_set.lower().endswith(".txt"):
             samples += read_darknet_list(os.path.join(root, image_set))
+        elif isinstance(image_set, str) and image_set.lower().endswith(".json"):
+            samples += read_coco_list(os.fspath(root), os.path.join(root, image_set))
         elif isinstance(image_set, (tuple, list)) and len(image_set) == 2:
             samples += read_voc_list(Path(root), *image_set)
         else:
-            raise ValueError(f"IMAGE_SETS holds {image_set!r}; it takes [('2007', 'trainval')], ['train.csv'] or ['train.txt']")
+            forms = "[('2007', 'trainval')], ['train.csv'], ['train.txt'] or ['train.json']"
+            raise ValueError(f"IMAGE_SETS holds {image_set!r}; it takes {forms}")
     if not samples:
         raise ValueError(f"{root}: the lists {image_sets} name no image")
     return samples
@@ -229,6 +235,23 @@ def read_darknet_list(file: str) -> list[tuple[str, str]]:
     return samples
 
 
+def read_coco_list(root: str, file: str) -> list[tuple[str, str]]:
+    """The images of a COCO JSON file -> pairs (image file, `<file>#<image id>`); sizes that the file lacks come from the images."""
+    name = Path(file).stem.rpartition("_")[2]  # in COCO's own layout, the images of instances_val2017.json are in val2017/
+    folders = [os.path.join(base, part) for base in (os.path.dirname(file), root) for part in ("", "images", name, f"../{name}")]
+    folders = list(dict.fromkeys(map(os.path.normpath, folders)))
+    samples = []
+    for image_id, image in read_coco(file)[0].items():
+        paths = (join_path(folder, image["file_name"]) for folder in folders)
+        path = next(filter(os.path.isfile, paths), None)
+        if path is None:
+            places = ", ".join(folders)
+            raise FileNotFoundError(f"{file}: its image {image['file_name']!r} is in none of the folders {places}; set DATA_DIR")
+        image["size"] = image["size"] or image_size(path)
+        samples.append((path, f"{file}#{image_id}"))
+    return samples
+
+
 def join_path(folder: str, name: str) -> str:
     """The path of a file that a list in `folder` names; a list made on Windows may separate folders by backslashes."""
     path = os.path.join(folder, name)
@@ -237,12 +260,12 @@ def join_path(folder: str, name: str) -> str:
 
 def read_labels(label_file: str, classes, tolerate=()) -> tuple[np.ndarray, tuple[int, int]]:
     """-> (G, 6) float64: class, difficult, x1, y1, x2, y2; and width and height that the file declares for the image, or (0, 0).
-    The boxes of a VOC `.xml` are in devkit pixels, those of a YOLO `.txt` in fractions of the image.
+    The boxes of a VOC `.xml` are in devkit pixels, those of a YOLO `.txt` or COCO `.json#<image id>` in fractions of the image.
 
     tolerate: "other classes" skips objects of classes that are not in `classes`; "missing labels" reads a missing file as one
     without objects. Raises FileNotFoundError or ValueError, naming the file.
     """
-    read = read_voc_xml if is_voc_xml(label_file) else read_yolo_txt
+    read = read_voc_xml if is_voc_xml(label_file) else read_coco_labels if is_coco(label_file) else read_yolo_txt
     try:
         labels, size = read(label_file, classes, tolerate)
     except FileNotFoundError:
@@ -257,9 +280,26 @@ def is_voc_xml(label_file: str) -> bool:
     return label_file.lower().endswith(".xml")
 
 
+def is_coco(label_file: str) -> bool:
+    return ".json#" in label_file.lower()
+
+
+def has_labels(label_file: str) -> bool:
+    """Whether a label file exists, or a COCO JSON file holds annotations (that of a test server has none)."""
+    return find_coco_image(label_file)[1]["annotations"] is not None if is_coco(label_file) else os.path.exists(label_file)
+
+
 def boxes_in_fractions(boxes: np.ndarray, label_file: str, width: int, height: int) -> np.ndarray:
     """Boxes (M, 4) xyxy in the unit of their label file -> in fractions of the image."""
     return (boxes - 1) / [width, height, width, height] if is_voc_xml(label_file) else boxes
+
+
+def is_known_class(name: str, classes, tolerate, source: str) -> bool:
+    """Whether the class is in `classes`; raises ValueError, naming the source, if others are not tolerated."""
+    if name not in classes and "other classes" not in tolerate:
+        advice = f"correct it, add it to CLASSES ({', '.join(classes)}), or set TOLERATE=['other classes']"
+        raise ValueError(f"{source}: unknown class {name!r}; {advice}")
+    return name in classes
 
 
 # what tools write for `difficult`
@@ -280,11 +320,8 @@ def read_voc_xml(file: str, classes, tolerate=()) -> tuple[list[list[float]], tu
     labels = []
     for item in root.iter("object"):
         name = (item.findtext("name") or "").strip()
-        if name not in classes:
-            if "other classes" in tolerate:
-                continue
-            advice = f"correct it, add it to CLASSES ({', '.join(classes)}), or set TOLERATE=['other classes']"
-            raise ValueError(f"{file}: unknown class {name!r}; {advice}")
+        if not is_known_class(name, classes, tolerate, file):
+            continue
         boxes = item.findall("bndbox")
         if len(boxes) > 1:
             raise ValueError(f"{file}: an object of class {name} has {len(boxes)} bndbox; give each box an object of its own")
@@ -334,6 +371,90 @@ def read_yolo_txt(file: str, classes, tolerate=()) -> tuple[list[list[float]], t
         x, y, w, h = np.clip((x, y, w, h), 0, 1)
         labels.append([label, 0, x - w / 2, y - h / 2, x + w / 2, y + h / 2])
     return labels, (0, 0)
+
+
+def read_coco(file: str) -> tuple[dict[str, dict], dict[str, dict]]:
+    """-> the images of a COCO JSON file by id, with their size (None if the file has none) and annotations (None if the file has no
+    such list), and the categories by id. Ids are text here. Parses a file once, and again when it changes."""
+    return parse_coco(file, os.stat(file).st_mtime_ns if os.path.isfile(file) else 0)
+
+
+@functools.lru_cache(maxsize=8)
+def parse_coco(file: str, modified: int) -> tuple[dict[str, dict], dict[str, dict]]:
+    """See read_coco. Only the structure is checked here; read_coco_labels checks the boxes, so that one bad box hides no other."""
+    text, images, empty, where = read_text(file, "no such list of images"), {}, [], "the file"
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not readable as JSON ({utils.first_line(error)})") from None
+    try:
+        categories = {str(row["id"]): {"id": row["id"], "name": row["name"]} for row in content["categories"]}
+        for place, row in enumerate(content["images"]):
+            where = f"entry {place} of images"
+            if str(row["id"]) in images:
+                raise ValueError(f"{file}: two images have the id {row['id']!r}; give each image its own")
+            image = images[str(row["id"])] = {"id": row["id"], "file_name": str(row["file_name"]), "size": None}
+            image["annotations"] = [] if "annotations" in content else None
+            if all(type(row.get(side)) is int and 0 < row[side] < 1e6 for side in ("width", "height")):
+                image["size"] = (row["width"], row["height"])
+        for place, row in enumerate(content.get("annotations", [])):
+            where = f"entry {place} of annotations"  # if it has no id
+            where = f"annotation {row['id']!r}"
+            for key, table in (("image_id", images), ("category_id", categories)):
+                if str(row[key]) not in table:
+                    raise ValueError(f"{file}: {where} has the {key} {row[key]!r}, which the file does not define")
+            box = row["bbox"]
+            if isinstance(box, list) and len(box) == 4 and (box[2] == 0 or box[3] == 0):
+                empty.append(where)
+                continue
+            kept = {"where": where, "category": categories[str(row["category_id"])]["name"], "bbox": box}
+            images[str(row["image_id"])]["annotations"].append(kept | {"iscrowd": row.get("iscrowd") or 0})
+    except (KeyError, TypeError, AttributeError) as error:
+        reason = f"has no {error}" if isinstance(error, KeyError) else f"is malformed ({utils.first_line(error)})"
+        raise ValueError(f"{file}: {where} {reason}; export the labels as COCO JSON") from None
+    if empty:  # two in COCO's instances_train2017.json
+        print(f"{file}: {len(empty)} annotations whose width or height is 0 are left out, {empty[0]} first")
+    return images, categories
+
+
+def find_coco_image(label_file: str) -> tuple[str, dict, dict[str, dict]]:
+    """For a label file `x.json#<image id>`: the JSON file, its entry of the image, and its categories by id."""
+    file, image_id = re.split(r"(?<=\.json)#", label_file, maxsplit=1, flags=re.IGNORECASE)
+    images, categories = read_coco(file)
+    return file, images[image_id], categories
+
+
+# COCO's names of six classes -> those of Darknet's coco.names
+DARKNET_NAMES = {"motorcycle": "motorbike", "airplane": "aeroplane", "couch": "sofa", "potted plant": "pottedplant"}
+DARKNET_NAMES |= {"dining table": "diningtable", "tv": "tvmonitor"}
+
+
+def coco_name(category: str, classes) -> str:
+    """The name among `classes` of a COCO category: its own, or Darknet's if only that is there."""
+    other = DARKNET_NAMES.get(category)
+    return other if category not in classes and other in classes else category
+
+
+def read_coco_labels(label_file: str, classes, tolerate=()) -> tuple[list[list[float]], tuple[int, int]]:
+    """The objects of an image of a COCO JSON file, and the image size. Crowds count as difficult."""
+    file, image, _ = find_coco_image(label_file)
+    if image["annotations"] is None and "missing labels" not in tolerate:
+        raise ValueError(f"{file}: has no list 'annotations'; set TOLERATE=['missing labels'] if its images have no objects")
+    (width, height), labels = image["size"], []
+    for annotation in image["annotations"] or []:
+        name, box, source = coco_name(annotation["category"], classes), annotation["bbox"], f"{file}: {annotation['where']}"
+        if not is_known_class(name, classes, tolerate, source):
+            continue
+        try:
+            x, y, w, h = map(float, box)
+            crowd = DIFFICULT[str(annotation["iscrowd"]).lower()]
+        except (TypeError, ValueError, OverflowError, KeyError):
+            found = f"{str(box)[:80]!r} and {annotation['iscrowd']!r}"
+            raise ValueError(f"{source} needs a bbox of four numbers x, y, w, h and iscrowd 0 or 1, found {found}") from None
+        if not all(map(math.isfinite, (x, y, w, h))) or w <= 0 or h <= 0:
+            raise ValueError(f"{source} has the bbox {box} of no extent (w or h is not above 0); remove it")
+        labels.append([classes.index(name), crowd, x / width, y / height, (x + w) / width, (y + h) / height])
+    return labels, image["size"]
 
 
 # ---------------------------------------------------------------- augmentation

@@ -7,19 +7,22 @@ Writes under `runs/detect_txt/`, in pixels of the original image, where the firs
   detections/<image id>.txt        one line `class confidence left top right bottom` per detection, whole pixels; may be empty
   groundtruths/<image id>.txt      one line `class left top right bottom` per object (both folders as for Padilla et al.'s toolkit)
   comp4_det_test_<class>.txt       lines `id confidence left top right bottom`, the submission files of the VOC devkit
+and, in pixels that count from 0, for COCO.loadRes of pycocotools:
+  coco_results.json                a list of {"image_id": .., "category_id": .., "bbox": [x, y, w, h], "score": ..}
 """
 
+import json
 import os
 import sys
 from pathlib import Path
 
 import utils
-from dataset import VOCDataset, list_samples
+from dataset import VOCDataset, coco_name, find_coco_image, has_labels, image_size, is_coco, list_samples
 from model import load_detector
 
 # data
 DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv lists
-IMAGE_SETS = [("2007", "tiny")]  # the sample's training images; VOC: [("2007", "test")]
+IMAGE_SETS = [("2007", "tiny")]  # the sample's training images; VOC: [("2007", "test")]; COCO: ["val.json"]
 TOLERATE = []  # "other classes": skip objects of classes that the model lacks; "missing labels": such images have no objects
 NUM_WORKERS = 2  # processes that load images
 BATCH_SIZE = 8  # images per forward pass
@@ -47,19 +50,57 @@ def check_settings():
     utils.check_writable(os.path.join(OUTPUT_DIR, "any"))
 
 
+def coco_frames(samples, classes):
+    """-> for COCO results, per image: its id, the category id of each class, (width, height) of the image and of its labels.
+
+    Ids and size of the labels are those of the COCO JSON file (category None if it lacks the class); for other labels, they are the
+    file name without suffix, class index + 1, and the size of the image. Raises ValueError if an id occurs twice.
+    """
+    frames = {}
+    for image_file, label_file in samples:
+        image_id, category_ids = Path(image_file).stem, list(range(1, len(classes) + 1))
+        size = label_size = image_size(image_file)
+        if is_coco(label_file):
+            _, image, categories = find_coco_image(label_file)
+            image_id, label_size = image["id"], image["size"]
+            ids = {coco_name(category["name"], classes): category["id"] for category in categories.values()}
+            category_ids = [ids.get(name) for name in classes]
+        if image_id in frames:
+            raise ValueError(f"IMAGE_SETS={IMAGE_SETS}: two of their images have the id {image_id!r}; run each set on its own")
+        frames[image_id] = (image_id, category_ids, size, label_size)
+    return list(frames.values())
+
+
+def coco_results(frames, detections):
+    """The detections (D, 7) as COCO results, in pixels that count from 0; frames: see coco_frames."""
+    results = []
+    for index, label, confidence, x1, y1, x2, y2 in detections.tolist():
+        image_id, category_ids, (width, height), (label_width, label_height) = frames[int(index)]
+        if category_ids[int(label)] is None:
+            continue
+        # devkit pixels are clipped to the last one, `width`: such a box ends at the border of the image
+        right, bottom = width if x2 >= width else x2 - 1, height if y2 >= height else y2 - 1
+        scale_x, scale_y = label_width / width, label_height / height
+        bbox = [(x1 - 1) * scale_x, (y1 - 1) * scale_y, (right - x1 + 1) * scale_x, (bottom - y1 + 1) * scale_y]
+        row = {"image_id": image_id, "category_id": category_ids[int(label)], "bbox": [round(value, 3) for value in bbox]}
+        results.append(row | {"score": round(confidence, 6)})
+    return results
+
+
 def main():
     check_settings()
     utils.keep_freed_memory()
     device = utils.pick_device(DEVICE)
     model, classes, anchors, own_size = load_detector(CHECKPOINT, CLASSES, ANCHORS, device, PRECISION, COMPILE)
     # the test set of VOC 2012 has no annotations; if no image has any, only the detections are written
-    labelled = any(os.path.exists(label) for _, label in list_samples(DATA_DIR, IMAGE_SETS))
+    labelled = any(has_labels(label) for _, label in list_samples(DATA_DIR, IMAGE_SETS))
     tolerate = TOLERATE if labelled else ["missing labels"]
     dataset = VOCDataset(DATA_DIR, IMAGE_SETS, anchors, IMAGE_SIZE or own_size, classes, tolerate=tolerate)
     ids = [Path(file).stem for file, _ in dataset.samples]
     if len(set(ids)) < len(ids):
         twice = next(name for name in ids if ids.count(name) > 1)
         raise ValueError(f"{twice}: two images of {DATA_DIR} have this name and would share their files; rename one")
+    frames = coco_frames(dataset.samples, classes)
     names = [name.replace(" ", "_") for name in classes]  # toolkits split lines at blanks
 
     detections, truths, _ = utils.detect_dataset(model, dataset, BATCH_SIZE, NUM_WORKERS, CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD)
@@ -81,6 +122,7 @@ def main():
     else:
         print("none of the images has a label file: no ground truth is written")
     files |= {f"comp4_det_test_{name}.txt": lines for name, lines in zip(names, class_lines, strict=True)}
+    files["coco_results.json"] = [json.dumps(coco_results(frames, detections))]
     for folder, ending in (("detections", "*.txt"), ("groundtruths", "*.txt"), (".", "comp4_det_test_*.txt")):
         for other in sorted(Path(OUTPUT_DIR, folder).glob(ending)):
             if other.relative_to(OUTPUT_DIR).as_posix() not in files:  # a toolkit would read it as part of this run

@@ -25,7 +25,7 @@ from model import load_detector
 
 # data
 DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv lists
-IMAGE_SETS = [("2007", "tiny")]  # the sample's training images; VOC: [("2007", "test")]
+IMAGE_SETS = [("2007", "tiny")]  # the sample's training images; VOC: [("2007", "test")]; COCO: ["val.json"]
 TOLERATE = []  # "other classes": skip objects of classes that the model lacks; "missing labels": such images have no objects
 NUM_WORKERS = 2  # processes that load images
 BATCH_SIZE = 8  # images per forward pass

@@ -35,7 +35,7 @@ from loss import YoloLoss
 
 # data
 DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv lists
-IMAGE_SETS = [("2007", "tiny")]  # VOC 07+12: [("2007", "trainval"), ("2012", "trainval")]; or csv lists: ["train.csv"]
+IMAGE_SETS = [("2007", "tiny")]  # VOC 07+12: [("2007", "trainval"), ("2012", "trainval")]; or ["train.csv"], or COCO ["train.json"]
 VAL_IMAGE_SETS = []  # none: the sample is too small to be split; VOC: [("2007", "test")]
 CLASSES = VOC_CLASSES  # any names, or a Darknet .names file; saved in the checkpoint
 TOLERATE = []  # "other classes": skip objects that CLASSES does not name; "missing labels": such images have no objects

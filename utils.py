@@ -83,7 +83,7 @@ def override_globals(script_globals: dict, words: list[str]) -> None:
             value = text  # CHECKPOINT=7
         fits = type(value) is type(default) or (default is None and type(value) is int)
         if isinstance(default, (list, tuple)):  # also takes the name of a file that holds the list
-            fits |= isinstance(value, (list, tuple)) or str(value).endswith((".csv", ".txt", ".names"))
+            fits |= isinstance(value, (list, tuple)) or str(value).endswith((".csv", ".txt", ".json", ".names"))
         if not fits:
             kind = "an int or None" if default is None else f"{type(default).__name__}, like its default {default!r}"
             sys.exit(f"{script}: {name} must be {kind}, not {text[:80]!r}")
@@ -946,8 +946,8 @@ def draw_boxes(image: np.ndarray, boxes, labels: list[str], class_indices) -> Im
 
 
 def draw_samples(images: list[np.ndarray], classes: list[str], detections, ground_truths, file: str | os.PathLike) -> None:
-    """Draws the first images of a data set (H, W, 3) as a sheet: the six most confident detections of each, (D, 7), in the colours of
-    their classes, and all ground truths (G, 7) as thin white boxes on top; both as in average_precision."""
+    """Draws the first images of a data set (H, W, 3) as a sheet: the six most confident detections of each, (D, 7), in the colours
+    of their classes, and all ground truths (G, 7) as thin white boxes on top; both as in average_precision."""
     width, height, columns = 400, 300, 4  # pixels of a picture
     sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height))
     for index, image in enumerate(images):

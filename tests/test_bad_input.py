@@ -337,7 +337,11 @@ def test_detections_are_written_for_images_without_annotations(tmp_path, monkeyp
     monkeypatch.setattr(test_script, "OUTPUT", str(tmp_path / "test"))
     detect_txt.main()
     assert "no ground truth is written" in capsys.readouterr().out
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["comp4_det_test_bolt.txt", "detections"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "coco_results.json",
+        "comp4_det_test_bolt.txt",
+        "detections",
+    ]
     with pytest.raises(FileNotFoundError, match=r"a\.xml: no such label file"):
         test_script.main()
 
@@ -411,7 +415,8 @@ def test_checkpoints_with_dots_in_their_names_write_separate_files(tmp_path, mon
     for name in ("lr0.001", "lr0.01", "v1.pth.tar"):
         set_training(monkeypatch, tmp_path, CHECKPOINT=str(tmp_path / "runs" / name))
         train.main()
-    expected = {f"{name}{ending}" for name in ("lr0.001", "lr0.01", "v1.pth.tar") for ending in ("", "_best.pt", "_metrics.csv")}
+    endings = ("", "_best.pt", "_metrics.csv", "_samples.jpg")
+    expected = {f"{name}{ending}" for name in ("lr0.001", "lr0.01", "v1.pth.tar") for ending in endings}
     assert {file.name for file in (tmp_path / "runs").iterdir()} == expected
     loaded, *_ = model.load_detector(
         tmp_path / "runs/v1.pth.tar", ["bolt"], [], torch.device("cpu"), "fp32"

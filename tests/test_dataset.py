@@ -3,7 +3,9 @@
 import colorsys
 import io
 import itertools
+import json
 import math
+import os
 import re
 import shutil
 import xml.etree.ElementTree as ElementTree
@@ -252,6 +254,145 @@ def test_csv_lists_with_xml_or_yolo_labels_give_the_same_samples_as_the_devkit(t
             torch.testing.assert_close(rows, expected, atol=1e-9, rtol=0)
             for value, original in zip(data[index], devkit[index], strict=True):
                 torch.testing.assert_close(value, original)
+
+
+def coco(images, annotations, names=("dog", "cat")) -> dict:
+    """COCO's format from rows (image id, file name) and (image id, category id, bbox); the category ids are 11, 21, 31 ..."""
+    return {
+        "images": [{"id": image_id, "file_name": name, "width": 100, "height": 80} for image_id, name in images],
+        "categories": [{"id": 10 * place + 11, "name": name} for place, name in enumerate(names)],
+        "annotations": [
+            {"id": 500 + place, "image_id": image_id, "category_id": category, "bbox": box, "iscrowd": 0}
+            for place, (image_id, category, box) in enumerate(annotations)
+        ],
+    }
+
+
+def write_coco(root: Path, content: dict | str, name="train.json", images=("a.jpg", "b.jpg")) -> Path:
+    """Writes a COCO JSON file and its images, 100 x 80 pixels, beside it."""
+    for place, image in enumerate(images):
+        (root / image).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (100, 80), (40 * place, 90, 160)).save(root / image)
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return root / name
+
+
+def open_coco(root: Path, content: dict | str, **options) -> VOCDataset:
+    write_coco(root, content)
+    return VOCDataset(root, ["train.json"], ANCHORS, **{"image_size": 64, **options})
+
+
+def test_the_same_boxes_as_voc_xml_yolo_txt_and_coco_json_give_the_same_targets_and_ground_truth(tmp_path):
+    """x = 10, w = 20 of COCO are .1 to .3 of 100 pixels, and devkit pixels 11 to 31: an edge is 1 + its distance from the border
+    (Darknet's voc_label.py and detector.c). The box at the right and lower border ends at 101, 81."""
+    boxes = {"a": [("dog", (10, 20, 20, 40)), ("cat", (50.5, 8, 12.25, 16))], "b": [], "c": [("cat", (60, 40, 40, 40))]}
+    devkit, images, annotations, yolo = {}, [], [], []
+    for number, (name, rows) in enumerate(boxes.items()):
+        devkit[name] = [(label, 0, (x + 1, y + 1, x + w + 1, y + h + 1)) for label, (x, y, w, h) in rows]
+        images.append((number + 7, f"{name}.jpg"))
+        annotations += [(number + 7, {"dog": 11, "cat": 21}[label], box) for label, box in rows]
+        lines = [(VOC_CLASSES.index(label), (x + w / 2) / 100, (y + h / 2) / 80, w / 100, h / 80) for label, (x, y, w, h) in rows]
+        (tmp_path / f"{name}.txt").write_text("".join(" ".join(map(repr, line)) + "\n" for line in lines))
+        yolo.append(f"VOC2007/JPEGImages/{name}.jpg,{name}.txt\n")
+    folder = make_devkit(tmp_path, devkit)
+    (tmp_path / "yolo.csv").write_text("".join(yolo))
+    write_coco(folder / "JPEGImages", coco(images, annotations), images=())
+
+    from_xml = open_devkit(tmp_path)
+    from_txt = VOCDataset(tmp_path, ["yolo.csv"], ANCHORS, image_size=64)
+    from_json = VOCDataset(folder / "JPEGImages", ["train.json"], ANCHORS, image_size=64)
+    np.testing.assert_allclose(from_json.labels[0][0], [DOG, 0, 0.1, 0.25, 0.3, 0.75], atol=1e-12)
+    np.testing.assert_allclose(from_json.ground_truth(0)[0][0].numpy(), [DOG, 0, 11, 21, 31, 61], atol=1e-9)
+    np.testing.assert_allclose(from_json.ground_truth(2)[0].numpy(), [[CAT, 0, 61, 41, 101, 81]], atol=1e-9)
+    assert not len(from_json.labels[1])
+    for index in range(3):
+        for data in (from_xml, from_txt):
+            torch.testing.assert_close(data.ground_truth(index)[0], from_json.ground_truth(index)[0], atol=1e-9, rtol=0)
+            assert data.ground_truth(index)[1] == from_json.ground_truth(index)[1]
+            for value, other in zip(data[index], from_json[index], strict=True):
+                torch.testing.assert_close(value, other)
+        assert int(from_json[index][1][..., 0].sum()) == len(boxes["abc"[index]])
+
+
+def test_coco_categories_are_matched_by_name_and_labels_by_image_id(tmp_path):
+    content = coco([(9, "b.jpg"), (4, "a.jpg")], [(4, 21, [0, 0, 50, 40]), (9, 11, [0, 0, 10, 8]), (4, 11, [50, 40, 50, 40])])
+    data = open_coco(tmp_path, content, classes=["cat", "dog"])
+    assert [Path(image).name for image, _ in data.samples] == ["b.jpg", "a.jpg"]
+    assert data.labels[0].tolist() == [[1, 0, 0, 0, 0.1, 0.1]]
+    assert data.labels[1].tolist() == [[0, 0, 0, 0, 0.5, 0.5], [1, 0, 0.5, 0.5, 1, 1]]
+    assert torch.equal(VOCDataset(tmp_path / "train.json", [], ANCHORS, 64, ["cat", "dog"])[1][1], data[1][1])  # as DATA_DIR
+
+
+def test_coco_boxes_without_width_or_height_are_left_out_and_counted(tmp_path, capsys):
+    """As two boxes of COCO's own instances_train2017.json."""
+    content = coco([(1, "a.jpg")], [(1, 11, [0, 0, 10, 8]), (1, 11, [5, 5, 0, 8]), (1, 21, [5, 5, 9, 0.0])])
+    assert len(open_coco(tmp_path, content).labels[0]) == 1
+    message = "2 annotations whose width or height is 0 are left out, annotation 501 first"
+    assert capsys.readouterr().out.count(message) == 1
+
+
+def test_cocos_own_class_names_fit_darknets(tmp_path):
+    content = coco([(1, "a.jpg")], [(1, 11, [0, 0, 10, 8]), (1, 21, [50, 40, 20, 20])], names=("airplane", "tv"))
+    assert open_coco(tmp_path, content, classes=["tvmonitor", "aeroplane"]).labels[0][:, 0].tolist() == [1, 0]
+    assert open_coco(tmp_path, content, classes=["tv", "tvmonitor", "airplane"]).labels[0][:, 0].tolist() == [2, 0]
+
+
+def test_crowds_are_difficult_and_images_without_annotations_are_background(tmp_path):
+    content = coco([(1, "a.jpg"), (2, "b.jpg")], [(1, 11, [0, 0, 10, 8]), (1, 21, [50, 40, 20, 20])])
+    content["annotations"][1]["iscrowd"] = 1
+    data = open_coco(tmp_path, content)
+    assert data.ground_truth(0)[0][:, :2].tolist() == [[DOG, 0], [CAT, 1]]
+    assert data[0][1][..., 0].sum() == 1 and not data[1][1].any() and data.ground_truth(1)[0].shape == (0, 6)
+
+
+def test_other_categories_of_coco_are_an_error_or_skipped(tmp_path):
+    content = coco([(1, "a.jpg")], [(1, 11, [0, 0, 10, 8]), (1, 21, [50, 40, 20, 20])], names=("dog", "unicorn"))
+    with pytest.raises(ValueError, match=r"train\.json: annotation 501: unknown class 'unicorn'; .*TOLERATE=\['other classes'\]"):
+        open_coco(tmp_path, content)
+    assert open_coco(tmp_path, content, tolerate=["other classes"]).labels[0][:, 0].tolist() == [DOG]
+
+
+@pytest.mark.parametrize("declared", [(100, 80), (50, 40), (None, None), (0, 0)])
+def test_coco_boxes_are_fractions_of_the_declared_size_or_else_of_the_image(tmp_path, capsys, declared):
+    content = coco([(1, "a.jpg")], [(1, 11, [10, 8, 20, 16])])
+    content["images"][0] |= dict(zip(("width", "height"), declared, strict=True))
+    data = open_coco(tmp_path, content)
+    scale = 2 if declared == (50, 40) else 1
+    np.testing.assert_allclose(data.labels[0][:, 2:] / scale, [[0.1, 0.1, 0.3, 0.3]], atol=1e-12)
+    dataset.print_doubts(data)
+    doubt = "train.json#1: made for an image of 50 x 40, but it is 100 x 80"
+    assert (doubt in capsys.readouterr().out) == (declared == (50, 40))
+
+
+@pytest.mark.parametrize(
+    ("image", "json_file", "file_name"),
+    [
+        ("a.jpg", "train.json", "a.jpg"),
+        ("images/a.jpg", "train.json", "a.jpg"),
+        ("a.jpg", "labels/train.json", "a.jpg"),
+        ("images/a.jpg", "labels/train.json", "a.jpg"),
+        ("images/a.jpg", "labels/train.json", "images\\a.jpg"),
+        ("val2017/a.jpg", "annotations/instances_val2017.json", "a.jpg"),
+        ("val2017/a.jpg", "annotations/instances_val2017.json", "../val2017/a.jpg"),
+    ],
+)
+def test_images_of_a_coco_file_are_found(tmp_path, image, json_file, file_name):
+    write_coco(tmp_path, coco([(1, file_name)], []), json_file, [image])
+    for image_sets in ([json_file], json_file):
+        assert Path(dataset.list_samples(tmp_path, image_sets)[0][0]).samefile(tmp_path / image)
+
+
+def test_a_coco_file_is_parsed_once_and_again_after_a_change(tmp_path, monkeypatch):
+    parsed, loads = [], json.loads
+    monkeypatch.setattr(json, "loads", lambda text: parsed.append(1) or loads(text))
+    images = [(number, "a.jpg") for number in range(50)]
+    data = open_coco(tmp_path, coco(images, [(3, 11, [0, 0, 10, 8])]))
+    again = VOCDataset(tmp_path, ["train.json"], ANCHORS)
+    assert len(data) == len(again) == 50 and len(again.labels[3]) == 1 and len(parsed) == 1
+    changed = write_coco(tmp_path, coco(images[:20], []))
+    os.utime(changed, ns=(1, 1))  # the clock of a file system may be coarse
+    assert len(VOCDataset(tmp_path, ["train.json"], ANCHORS)) == 20 and len(parsed) == 2
 
 
 def test_yolo_labels_stay_exact_fractions_whatever_the_size_of_the_image(tmp_path):
@@ -746,6 +887,65 @@ def test_a_bad_yolo_label_is_named_with_its_line(tmp_path, line, reason):
     (tmp_path / "list.csv").write_text("a.png,a.txt\n")
     with pytest.raises(ValueError, match=rf"a\.txt, line 2: .*{re.escape(reason)}"):
         VOCDataset(tmp_path, ["list.csv"], ANCHORS)
+
+
+def damage(table=None, **values):
+    """A COCO file with one good and one changed row; the value None removes a key."""
+    content = coco([(1, "a.jpg"), (2, "b.jpg")], [(1, 11, [0, 0, 10, 8]), (2, 21, [50, 40, 20, 20])])
+    if table in content:
+        content[table][1] = {key: value for key, value in (content[table][1] | values).items() if value is not None}
+    return content
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (damage("annotations", bbox=[50, 40, 20, -1]), "annotation 501 has the bbox [50, 40, 20, -1] of no extent"),
+        (damage("annotations", bbox=[50, math.nan, 20, 20]), "annotation 501 has the bbox [50, nan, 20, 20] of no extent"),
+        (damage("annotations", bbox=[50, 40, 20]), "annotation 501 needs a bbox of four numbers"),
+        (damage("annotations", bbox=7), "annotation 501 needs a bbox of four numbers"),
+        (damage("annotations", bbox=None), "annotation 501 has no 'bbox'"),
+        (damage("annotations", iscrowd=3), "annotation 501 needs a bbox of four numbers x, y, w, h and iscrowd 0 or 1"),
+        (damage("annotations", image_id=None), "annotation 501 has no 'image_id'"),
+        (damage("annotations", id=None), "entry 1 of annotations has no 'id'"),
+        (damage("annotations", image_id=77), "annotation 501 has the image_id 77, which the file does not define"),
+        (damage("annotations", category_id=77), "annotation 501 has the category_id 77, which the file does not define"),
+        (damage("images", id=1), "two images have the id 1"),
+        (damage("images", file_name=None), "entry 1 of images has no 'file_name'"),
+        (damage("categories", name=None), "the file has no 'name'"),
+        ({"images": [], "annotations": []}, "the file has no 'categories'"),
+        ({"images": 7, "annotations": [], "categories": []}, "the file is malformed"),
+        ({"images": [7], "annotations": [], "categories": []}, "entry 0 of images is malformed"),
+        ("[1, 2]", "the file is malformed"),
+        ('{"images": [', "not readable as JSON"),
+        ("[" * 100_000, "not readable as JSON"),
+        ("", "not readable as JSON"),
+    ],
+)
+def test_a_bad_coco_file_is_named_with_the_reason(tmp_path, content, reason):
+    with pytest.raises(ValueError, match=rf"train\.json: .*{re.escape(reason)}") as error:
+        open_coco(tmp_path, content)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_missing_images_and_missing_coco_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"val\.json: no such list of images"):
+        dataset.list_samples(tmp_path, ["val.json"])
+    write_coco(tmp_path, coco([(1, "lost.jpg")], []), "annotations/instances_val2017.json", [])
+    with pytest.raises(
+        FileNotFoundError, match=r"instances_val2017\.json: its image 'lost\.jpg' is in none of the folders"
+    ) as error:
+        dataset.list_samples(tmp_path, ["annotations/instances_val2017.json"])
+    for folder in ("annotations", "annotations/images", "", "images", "val2017"):
+        assert f"{tmp_path / folder}," in str(error.value) or f"{tmp_path / folder};" in str(error.value)
+
+
+def test_a_coco_file_without_annotations_is_refused_unless_tolerated(tmp_path):
+    content = {key: value for key, value in coco([(1, "a.jpg")], []).items() if key != "annotations"}
+    with pytest.raises(ValueError, match=r"train\.json: has no list 'annotations'; set TOLERATE=\['missing labels'\]"):
+        open_coco(tmp_path, content)
+    assert open_coco(tmp_path, content, tolerate=["missing labels"]).labels[0].shape == (0, 6)
+    assert not dataset.has_labels(f"{tmp_path}/train.json#1")
 
 
 @pytest.mark.parametrize("line", ["b.png", "b.png,b.txt,7", "b.png,b.json", "b.txt,b.png", ",b"])

@@ -896,13 +896,17 @@ def readers(folder):
         "txt": (b"3 0.5 0.5 0.2 0.3\n0 .25 .25 .1 .1\n19 0.9 0.9 0.2 0.1\n", "x.txt",
                 lambda file: dataset.read_labels(file, dataset.VOC_CLASSES)),
         "csv": (b"image,label\na.jpg,a.txt\na.jpg,a.txt\n", "x.csv", lambda file: dataset.VOCDataset(file, [], ANCHORS, 32)),
+        "json": (b'{"images": [{"id": 1, "file_name": "a.jpg", "width": 64, "height": 48}], '
+                 b'"annotations": [{"id": 9, "image_id": 1, "category_id": 5, "bbox": [1.5, 2, 30, 40], "iscrowd": 0}], '
+                 b'"categories": [{"id": 5, "name": "cat"}]}', "x.json",
+                 lambda file: dataset.VOCDataset(file, [], ANCHORS, 32)),
         "jpeg": (small.getvalue(), "x.jpg", dataset.read_image),
         "checkpoint": (checkpoint.read_bytes(), "x.pt", lambda file: utils.load_checkpoint(file, keys=keys)),
         "weights": (weights.read_bytes(), "x.weights", lambda file: darknet_model.load_darknet_weights(network, file)),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["xml", "txt", "csv", "jpeg", "checkpoint", "weights"])
+@pytest.mark.parametrize("kind", ["xml", "txt", "csv", "json", "jpeg", "checkpoint", "weights"])
 def test_300_damaged_files_are_read_or_named(kind, tmp_path, capsys):
     content, name, read = readers(tmp_path)[kind]
     files, rng, refused = {entry.name for entry in tmp_path.iterdir()}, random.Random(7), 0

@@ -6,6 +6,7 @@ Tests inside the pytest process use networks with an eighth of the channels; scr
 import contextlib
 import csv
 import io
+import json
 import math
 import os
 import re
@@ -836,3 +837,135 @@ def test_detect_txt_marks_difficult_objects_if_asked(trained, tmp_path, monkeypa
     with pytest.raises(ValueError, match="street.txt: left by a run over other images"):
         detect_txt.main()
     assert stray.read_text() == "cat 1 1 9 9\n"
+
+
+class PerfectDetector(torch.nn.Module):
+    """Predicts the targets of a data set, one image after the other."""
+
+    def __init__(self, data):
+        super().__init__()
+        self.data, self.calls, self.any = data, 0, torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, images):
+        _, targets = self.data[self.calls]
+        self.calls += 1
+        objectness, x, y, w, h, label = targets.double().unbind(-1)
+        p_w, p_h = torch.tensor(ANCHORS, dtype=torch.float64).T[:, :, None, None]
+        has_object, classes = objectness > 0, len(self.data.classes)
+        raw = torch.full((1, *targets.shape[:3], 5 + classes), -20.0)
+        for channel, value in enumerate((torch.logit(x), torch.logit(y), torch.log(w / p_w), torch.log(h / p_h))):
+            raw[0, ..., channel] = torch.where(has_object, value, 0)
+        raw[0, ..., 4] = torch.where(has_object, 4, -20)
+        raw[0, ..., 5:] += 40.0 * torch.nn.functional.one_hot(label.long(), classes)
+        return raw
+
+
+def run_perfect_detector(monkeypatch, root, image_sets, classes, **options) -> list[dict]:
+    """coco_results.json of a detector that finds every object that is not difficult, with a confidence of sigmoid(4)."""
+    data = VOCDataset(root, image_sets, ANCHORS, 128, classes, **options)
+    monkeypatch.setattr(detect_txt, "load_detector", lambda *_, **__: (PerfectDetector(data), classes, ANCHORS, 128))
+    set_globals(
+        monkeypatch, detect_txt, DATA_DIR=str(root), IMAGE_SETS=image_sets, BATCH_SIZE=1, NUM_WORKERS=0,
+        OUTPUT_DIR=str(root / "out"), PRECISION="fp32",
+    )  # fmt: skip
+    detect_txt.main()
+    return json.loads((root / "out/coco_results.json").read_text())
+
+
+def write_coco(root, annotations, size=(200, 160)) -> Path:
+    """annotations/instances_val2017.json with the images 30 and 7, val2017/*.png of 200 x 160 pixels, and the categories 18, 3 and
+    90; annotations are rows (image id, category id, bbox, iscrowd), size is the declared one."""
+    for folder in ("annotations", "val2017"):
+        (root / folder).mkdir()
+    images = [{"id": number, "file_name": f"{number:012d}.png", "width": size[0], "height": size[1]} for number in (30, 7)]
+    for image in images:
+        Image.new("RGB", (200, 160), (90, 120, 30)).save(root / "val2017" / image["file_name"])
+    keys = ("image_id", "category_id", "bbox", "iscrowd")
+    rows = [{"id": n, **dict(zip(keys, row, strict=True)), "area": row[2][2] * row[2][3]} for n, row in enumerate(annotations, 1)]
+    categories = [{"id": number, "name": name} for number, name in ((18, "dog"), (3, "car"), (90, "toothbrush"))]
+    file = root / "annotations/instances_val2017.json"
+    file.write_text(json.dumps({"info": {}, "images": images, "annotations": rows, "categories": categories}))
+    return file
+
+
+COCO_BOXES = [
+    (30, 18, [10, 20, 40, 60], 0),
+    (30, 3, [150.5, 100.25, 49.5, 59.75], 0),  # up to the right and lower border
+    (7, 90, [0, 0, 9.5, 12], 0),  # at the left and upper border
+    (7, 90, [100, 40, 60, 30], 1),
+    (7, 3, [60, 90, 100, 30], 0),
+]
+
+
+def test_coco_results_have_the_ids_and_boxes_of_the_coco_file(tmp_path, monkeypatch):
+    """The detector's classes have another order than the file's categories, and one more."""
+    write_coco(tmp_path, COCO_BOXES)
+    classes = ["zebra", "toothbrush", "car", "dog"]
+    results = run_perfect_detector(monkeypatch, tmp_path, ["annotations/instances_val2017.json"], classes)
+    found = sorted((row["image_id"], row["category_id"], row["bbox"]) for row in results)
+    expected = sorted((image, category, box) for image, category, box, crowd in COCO_BOXES if not crowd)
+    assert [row[:2] for row in found] == [row[:2] for row in expected]
+    np.testing.assert_allclose([row[2] for row in found], [row[2] for row in expected], atol=0.002)
+    assert {row["score"] for row in results} == {round(1 / (1 + math.exp(-4)), 6)}
+    truths = (tmp_path / "out/groundtruths/000000000030.txt").read_text().splitlines()
+    assert truths == ["dog 11 21 51 81", "car 152 101 201 161"]
+
+
+def test_coco_results_are_in_pixels_of_the_size_that_the_file_declares(tmp_path, monkeypatch):
+    write_coco(tmp_path, [(7, 3, [20, 40, 80, 100], 0)], size=(400, 320))  # the images are half as large
+    (result,) = run_perfect_detector(monkeypatch, tmp_path, ["annotations/instances_val2017.json"], ["car"])
+    np.testing.assert_allclose(result["bbox"], [20, 40, 80, 100], atol=0.002)
+
+
+def test_coco_results_of_other_data_sets_have_file_names_and_class_numbers(tmp_path, monkeypatch):
+    Image.new("RGB", (200, 160)).save(tmp_path / "street.png")
+    (tmp_path / "street.txt").write_text("1 .5 .5 .25 .5\n")
+    (tmp_path / "val.csv").write_text("street.png,street.txt\n")
+    (result,) = run_perfect_detector(monkeypatch, tmp_path, ["val.csv"], ["cat", "dog"])
+    assert (result["image_id"], result["category_id"]) == ("street", 2)
+    np.testing.assert_allclose(result["bbox"], [75, 40, 50, 80], atol=0.002)
+
+
+def test_classes_that_the_coco_file_lacks_are_left_out_of_its_results():
+    frames = [(5, [None, 18], (100, 100), (100, 100))]
+    detections = np.array([[0, 0, 0.9, 1, 1, 11, 11], [0, 1, 0.8, 1, 1, 100, 51]])
+    assert detect_txt.coco_results(frames, detections) == [
+        {"image_id": 5, "category_id": 18, "bbox": [0.0, 0.0, 100.0, 50.0], "score": 0.8}
+    ]
+
+
+def test_two_coco_files_with_the_same_image_ids_are_refused(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write_coco(tmp_path / name, [])
+        for number in (30, 7):
+            (tmp_path / name / f"val2017/{number:012d}.png").rename(tmp_path / name / f"val2017/{name}{number}.png")
+        file = tmp_path / name / "annotations/instances_val2017.json"
+        file.write_text(re.sub(r'"0{10,}(\d+\.png)', rf'"{name}\1', file.read_text()))
+    sets = [f"{name}/annotations/instances_val2017.json" for name in ("one", "two")]
+    with pytest.raises(ValueError, match="two of their images have the id 30"):
+        run_perfect_detector(monkeypatch, tmp_path, sets, ["car"])
+
+
+def test_detections_of_a_coco_file_without_annotations_are_written(tmp_path, monkeypatch, capsys):
+    file = write_coco(tmp_path, COCO_BOXES)
+    content = json.loads(file.read_text())
+    del content["annotations"]
+    file.write_text(json.dumps(content))
+    sets, unlabelled = ["annotations/instances_val2017.json"], {"tolerate": ["missing labels"]}
+    assert run_perfect_detector(monkeypatch, tmp_path, sets, ["car"], **unlabelled) == []
+    assert "no ground truth is written" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path / "out")) == ["coco_results.json", "comp4_det_test_car.txt", "detections"]
+
+
+def test_pycocotools_gives_a_perfect_detector_an_average_precision_of_1(tmp_path, monkeypatch):
+    coco = pytest.importorskip("pycocotools.coco")
+    cocoeval = pytest.importorskip("pycocotools.cocoeval")
+    file = write_coco(tmp_path, COCO_BOXES)
+    run_perfect_detector(monkeypatch, tmp_path, ["annotations/instances_val2017.json"], ["dog", "toothbrush", "car"])
+    truths = coco.COCO(str(file))
+    evaluation = cocoeval.COCOeval(truths, truths.loadRes(str(tmp_path / "out/coco_results.json")), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert evaluation.stats[0] == 1  # mean over the IoU thresholds .5, .55 .. .95

@@ -75,6 +75,16 @@ def test_decode_predictions_by_hand_on_a_grid_that_is_not_square():
     assert objectness[0, 4].item() == 0.5
 
 
+def test_a_centre_stays_in_its_cell_whatever_the_network_predicts():
+    raw = torch.randn(1, 2, 3, 4, 6, generator=torch.Generator().manual_seed(0)) * 1000
+    raw[..., 2:4] = 0
+    boxes, _, _ = utils.decode_predictions(raw, [(1, 1), (2, 3)])
+    cells = boxes[0, :, :2].reshape(2, 3, 4, 2) * torch.tensor([4.0, 3.0])
+    corners = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(3), indexing="xy"), dim=-1)  # (3, 4, 2)
+    offsets = cells - corners
+    assert offsets.min() > -1e-5 and offsets.max() < 1 + 1e-5 and offsets.max() - offsets.min() > 0.9
+
+
 def test_decode_predictions_computes_in_float32_and_leaves_its_input_unchanged():
     raw = torch.randn(2, 2, 3, 3, 8, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     before = raw.clone()

@@ -252,6 +252,21 @@ def test_the_layers_of_darknet19_are_those_of_table_6():
     assert total[-1] == "5.582"  # "5.58 billion operations" in the paper
 
 
+def test_kernels_and_output_sizes_are_those_of_table_6():
+    table_6 = [
+        "32 3x3 224", "32 max 112", "64 3x3 112", "64 max 56", "128 3x3 56", "64 1x1 56", "128 3x3 56", "128 max 28", "256 3x3 28",
+        "128 1x1 28", "256 3x3 28", "256 max 14", "512 3x3 14", "256 1x1 14", "512 3x3 14", "256 1x1 14", "512 3x3 14", "512 max 7",
+        "1024 3x3 7", "512 1x1 7", "1024 3x3 7", "512 1x1 7", "1024 3x3 7", "1000 1x1 7",
+    ]  # fmt: skip
+    _, *rows, _ = rows_of(layer_table(Darknet19(), 224))
+    found = []
+    for _, _, kind, kernel, output, *_ in rows:
+        channels, height, width = output.split(" x ")
+        assert height == width
+        found.append(f"{channels} {'max' if kind == 'max-pool' else kernel} {width}")
+    assert found == table_6
+
+
 def test_the_operations_of_yolov2_are_those_that_darknet_prints():
     model = YOLOv2()
     *rows, total = rows_of(layer_table(model, 416))[1:]
@@ -513,6 +528,24 @@ def test_output_shapes_and_refusal_of_sizes_that_are_not_multiples_of_32():
         assert Darknet19().features(torch.zeros(1, 3, 64, 96)).shape == (1, 1024, 2, 3)
     with pytest.raises(ValueError, match="multiples of 32"):
         model(torch.zeros(1, 3, 65, 96))
+
+
+def test_the_grid_is_13_x_13_at_416_px_and_one_network_takes_every_size_of_multi_scale_training():
+    with torch.device("meta"):  # shapes only
+        model = YOLOv2()
+        shapes = {size: tuple(model(torch.empty(1, 3, size, size)).shape) for size in range(320, 609, 32)}
+    assert len(shapes) == 10
+    assert shapes == {size: (1, 5, size // 32, size // 32, 25) for size in shapes}
+    assert shapes[416] == (1, 5, 13, 13, 25)  # an odd number of cells: one of them is in the middle
+
+
+def test_the_logits_are_the_mean_of_the_maps_of_the_last_convolution(narrow):
+    model, maps = Darknet19(num_classes=3).eval(), []
+    model.classifier.register_forward_hook(lambda module, inputs, output: maps.append(output))
+    with torch.no_grad():
+        logits = model(torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(5)))
+    assert maps[0].shape == (2, 3, 2, 3)
+    torch.testing.assert_close(logits, maps[0].reshape(2, 3, 6).sum(dim=2) / 6)
 
 
 def test_a_batch_gives_the_outputs_of_its_images_one_by_one(golden_model):

@@ -108,13 +108,15 @@ def test_the_scripts_train_the_same_weights_and_resume_each_others_checkpoints(t
     states = []
     for script in SCRIPTS:
         folder = tmp_path / script.__name__
-        set_small(monkeypatch, script, folder, SUBDIVISIONS=2)
+        set_small(monkeypatch, script, folder, SUBDIVISIONS=2, MOMENTUM=0.8, WEIGHT_DECAY=1e-3)
         script.main()
         assert "epoch 1  learning_rate" in capsys.readouterr().out
         for name in ("darknet19.pt", "darknet19_best.pt", "darknet19_metrics.csv", "darknet19_charts.png"):
             assert (folder / name).is_file()
         states.append(utils.load_checkpoint(folder / "darknet19.pt"))
         assert len(states[-1]["classes"]) == 5 and states[-1]["epoch"] == 1
+        groups = states[-1]["optimizer"]["param_groups"]  # kernels, then biases and batch norm
+        assert [(group["momentum"], group["weight_decay"]) for group in groups] == [(0.8, 1e-3), (0.8, 0.0)]
         assert load_pretrained_backbone(YOLOv2(), folder / "darknet19_best.pt") == 18
     for state in states[1:]:
         assert all(torch.equal(tensor, state["model"][name]) for name, tensor in states[0]["model"].items())

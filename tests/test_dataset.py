@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import shutil
 import xml.etree.ElementTree as ElementTree
@@ -654,6 +655,38 @@ def test_colours_are_distorted_as_in_darknet(shift, saturation, exposure):
     assert np.mean(error > 10 / 255) < 0.005  # 8-bit hue and saturation; clipping the value before RGB gives .07
 
 
+@pytest.mark.parametrize(("kind", "limit"), [("detector", 1.5), ("classifier", 1 / 0.75)])
+def test_colour_shifts_and_factors_fill_the_ranges_of_the_cfg_files(kind, limit):
+    transforms = {64: dataset.train_transform(64)}
+    if kind == "classifier":
+        data = dataset.imagenet_dataset(SAMPLE.parent / "imagenet", "train", 64, augment=True)
+        assert data[0][0].shape == (3, 64, 64)  # makes the transforms
+        transforms = data.transforms
+    colour = transforms[64].transforms[-1]
+    colour.set_random_state(np.random.default_rng(0), random.Random(0))
+    drawn = [colour.get_params() for _ in range(2000)]
+    shifts = np.array([values["shift"] for values in drawn])
+    assert shifts.min() == pytest.approx(-0.1, abs=0.001) and shifts.max() == pytest.approx(0.1, abs=0.001)
+    for factors in np.array([values["factors"] for values in drawn]).T:  # saturation, exposure
+        assert factors.min() == pytest.approx(1 / limit, abs=0.003) and factors.max() == pytest.approx(limit, abs=0.003)
+        assert 0.45 < np.mean(factors < 1) < 0.55
+
+
+def test_crops_of_the_classifier_fill_the_ranges_of_darknet19_cfg():
+    crop = dataset.DarknetCrop(256, (128, 448))
+    crop.set_random_state(np.random.default_rng(0), random.Random(0))
+    matrices = [crop.get_params_dependent_on_data({"shape": (300, 500, 3)}, {})["matrix"] for _ in range(3000)]
+    angles = [math.degrees(math.atan2(matrix[1, 0], matrix[0, 0])) for matrix in matrices]
+    scales = np.array([np.linalg.norm(matrix[:, :2], axis=0) for matrix in matrices])  # (3000, 2): of x and y
+    for values, low, high in (
+        (angles, -7, 7),  # degrees
+        (scales[:, 0] / scales[:, 1], 0.75, 4 / 3),  # aspect
+        ((scales * [500, 300]).min(axis=1), 128, 448),  # short side in pixels
+    ):
+        slack = 0.01 * (high - low)
+        assert low - 1e-6 <= min(values) < low + slack and high - slack < max(values) <= high + 1e-6
+
+
 # ---------------------------------------------------------------- batches of a training run
 
 
@@ -770,6 +803,22 @@ def test_kmeans_finds_the_clusters_of_the_boxes_by_rising_area():
     assert anchors.shape == (3, 2)
     np.testing.assert_allclose(anchors.numpy(), centres, rtol=0.02)
     assert dataset.average_best_iou(sizes, anchors) > 0.9
+
+
+def euclidean_kmeans(sizes, k):
+    centres = sizes[np.random.default_rng(0).choice(len(sizes), k, replace=False)]
+    for _ in range(50):
+        nearest = ((sizes[:, None] - centres) ** 2).sum(axis=2).argmin(axis=1)
+        centres = np.array([sizes[nearest == cluster].mean(axis=0) for cluster in range(k)])
+    return centres
+
+
+def test_the_iou_distance_beats_the_euclidean_one_and_more_anchors_fit_better():
+    """The order of YOLO9000 Table 1, on random boxes with sides from .05 to .95."""
+    sizes = np.exp(np.random.default_rng(1).uniform(math.log(0.05), math.log(0.95), (1000, 2)))
+    euclidean = dataset.average_best_iou(sizes, euclidean_kmeans(sizes, 5))
+    five, nine = (dataset.average_best_iou(sizes, dataset.kmeans_anchors(sizes, k)) for k in (5, 9))
+    assert euclidean + 0.02 < five < nine - 0.05
 
 
 def test_a_single_anchor_is_the_mean_of_the_boxes():

@@ -113,6 +113,16 @@ def test_training_resumes_from_a_checkpoint(trained, tmp_path, monkeypatch, caps
     assert utils.load_checkpoint(tmp_path / "yolov2.pt")["images_seen"] == 20  # 16 of them before
 
 
+def test_the_rate_is_divided_by_10_at_the_ends_of_the_epochs_in_lr_drops(tmp_path, monkeypatch, no_charts):
+    rates, asked = [], utils.learning_rate_at
+    monkeypatch.setattr(utils, "learning_rate_at", lambda *arguments: rates.append(asked(*arguments)) or rates[-1])
+    monkeypatch.setattr(train, "evaluate", lambda *arguments: 0.0)
+    set_small_training(monkeypatch, tmp_path, EPOCHS=4, LEARNING_RATE=0.01, LR_SCHEDULE="steps", LR_DROPS=[1, 3], BURN_IN=0)
+    train.main()
+    # 2 steps per epoch: updates 1 | 2 to 5 | 6 to 8, as a drop at 40,000 acts on Darknet's update 40,000
+    assert rates == pytest.approx([0.01] + 4 * [0.001] + 3 * [0.0001])
+
+
 def test_the_best_checkpoint_cannot_be_resumed(trained, tmp_path, monkeypatch):
     set_small_training(monkeypatch, tmp_path, RESUME=True, CHECKPOINT=str(trained / "yolov2_best.pt"))
     with pytest.raises(ValueError, match="yolov2_best.pt.*optimizer"):

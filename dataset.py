@@ -328,6 +328,8 @@ def read_voc_xml(file: str, classes, tolerate=()) -> tuple[list[list[float]], tu
         tags = [element.tag for element in (*item, *(boxes[0] if boxes else ()))]
         if twice := [tag for tag in ("name", "difficult", "xmin", "ymin", "xmax", "ymax") if tags.count(tag) > 1]:
             raise ValueError(f"{file}: an object of class {name} has {twice[0]} twice; remove the wrong one")
+        if boxes and boxes[0].find("difficult") is not None:
+            raise ValueError(f"{file}: an object of class {name} has its difficult inside bndbox; move it out")
         try:
             box = [float(boxes[0].findtext(side)) for side in ("xmin", "ymin", "xmax", "ymax")]
         except (TypeError, ValueError, IndexError):

@@ -62,7 +62,7 @@ def read_anchors(anchors, image_sizes: list[int]) -> list[list[float]]:
         pairs = list(zip(pairs[::2], pairs[1::2], strict=True))
     lists = [pair for pair in pairs if isinstance(pair, (list, tuple)) and len(pair) == 2]
     if not pairs or len(lists) < len(pairs) or not all(isinstance(side, (int, float)) for pair in lists for side in pair):
-        raise ValueError(f"ANCHORS must hold pairs of width and height, not {anchors!r:.80}")
+        raise ValueError(f"ANCHORS must hold pairs of width and height, not {' '.join(repr(anchors).split())[:80]}")
     pairs = [[float(width), float(height)] for width, height in pairs]
     grid = max(416, *image_sizes) // STRIDE
     if wrong := [side for pair in pairs for side in pair if not 0 < side <= grid]:

@@ -48,7 +48,7 @@ def script_settings(script_globals: dict) -> dict:
     if os.path.isfile(file := script_globals.get("__file__", "")):
         with open(file, encoding="utf-8") as stream:
             names &= set(re.findall(r"^(\w+)\s*=", stream.read().split("\ndef ")[0], re.MULTILINE))
-    names -= {"VOC_CLASSES", "IMAGE_SUFFIXES"}  # constants of dataset.py
+    names -= {"VOC_CLASSES", "COCO_CLASSES", "IMAGE_SUFFIXES"}  # constants of dataset.py
     return {name: value for name, value in script_globals.items() if name in names}
 
 
@@ -77,7 +77,7 @@ def override_globals(script_globals: dict, words: list[str]) -> None:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = text  # a path or a name without quotes
-        if isinstance(default, float) and type(value) is int:
+        if isinstance(default, float) and type(value) is int and abs(value) < 2**60:
             value = float(value)
         if isinstance(default, str) and value is not None and not isinstance(value, str):
             value = text  # CHECKPOINT=7
@@ -650,7 +650,7 @@ def is_torch_file(file: str | os.PathLike) -> bool:
         return stream.read(2).startswith((b"PK", b"\x80"))
 
 
-LARGEST_WEIGHT = 1e12  # far above any trained one; flipped bits and infinity are above it, NaN is not below it
+LARGEST_WEIGHT = 1e9  # far above any trained one; flipped bits and infinity are above it, NaN is not below it
 
 
 def check_weights(file: str | os.PathLike, weights: dict[str, Tensor]) -> None:
@@ -716,7 +716,7 @@ def load_checkpoint(file: str | os.PathLike, device: str | torch.device = "cpu",
         raise ValueError(f"{file}: this checkpoint cannot be used here (it has no {', '.join(missing)})")
     for key in {*keys, "classes"} & state.keys():
         if not CHECKPOINT_VALUES[key](state[key]):
-            raise ValueError(f"{file}: damaged checkpoint, its {key} is {state[key]!r:.60}; use another one")
+            raise ValueError(f"{file}: damaged checkpoint, its {key} is {' '.join(repr(state[key]).split())[:60]}; use another one")
     if not isinstance(state.get("model", {}), dict):
         raise ValueError(f"{file}: not a checkpoint of this repository (its model is no table of weights)")
     check_weights(file, state.get("model", {}))
@@ -735,7 +735,7 @@ CHECKPOINT_VALUES = {
     **dict.fromkeys(("epoch", "step", "images_seen"), is_counter),
     **dict.fromkeys(("classes", "anchors"), lambda value: isinstance(value, (list, tuple))),
     "best": lambda value: isinstance(value, (int, float)) and not value > 1,  # -1 before the first evaluation; may be NaN
-    "sums": lambda value: isinstance(value, Tensor) and value.dtype == torch.float64 and value.ndim == 1,
+    "sums": lambda value: isinstance(value, Tensor) and value.ndim == 1 and bool((value >= 0).all() and (value < 1e30).all()),
     "image_size": lambda value: is_counter(value) and 32 <= value <= 10_000,
 }
 
@@ -776,10 +776,12 @@ def resume(file: str | os.PathLike, model: nn.Module, optimizer, scaler, setting
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
         for index, buffers in saved["optimizer"]["state"].items():  # a fused optimiser does not check their shapes
-            if any(buffer.ndim and buffer.shape != parameters[index].shape for buffer in buffers.values()):
+            if any(buffer.is_sparse or buffer.ndim and buffer.shape != parameters[index].shape for buffer in buffers.values()):
                 raise ValueError("the optimiser's buffers have other shapes than the weights")
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        pairs = zip(optimizer.state_dict()["param_groups"], saved["optimizer"]["param_groups"], strict=True)
+        groups = [own | {"lr": float(old["lr"])} for own, old in pairs]  # all else is in this run's settings
+        optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
         if saved["scaler"]:  # empty unless the run is in fp16
             scaler.load_state_dict(saved["scaler"])
     except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:

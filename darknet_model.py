@@ -55,7 +55,7 @@ def convolution(in_channels: int, out_channels: int, kernel_size: int) -> nn.Seq
 
 
 def as_input(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Images as a network takes them: uint8 (0..255), as the data sets give them, become 0..1; other types are in 0..1 already."""
+    """Converts images to the dtype of the network; scales uint8 (0..255) to 0..1, other types are in 0..1 already."""
     return images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
 
 
@@ -226,7 +226,8 @@ def load_darknet_weights(model: nn.Module, file: str | os.PathLike) -> int:
 
 
 def save_darknet_weights(model: nn.Module, file: str | os.PathLike, images_seen: int = 0) -> None:
-    """Writes a Darknet19 or YOLOv2 as a Darknet file, version 0.2, with utils.atomic_write. Raises ValueError for a fused model."""
+    """Writes a Darknet19, its features or a YOLOv2 as a Darknet file, version 0.2, with utils.atomic_write. Raises ValueError for a
+    fused model."""
     if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         raise ValueError("a fused model has no batch norms to write; save the model it was made from")
     with utils.atomic_write(file) as temporary, open(temporary, "wb") as stream:
@@ -238,7 +239,8 @@ def save_darknet_weights(model: nn.Module, file: str | os.PathLike, images_seen:
 
 
 def load_classifier(model: Darknet19, file: str | os.PathLike) -> None:
-    """Loads all weights of a Darknet19 from a checkpoint of darknet_train*.py (`.pt`) or a Darknet file.
+    """Loads a Darknet19 from a checkpoint of darknet_train*.py (`.pt`), or from a Darknet file, which may contain only the first
+    convolutions.
 
     Raises FileNotFoundError or ValueError, naming the file, if it is missing, damaged or has another number of classes.
     """
@@ -266,7 +268,7 @@ def load_classifier(model: Darknet19, file: str | os.PathLike) -> None:
 def check_output(output: str, checkpoint: str, suffixes: tuple[str, ...] = (".weights",)) -> None:
     """Raises ValueError or OSError if the checkpoint cannot be written to the Darknet file `output`."""
     if not checkpoint:
-        raise ValueError("OUTPUT needs CHECKPOINT, the checkpoint that is written as a Darknet file")
+        raise ValueError("OUTPUT needs CHECKPOINT, the checkpoint to convert")
     if not output.endswith(suffixes):
         raise ValueError(f"{output}: OUTPUT must end in {' or '.join(suffixes)}")
     if os.path.realpath(output) == os.path.realpath(checkpoint):

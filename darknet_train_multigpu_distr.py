@@ -57,7 +57,7 @@ BURN_IN = 0  # optimiser steps with a rising rate; 1000 in darknet19.cfg
 # run
 CHECKPOINT = "runs/darknet19.pt"
 RESUME = False  # continue from CHECKPOINT
-SAVE_EVERY_MINUTES = 30.0  # also within an epoch
+SAVE_EVERY_MINUTES = 30.0  # minutes between saves within an epoch; 0 saves after every step
 MAX_HOURS = 0.0  # save and stop after this time, for queues with a time limit; 0 for no limit
 RESUME_WEIGHTS = ""  # a checkpoint or Darknet file whose weights a new run starts from, as for the 448 px stage
 SEED = 0
@@ -91,7 +91,7 @@ FIXED = ("IMAGE_SIZE", "BATCH_SIZE", "SUBDIVISIONS", "MOMENTUM", "WEIGHT_DECAY",
 
 @torch.no_grad()
 def validate(model, loader, device, dtype, stop):
-    """One pass over the loader -> (4,) sums: loss, correct first guesses, correct among the first five guesses, number of images.
+    """One pass over the loader -> (4,) sums: loss, top-1 hits, top-5 hits, number of images.
 
     Unreadable images have the label -100 and do not count. Returns early if the run is asked to stop.
     """
@@ -214,7 +214,7 @@ def main():
     optimizer = torch.optim.SGD(groups, LEARNING_RATE, momentum=MOMENTUM, fused=dtype != torch.float16)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    # the run's position, and the epoch's sums: loss, correct first guesses, number of images
+    # the run's position, and the epoch's sums: loss, top-1 hits, number of images
     state = {"epoch": 0, "step": 0, "images_seen": 0, "best": -1.0}
     state["sums"] = torch.zeros(3, dtype=torch.float64, device=device)
     settings = utils.script_settings(globals()) | {"PRECISION": str(dtype), "classes": train_set.classes}
@@ -273,11 +273,11 @@ def main():
 
             # DDP: sums over all processes, so that all check the same loss
             dist.all_reduce(step_sums)
-            norm_is_used = not scaler.is_enabled()  # otherwise the scaler alone checks the gradient
-            norm = get_total_norm([parameter.grad for parameter in model.parameters() if norm_is_used])
+            gradients = [parameter.grad for parameter in model.parameters()]
+            norm = get_total_norm([] if scaler.is_enabled() else gradients)  # in fp16, the scaler checks the gradient
             if problem := utils.problem_of_step(("cross-entropy",), step_sums[:1], norm, scaler):
                 files = files_of_step(train_set.samples, batches_from(state["step"]), SUBDIVISIONS)
-                raise ValueError(utils.diverged(problem, state, files, CHECKPOINT))
+                raise ValueError(utils.divergence_message(problem, state, files, CHECKPOINT))
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -297,7 +297,7 @@ def main():
 
         images, seconds = state["images_seen"] - images_before, time.monotonic() - start
         if not stopping:
-            save()  # an evaluation that fails costs no training
+            save()  # so that a failing evaluation loses no training
             # DDP: validate the network that the first process saves; batch norm has seen different images in each process
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
@@ -308,7 +308,7 @@ def main():
             stopping = any_process(stop, device)
         if stopping:
             save()
-            print(utils.stopped(stop, state, CHECKPOINT), flush=True)
+            utils.report_stop(bar, stop, state, CHECKPOINT)
             return
 
         loss, correct = (state["sums"][:2] / state["sums"][2]).tolist()
@@ -325,7 +325,7 @@ def main():
             utils.save_checkpoint(f"{stem}_best.pt", model=model.state_dict(), **state, **metadata)
         bar.clear()
         utils.log_epoch(stem, row, utils.time_left(began, state["step"] - first_step, EPOCHS * steps - state["step"]))
-        save()  # last: a run that dies before this line repeats the epoch's end, and loses neither row nor best network
+        save()  # last: a run that dies before repeats the end of the epoch, and loses neither its row nor the best network
     utils.finish(bar, train_set.broken_list)
 
 

@@ -32,7 +32,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 from torchvision.datasets import ImageFolder
 from torchvision.ops import box_convert
 from tqdm import tqdm
@@ -66,7 +66,7 @@ COCO_CLASSES = (  # coco.names
 DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv lists or COCO .json files
 IMAGE_SETS = [("2007", "train")]  # (year, list) pairs, or files in DATA_DIR: .csv with lines image,label, or COCO .json
 CLASSES = VOC_CLASSES  # any names, or a Darknet .names file
-TOLERATE = []  # "other classes": skip objects that CLASSES does not name; "missing labels": such images have no objects
+TOLERATE = []  # "other classes": skip objects that CLASSES does not name; "missing labels": take them as background
 # model
 IMAGE_SIZE = 416  # pixels of the sheet's samples, a multiple of 32
 # run
@@ -104,7 +104,7 @@ def read_image(file: str | os.PathLike) -> np.ndarray:
         if image.mode.startswith("I;16"):  # 16-bit grey: keep the upper eight bits
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         elif image.mode in ("I", "F"):
-            raise ValueError("32-bit grey has no defined white; save it with 8 bits")
+            raise ValueError("32-bit greyscale has no defined value range; save it with 8 bits")
         elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -114,12 +114,13 @@ def read_image(file: str | os.PathLike) -> np.ndarray:
 def image_size(file: str | os.PathLike) -> tuple[int, int]:
     """Width and height in pixels of what read_image returns, from the file's header alone. Raises the same errors."""
     with open_image(file) as image:
-        if image.format == "TIFF":  # some versions of Pillow rotate these when opening them
-            return read_image(file).shape[1::-1]
-        orientation = 1
-        with contextlib.suppress(SyntaxError, TypeError, ValueError, KeyError, struct.error):
-            orientation = image.getexif().get(0x0112, 1)
-        return (image.height, image.width) if orientation in (5, 6, 7, 8) else (image.width, image.height)  # rotated by 90 degrees
+        if image.format != "TIFF":
+            orientation = 1
+            with contextlib.suppress(SyntaxError, TypeError, ValueError, KeyError, struct.error):
+                orientation = image.getexif().get(0x0112, 1)
+            rotated = orientation in (5, 6, 7, 8)  # by 90 degrees
+            return (image.height, image.width) if rotated else (image.width, image.height)
+    return read_image(file).shape[1::-1]  # some versions of Pillow rotate TIFF images on opening
 
 
 # ---------------------------------------------------------------- reading lists and labels
@@ -157,7 +158,7 @@ def list_samples(root: str | os.PathLike, image_sets) -> list[tuple[str, str]]:
     `x.json#<image id>`. If it is empty, root is itself a csv or JSON file. Raises FileNotFoundError or ValueError, naming what is
     missing.
     """
-    if os.fspath(root).endswith((".csv", ".json")):
+    if os.fspath(root).lower().endswith((".csv", ".json")):
         if image_sets:
             raise ValueError(f"{root}: DATA_DIR must be the folder of the lists that IMAGE_SETS names ({image_sets})")
         root, image_sets = os.path.dirname(root), [os.path.basename(root)]
@@ -195,9 +196,9 @@ def read_voc_list(root: Path, year: str, name: str) -> list[tuple[str, str]]:
         if suffix.lower() in IMAGE_SUFFIXES:
             files.setdefault(image_id, []).append(file)
     for image_id in filter(None, map(str.strip, lines)):
-        first, _, last = image_id.rpartition(" ")
-        if first and last in ("-1", "0", "1"):  # the second column of a list per class
-            image_id = first.strip()
+        *first, last = image_id.rsplit(maxsplit=1)
+        if image_id not in files and first and last in ("-1", "0", "1"):  # the second column of a list per class
+            image_id = first[0]
         found = files.get(image_id, [f"{image_id}.jpg"])
         if len(found) > 1:
             raise ValueError(f"{image_folder}: {' and '.join(sorted(found))} are both images of {image_id}; remove one")
@@ -230,7 +231,7 @@ def read_darknet_list(file: str) -> list[tuple[str, str]]:
     samples = []
     for line in filter(None, map(str.strip, read_text(file, "no such list of images").splitlines())):
         image = join_path(os.path.dirname(file), line)
-        label = re.sub(r"(.*[\\/])(JPEGImages|images)([\\/])", r"\1labels\3", image, count=1)
+        label = re.sub(r"(^|.*[\\/])(JPEGImages|images)([\\/])", r"\1labels\3", image, count=1)
         samples.append((image, os.path.splitext(label)[0] + ".txt"))
     return samples
 
@@ -253,9 +254,10 @@ def read_coco_list(root: str, file: str) -> list[tuple[str, str]]:
 
 
 def join_path(folder: str, name: str) -> str:
-    """The path of a file that a list in `folder` names; a list made on Windows may separate folders by backslashes."""
-    path = os.path.join(folder, name)
-    return path if os.path.exists(path) else os.path.join(folder, name.replace("\\", "/"))
+    """The path of a file that a list in `folder` names, relative to the folder or (as in Darknet) to the working directory; a list
+    made on Windows may separate folders by backslashes."""
+    paths = [os.path.join(folder, name), os.path.join(folder, name.replace("\\", "/")), name]
+    return next(filter(os.path.exists, paths), paths[1])
 
 
 def read_labels(label_file: str, classes, tolerate=()) -> tuple[np.ndarray, tuple[int, int]]:
@@ -381,9 +383,10 @@ def read_coco(file: str) -> tuple[dict[str, dict], dict[str, dict]]:
     return parse_coco(file, os.stat(file).st_mtime_ns if os.path.isfile(file) else 0)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def parse_coco(file: str, modified: int) -> tuple[dict[str, dict], dict[str, dict]]:
-    """See read_coco. Only the structure is checked here; read_coco_labels checks the boxes, so that one bad box hides no other."""
+    """See read_coco. Only the structure is checked here; read_coco_labels checks the boxes, so that check_dataset reports all bad
+    ones."""
     text, images, empty, where = read_text(file, "no such list of images"), {}, [], "the file"
     try:
         content = json.loads(text)
@@ -415,7 +418,7 @@ def parse_coco(file: str, modified: int) -> tuple[dict[str, dict], dict[str, dic
         reason = f"has no {error}" if isinstance(error, KeyError) else f"is malformed ({utils.first_line(error)})"
         raise ValueError(f"{file}: {where} {reason}; export the labels as COCO JSON") from None
     if empty:  # two in COCO's instances_train2017.json
-        print(f"{file}: {len(empty)} annotations whose width or height is 0 are left out, {empty[0]} first")
+        print(f"{file}: skipped {len(empty)} annotations of zero width or height (first: {empty[0]})")
     return images, categories
 
 
@@ -442,6 +445,8 @@ def read_coco_labels(label_file: str, classes, tolerate=()) -> tuple[list[list[f
     file, image, _ = find_coco_image(label_file)
     if image["annotations"] is None and "missing labels" not in tolerate:
         raise ValueError(f"{file}: has no list 'annotations'; set TOLERATE=['missing labels'] if its images have no objects")
+    if image["size"] is None:  # read_coco_list has set it
+        raise ValueError(f"{file}: changed while it was in use; start again")
     (width, height), labels = image["size"], []
     for annotation in image["annotations"] or []:
         name, box, source = coco_name(annotation["category"], classes), annotation["bbox"], f"{file}: {annotation['where']}"
@@ -463,8 +468,9 @@ def read_coco_labels(label_file: str, classes, tolerate=()) -> tuple[list[list[f
 
 
 class DarknetColour(albumentations.ImageOnlyTransform):
-    """Darknet's random_distort_image (src/image.c): in HSV, shifts the hue by up to `hue` of the circle and multiplies saturation
-    and value by factors between 1/x and x. Albumentations' own colour jitters add instead, or blend with grey."""
+    """Darknet's random_distort_image (src/image.c): in HSV, shifts the hue by up to `hue` of the circle, and multiplies saturation
+    and value by random factors of up to `saturation` and `exposure`, or their inverses. Albumentations' own colour jitters add
+    instead, or blend with grey."""
 
     def __init__(self, hue: float, saturation: float, exposure: float):
         super().__init__(p=1.0)
@@ -484,13 +490,13 @@ class DarknetColour(albumentations.ImageOnlyTransform):
         hue += np.uint8(round(shift * 256) % 256)
         saturation = cv2.convertScaleAbs(saturation, alpha=factors[0])  # clips at 255
         image = cv2.cvtColor(cv2.merge([hue, saturation, value]), cv2.COLOR_HSV2RGB_FULL)
-        return cv2.convertScaleAbs(image, alpha=factors[1])  # R, G and B are proportional to the value; Darknet clips them, not it
+        return cv2.convertScaleAbs(image, alpha=factors[1])  # scaling R, G and B scales the value; Darknet clips them
 
 
 def train_transform(image_size: int) -> albumentations.Compose:
-    """Augmentation to a square of image_size pixels, with the boxes (M, 5): xyxy in fractions, class. Boxes of which less than a
-    tenth is left are dropped. Moves each side in or out by up to a fifth, repeating the pixels at the border (load_data_region and
-    crop_image in Darknet's src/data.c and src/image.c, version of the paper)."""
+    """Augmentation to a square of image_size pixels: moves each side in or out by up to a fifth, repeating the border pixels,
+    flips, and distorts the colours (load_data_region and crop_image in Darknet, version of the paper). Boxes (M, 5): xyxy in
+    fractions, class; those with less than a tenth of their area left are dropped."""
     transforms = [
         albumentations.CropAndPad(percent=(-0.2, 0.2), keep_size=False, border_mode=cv2.BORDER_REPLICATE),
         albumentations.Resize(image_size, image_size, interpolation=cv2.INTER_LINEAR),
@@ -557,7 +563,8 @@ def read_or_next(samples: list[tuple], index: int, broken_list: str) -> tuple[np
             if not broken_list:
                 raise
             os.makedirs(os.path.dirname(os.path.abspath(broken_list)), exist_ok=True)
-            with open(broken_list, "a+", encoding="utf-8") as stream:  # the loader's workers share the file
+            # the loader's workers share the file; a file name need not be UTF-8
+            with open(broken_list, "a+", encoding="utf-8", errors="surrogateescape") as stream:
                 stream.seek(0)
                 if f"{error}\n" not in stream:
                     stream.write(f"{error}\n")
@@ -623,7 +630,10 @@ class VOCDataset(Dataset):
             image = read_image(self.samples[index][0])
             images.append(to_tensor(transform(image=image, bboxes=np.empty((0, 5)))["image"]))
             sizes.append(image.shape[1::-1])
-        return torch.stack(images), torch.tensor(sizes)
+        batch = torch.stack(images)
+        if get_worker_info():
+            batch.share_memory_()  # here, a full /dev/shm is an error of the main process; later, the batch would only be lost
+        return batch, torch.tensor(sizes)
 
 
 def drop_broken_images(dataset: VOCDataset, broken_list: str) -> None:
@@ -639,10 +649,11 @@ def doubt_about(label_file: str, labels: np.ndarray, declared: tuple[int, int], 
     width, height = size
     if all(declared) and declared != size:
         cause = "labelled without its EXIF rotation" if declared == (height, width) else "resized after labelling"
-        return f"{label_file}: made for an image of {declared[0]} x {declared[1]}, but it is {width} x {height} ({cause}?)"
+        return f"{label_file}: declares an image of {declared[0]} x {declared[1]}, but the image is {width} x {height} ({cause}?)"
     boxes = boxes_in_fractions(labels[:, 2:], label_file, width, height).clip(0, 1)
     outside = int((boxes[:, 2:] <= boxes[:, :2]).any(axis=1).sum())
-    units = "; VOC XML is in pixels, not in fractions" if outside and labels[:, 2:].max() <= 1 else ""
+    fractions = outside and is_voc_xml(label_file) and labels[:, 2:].max() <= 1
+    units = "; VOC XML is in pixels, not in fractions" if fractions else ""
     return f"{label_file}: {outside} of {len(labels)} objects are outside the image and give no target{units}" if outside else ""
 
 
@@ -738,10 +749,12 @@ class ImageNetFolder(ImageFolder):
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         """As in torchvision, but without hidden folders such as .ipynb_checkpoints."""
         classes, _ = super().find_classes(directory)
-        classes = [name for name in classes if not name.startswith(".")]
+        classes = utils.check_classes(directory, [name for name in classes if not name.startswith(".")])
         return classes, {name: index for index, name in enumerate(classes)}
 
     def is_image(self, file: str) -> bool:
+        if "/." in f"/{os.path.relpath(file, self.root)}":  # .ipynb_checkpoints in a class folder
+            return False
         if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES:
             return True
         self.skipped.append(file)
@@ -888,9 +901,11 @@ def draw_label_sheet(dataset: VOCDataset, file: str, count: int, seed: int) -> N
 
 
 def main() -> None:
-    from model import ANCHORS  # not needed when dataset.py is imported
+    from model import ANCHORS  # here, because model.py imports dataset.py
 
-    utils.check_at_least(1, SHEET_IMAGES=SHEET_IMAGES, IMAGE_SIZE=IMAGE_SIZE)
+    utils.check_at_least(1, SHEET_IMAGES=SHEET_IMAGES)
+    if IMAGE_SIZE < 32 or IMAGE_SIZE % 32:
+        raise ValueError(f"IMAGE_SIZE must be a multiple of 32 pixels, not {IMAGE_SIZE}")
     utils.check_at_most(500, SHEET_IMAGES=SHEET_IMAGES)
     utils.check_at_least(0, SEED=SEED)
     utils.check_writable(SHEET)
@@ -908,11 +923,11 @@ def main() -> None:
         text = ", ".join(f"{side:.3f}" for side in sides)
         print(f"box size, as the square root of its share of the image: {text} (minimum, quartiles, maximum)")
         cells = sizes * (IMAGE_SIZE / 32)
-        print(f"average IoU of the anchors in use: {average_best_iou(cells, ANCHORS):.3f}")
+        print(f"average IoU of the default anchors: {average_best_iou(cells, ANCHORS):.3f}")
         if len(cells) >= len(ANCHORS):
             anchors = kmeans_anchors(cells, len(ANCHORS))
             text = ", ".join(f"({w:.2f}, {h:.2f})" for w, h in anchors.tolist())
-            print(f"average IoU of new anchors:        {average_best_iou(cells, anchors):.3f}  {text} cells at {IMAGE_SIZE}")
+            print(f"average IoU of k-means anchors:     {average_best_iou(cells, anchors):.3f}  {text} cells at {IMAGE_SIZE}")
     for problem in problems:
         print(utils.printable(f"problem: {problem}"))
     if problems:

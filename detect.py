@@ -1,4 +1,4 @@
-"""Draws a trained YOLOv2's detections on images, videos and camera pictures.
+"""Draws a trained YOLOv2's detections on images, videos, cameras and streams.
 
     python detect.py                                           the photographs of the sample, with the checkpoint of train.py
     python detect.py SOURCE=street.jpg CHECKPOINT=yolov2-voc.weights CONFIDENCE_THRESHOLD=0.5
@@ -6,8 +6,8 @@
     python detect.py SOURCE=0                                  the first camera, until Ctrl-C; or a stream: rtsp://..., http://...
 
 Writes each image (.jpg) and each video (.mp4, without sound) with its boxes, class names and confidences to `runs/detections/`, and
-prints what was found and how long it took. A camera or stream becomes `recording_<date>_<time>.mp4`. Ctrl-C ends a video and the
-run; the file contains the frames until then.
+prints what was found and how long it took. A camera or stream becomes `recording_<date>_<time>.mp4`. Ctrl-C ends the
+run; the video keeps the frames written so far.
 """
 
 import os
@@ -68,10 +68,11 @@ def find_sources(pattern: str) -> list[str]:
         return [pattern if is_live(pattern) else str(path)]
     root = Path(path.anchor or ".")
     found = sorted(path.iterdir()) if path.is_dir() else sorted(root.glob(os.path.relpath(pattern, root)))
-    files = [str(file) for file in found if file.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES]
+    suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+    files = [str(file) for file in found if file.suffix.lower() in suffixes]
     if not files:
         raise FileNotFoundError(f"{pattern}: no image or video file there; give an image, a video, a folder of them or a glob")
-    if others := [file.name for file in found if file.is_file() and str(file) not in set(files)]:
+    if others := [file.name for file in found if file.is_file() and file.suffix.lower() not in suffixes]:
         print(f"{pattern}: {len(others)} files skipped that are not images or videos, {utils.printable(others[0])} first")
     return files
 

@@ -23,7 +23,7 @@ from model import load_detector
 # data
 DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv lists
 IMAGE_SETS = [("2007", "tiny")]  # the sample's training images; VOC: [("2007", "test")]; COCO: ["val.json"]
-TOLERATE = []  # "other classes": skip objects of classes that the model lacks; "missing labels": such images have no objects
+TOLERATE = []  # "other classes": skip objects of classes that the model lacks; "missing labels": take them as background
 NUM_WORKERS = 2  # processes that load images
 BATCH_SIZE = 8  # images per forward pass
 # model
@@ -50,7 +50,7 @@ def check_settings():
     utils.check_writable(os.path.join(OUTPUT_DIR, "any"))
 
 
-def coco_frames(samples, classes):
+def coco_image_info(samples, classes):
     """-> for COCO results, per image: its id, the category id of each class, (width, height) of the image and of its labels.
 
     Ids and size of the labels are those of the COCO JSON file (category None if it lacks the class); for other labels, they are the
@@ -72,7 +72,7 @@ def coco_frames(samples, classes):
 
 
 def coco_results(frames, detections):
-    """The detections (D, 7) as COCO results, in pixels that count from 0; frames: see coco_frames."""
+    """The detections (D, 7) as COCO results, in pixels that count from 0; frames: see coco_image_info."""
     results = []
     for index, label, confidence, x1, y1, x2, y2 in detections.tolist():
         image_id, category_ids, (width, height), (label_width, label_height) = frames[int(index)]
@@ -100,7 +100,7 @@ def main():
     if len(set(ids)) < len(ids):
         twice = next(name for name in ids if ids.count(name) > 1)
         raise ValueError(f"{twice}: two images of {DATA_DIR} have this name and would share their files; rename one")
-    frames = coco_frames(dataset.samples, classes)
+    frames = coco_image_info(dataset.samples, classes)
     names = [name.replace(" ", "_") for name in classes]  # toolkits split lines at blanks
 
     detections, truths, _ = utils.detect_dataset(model, dataset, BATCH_SIZE, NUM_WORKERS, CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD)

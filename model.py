@@ -33,7 +33,7 @@ from darknet_model import (
 )
 from dataset import COCO_CLASSES, VOC_CLASSES, read_classes
 
-CHECKPOINT = ""  # of train.py; "": the untrained network with 20 classes
+CHECKPOINT = ""  # from train.py; "" for an untrained network with 20 classes
 OUTPUT = ""  # Darknet file to write, .weights; its .cfg and .names are written beside it; "": print the layers
 IMAGE_SIZE = None  # pixels, a multiple of 32; None for the checkpoint's own, 416 without a checkpoint
 
@@ -114,11 +114,12 @@ class YOLOv2(nn.Module):
 
 
 def load_pretrained_backbone(model: YOLOv2, file: str | os.PathLike, classes: list[str] | None = None) -> int:
-    """Loads Darknet-19's 18 feature convolutions into a YOLOv2; prints and returns the number of convolutions loaded.
+    """Loads pretrained weights into a YOLOv2: all 23 convolutions if anchors and classes match, otherwise the 18 of the backbone.
+    Prints and returns the number of convolutions loaded.
 
-    file: a checkpoint of darknet_train*.py or train.py, or a Darknet file (`darknet19.weights`, `darknet19_448.conv.23` or of
-    YOLOv2). A YOLOv2 checkpoint with the same number of anchors and the same classes is loaded completely, and so is a YOLOv2
-    Darknet file of the same size. Raises FileNotFoundError or ValueError, naming the file; the model is then unchanged.
+    file: a checkpoint of darknet_train*.py or train.py, or a Darknet file. A Darknet file contains no class names: one with as many
+    outputs as a published detector counts as trained on that detector's classes. Raises FileNotFoundError or ValueError, naming the
+    file; the model is then unchanged.
     """
     if utils.is_torch_file(file):
         checkpoint = utils.load_checkpoint(file, "cpu")
@@ -141,8 +142,8 @@ def load_pretrained_backbone(model: YOLOv2, file: str | os.PathLike, classes: li
     convolutions = list(darknet_tensors(model))
     sizes = [sum(tensor.numel() for tensor in tensors) for tensors in convolutions]
     published, _, _ = KNOWN_DETECTORS.get(convolutions[-1][0].numel(), (classes, (), 0))
-    other_classes = numbers.size == sum(sizes) and classes is not None and list(classes) != list(published)
-    if other_classes or sum(sizes[:18]) < numbers.size != sum(sizes):  # another network that begins with the same 18 convolutions
+    other_classes = classes is not None and list(classes) != list(published)
+    if numbers.size > sum(sizes[:18]) and (numbers.size != sum(sizes) or other_classes):  # the same 18 convolutions, another head
         copy_convolutions(convolutions[:18], numbers, file)
         print(f"{file}: loaded its first 18 convolutions, the backbone")
         return 18
@@ -185,14 +186,14 @@ def read_detector(file: str | os.PathLike) -> tuple[YOLOv2, dict]:
 def darknet_detector(file: str | os.PathLike, classes, anchors) -> tuple[list[str], list, int]:
     """Class names, anchors and image size of a Darknet detector. The file itself tells only how many outputs the network has.
 
-    Empty classes or anchors: those of the published detector with as many outputs, if there is one. Raises ValueError, naming the
-    file and what to set, if they are not known or do not fit.
+    Empty classes or anchors default to those of the published detector with as many outputs, if there is one. Raises ValueError,
+    naming the file and what to set, if they are not known or do not fit.
     """
     with torch.device("meta"):  # no memory
         convolutions = list(darknet_tensors(YOLOv2(1, 1)))
     numbers, _ = open_darknet_file(file)
-    inputs = convolutions[-1][1].shape[1] + 1  # weights per output, with its bias: 1025
-    outputs, rest = divmod(numbers.size - sum(tensor.numel() for tensors in convolutions[:-1] for tensor in tensors), inputs)
+    per_output = convolutions[-1][1].shape[1] + 1  # weights and bias of one output: 1025
+    outputs, rest = divmod(numbers.size - sum(tensor.numel() for tensors in convolutions[:-1] for tensor in tensors), per_output)
     if outputs <= 0 or rest:
         raise ValueError(
             f"{file}: {numbers.size:,} numbers are not those of a YOLOv2 detector; a backbone is for train.py's PRETRAINED"
@@ -201,7 +202,11 @@ def darknet_detector(file: str | os.PathLike, classes, anchors) -> tuple[list[st
     classes, anchors = classes or known_classes, anchors or known_anchors
     classes, anchors = read_classes(classes) if classes else [], read_anchors(anchors, [image_size]) if anchors else []
     if len(anchors) * (5 + len(classes)) != outputs:
-        fitting = [f"{outputs // count - 5} classes and {count} anchors" for count in (5, 3, 6, 9) if outputs % count == 0]
+        fitting = [
+            f"{outputs // count - 5} classes and {count} anchors"
+            for count in (5, 3, 6, 9)
+            if outputs % count == 0 < outputs // count - 5
+        ]
         raise ValueError(
             f"{file}: has {outputs} outputs per cell, which fits {' or '.join(fitting) or 'other numbers of anchors'}, not "
             f"{len(classes)} and {len(anchors)}; set CLASSES (names, or a .names file) and ANCHORS to those of its training"
@@ -239,7 +244,7 @@ def load_detector(
     return model, own_classes, own_anchors, image_size
 
 
-def darknet_cfg(classes: int, anchors, image_size: int) -> str:
+def darknet_cfg(num_classes: int, anchors, image_size: int) -> str:
     """yolov2-voc.cfg for a number of classes, anchors (A pairs in grid cells) and an image size in pixels -> its text."""
     sections = [
         f"[net]\nbatch=1\nsubdivisions=1\nwidth={image_size}\nheight={image_size}\nchannels=3\nmomentum=0.9\ndecay=0.0005\nangle=0\n"
@@ -263,10 +268,10 @@ def darknet_cfg(classes: int, anchors, image_size: int) -> str:
     sections.append("[reorg]\nstride=2\n")  # layer 27
     sections.append("[route]\nlayers=-1,-4\n")  # layer 28: the reorganised map, then layer 24
     convolutional(coarse, 3)
-    sections.append(f"[convolutional]\nsize=1\nstride=1\npad=1\nfilters={len(anchors) * (5 + classes)}\nactivation=linear\n")
+    sections.append(f"[convolutional]\nsize=1\nstride=1\npad=1\nfilters={len(anchors) * (5 + num_classes)}\nactivation=linear\n")
     numbers = ", ".join(str(float(side)) for anchor in anchors for side in anchor)
     sections.append(
-        f"[region]\nanchors={numbers}\nbias_match=1\nclasses={classes}\ncoords=4\nnum={len(anchors)}\nsoftmax=1\njitter=.2\nrescore=1\n"
+        f"[region]\nanchors={numbers}\nbias_match=1\nclasses={num_classes}\ncoords=4\nnum={len(anchors)}\nsoftmax=1\njitter=.2\nrescore=1\n"
         "object_scale=5\nnoobject_scale=1\nclass_scale=1\ncoord_scale=1\nabsolute=1\nthresh=.6\nrandom=0\n"
     )
     return "\n".join(sections)

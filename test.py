@@ -26,7 +26,7 @@ from model import load_detector
 # data
 DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv lists
 IMAGE_SETS = [("2007", "tiny")]  # the sample's training images; VOC: [("2007", "test")]; COCO: ["val.json"]
-TOLERATE = []  # "other classes": skip objects of classes that the model lacks; "missing labels": such images have no objects
+TOLERATE = []  # "other classes": skip objects of classes that the model lacks; "missing labels": take them as background
 NUM_WORKERS = 2  # processes that load images
 BATCH_SIZE = 8  # images per forward pass
 # model
@@ -52,6 +52,10 @@ def check_settings():
     utils.check_at_most(1, CONFIDENCE_THRESHOLD=CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD=NMS_IOU_THRESHOLD)
     utils.check_at_most(1, FIXED_THRESHOLD=FIXED_THRESHOLD)
     utils.check_numbers(INPUT_SIZES=INPUT_SIZES)
+    if any(size < 32 or size % 32 for size in INPUT_SIZES):
+        raise ValueError(f"INPUT_SIZES must hold multiples of 32 pixels, not {INPUT_SIZES}")
+    if CONFIDENCE_THRESHOLD > FIXED_THRESHOLD:
+        raise ValueError(f"CONFIDENCE_THRESHOLD {CONFIDENCE_THRESHOLD} must be at most FIXED_THRESHOLD {FIXED_THRESHOLD}")
     utils.check_writable(OUTPUT)
 
 

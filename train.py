@@ -38,7 +38,7 @@ DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv l
 IMAGE_SETS = [("2007", "tiny")]  # VOC 07+12: [("2007", "trainval"), ("2012", "trainval")]; or ["train.csv"], or COCO ["train.json"]
 VAL_IMAGE_SETS = []  # none: the sample is too small to be split; VOC: [("2007", "test")]
 CLASSES = VOC_CLASSES  # any names, or a Darknet .names file; saved in the checkpoint
-TOLERATE = []  # "other classes": skip objects that CLASSES does not name; "missing labels": such images have no objects
+TOLERATE = []  # "other classes": skip objects that CLASSES does not name; "missing labels": take them as background
 AUGMENT = False  # crop, flip and colour jitter; True for anything larger than the sample
 REPEAT = 5  # repeats of each image per epoch; 1 for a real data set
 NUM_WORKERS = 2  # processes that load images
@@ -75,7 +75,7 @@ EVAL_THRESHOLD = 0.4  # lowest confidence of the detections in an evaluation
 EVAL_TRAIN_IMAGES = 100  # number of training images, the first of the list, for train_map
 CHECKPOINT = "runs/yolov2.pt"
 RESUME = False  # continue from CHECKPOINT
-SAVE_EVERY_MINUTES = 30.0  # also within an epoch
+SAVE_EVERY_MINUTES = 30.0  # minutes between saves within an epoch; 0 saves after every step
 MAX_HOURS = 0.0  # save and stop after this time, for queues with a time limit; 0 for no limit
 SEED = 0
 DEVICE = "auto"  # or "cuda", "cuda:1", "cpu"
@@ -133,7 +133,7 @@ def read_data_sets(anchors, broken_list):
 
 def evaluate(model, eval_set, device, dtype, stop):
     """mAP@0.5 (all points) of the detections with at least EVAL_THRESHOLD; meaningless if the run is asked to stop. Draws the first
-    images with their detections; the validation set comes last, so that its pictures stay."""
+    eight images; the validation set is evaluated last, so that its sheet replaces that of the training set."""
     settings = (BATCH_SIZE // SUBDIVISIONS, NUM_WORKERS, EVAL_THRESHOLD)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         found, truths, _ = utils.detect_dataset(model.eval(), eval_set, *settings, should_stop=lambda: utils.should_stop(stop))
@@ -141,8 +141,8 @@ def evaluate(model, eval_set, device, dtype, stop):
     if not stop.reason:
         images = [read_image(file) for file, _ in eval_set.samples[:8]]
         utils.draw_samples(images, eval_set.classes, found, truths, f"{CHECKPOINT.removesuffix('.pt')}_samples.jpg")
-    if mean == 0 and not stop.reason:  # tells a detector that finds nothing from one that is wrong
-        print(f"mAP is 0: {len(found)} detections at {EVAL_THRESHOLD} for {len(truths)} ground truths")
+    if mean == 0 and not stop.reason:  # distinguishes no detections from wrong ones
+        tqdm.write(f"mAP is 0: {len(found)} detections at {EVAL_THRESHOLD} for {len(truths)} ground truths")
     return mean
 
 
@@ -162,7 +162,7 @@ def main():
     classes = train_set.classes
     steps = steps_per_epoch(len(train_set) * REPEAT, BATCH_SIZE, SUBDIVISIONS)
     sampling = (len(train_set), BATCH_SIZE, SUBDIVISIONS, MULTI_SCALE or [IMAGE_SIZE], SEED)
-    batches_from = functools.partial(training_batches, *sampling, repeat=REPEAT)  # of the first step
+    batches_from = functools.partial(training_batches, *sampling, repeat=REPEAT)  # call it with the first step
 
     # model, loss, optimiser
     model = yolov2_model.YOLOv2(len(classes), len(anchors)).to(device, memory_format=torch.channels_last)
@@ -219,13 +219,13 @@ def main():
                 state["images_seen"] += len(images)
 
             scaler.unscale_(optimizer)
-            norm_is_used = CLIP_NORM > 0 or not scaler.is_enabled()  # otherwise the scaler alone checks the gradient
-            norm = get_total_norm([parameter.grad for parameter in model.parameters() if norm_is_used])
+            gradients = [parameter.grad for parameter in model.parameters()]  # in fp16, the scaler checks them
+            norm = get_total_norm([] if scaler.is_enabled() and CLIP_NORM == 0 else gradients)
             if CLIP_NORM > 0:
                 clip_grads_with_norm_(model.parameters(), CLIP_NORM, norm)
             if problem := utils.problem_of_step(LOSS_TERMS, step_sums, norm, scaler):
                 files = files_of_step(train_set.samples, batches_from(state["step"]), SUBDIVISIONS)
-                raise ValueError(utils.diverged(problem, state, files, CHECKPOINT))
+                raise ValueError(utils.divergence_message(problem, state, files, CHECKPOINT))
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -244,13 +244,13 @@ def main():
         row |= dict(zip(LOSS_TERMS, (state["sums"] / (steps * SUBDIVISIONS)).tolist(), strict=True))
         row |= {"images_per_second": images / seconds if images else "", "train_map": "", "val_map": ""}
         if not stopping and (row["epoch"] % EVAL_EVERY == 0 or row["epoch"] == EPOCHS):
-            save()  # an evaluation that fails costs no training
+            save()  # so that a failing evaluation loses no training
             for name, eval_set in eval_sets.items():
                 row[name] = evaluate(model, eval_set, device, dtype, stop)
             stopping = utils.should_stop(stop)
         if stopping:
             save()
-            print(utils.stopped(stop, state, CHECKPOINT), flush=True)
+            utils.report_stop(bar, stop, state, CHECKPOINT)
             return
 
         state["epoch"] += 1
@@ -261,7 +261,7 @@ def main():
             utils.save_checkpoint(f"{stem}_best.pt", model=model.state_dict(), **state, **metadata)
         bar.clear()
         utils.log_epoch(stem, row, utils.time_left(began, state["step"] - first_step, EPOCHS * steps - state["step"]))
-        save()  # last: a run that dies before this line repeats the epoch's end, and loses neither row nor best network
+        save()  # last: a run that dies before repeats the end of the epoch, and loses neither its row nor the best network
     utils.finish(bar, broken_list)
 
 

@@ -108,7 +108,7 @@ def check_numbers(**settings: list) -> None:
     """Raises ValueError for the first setting, passed as NAME=value, that is not a list of numbers of 0 or more."""
     for name, values in settings.items():
         if isinstance(values, str) or not all(isinstance(value, (int, float)) and value >= 0 for value in values):
-            raise ValueError(f"{name} must be a list of numbers, not {values!r:.80}")
+            raise ValueError(f"{name} must be a list of numbers of 0 or more, not {values!r:.80}")
 
 
 def check_one_of(choices: tuple[str, ...], **settings: str) -> None:
@@ -127,6 +127,8 @@ def check_classes(source: str, classes: list[str]) -> list[str]:
     for name in classes:
         if not isinstance(name, str) or not name or name != name.strip():
             raise ValueError(f"{source}: {name!r} is not a class name; use text without spaces around it")
+        if any(c.isspace() and c != " " for c in name):
+            raise ValueError(f"{source}: {name!r} has an unusual space; use plain ones")
         if printable(name) != name or "/" in name or "\\" in name or name in (".", ".."):
             raise ValueError(f"{source}: {name!r} cannot be part of a file name; remove slashes and control characters")
         file = name.replace(" ", "_")
@@ -216,7 +218,7 @@ def pick_precision(name: str, device: torch.device, resumed: str = "") -> torch.
         return torch.float32
     full, half = time_convolution()
     faster = torch.bfloat16 if half < full else torch.float32
-    print(f"{faster}, because a 3x3 convolution takes {full:.1f} ms in float32, {half:.1f} ms in bfloat16")
+    print(f"PRECISION auto chose {faster}: a 3x3 convolution takes {full:.1f} ms in float32, {half:.1f} ms in bfloat16")
     return faster
 
 
@@ -316,7 +318,7 @@ def detect_dataset(
     num_workers: int,
     confidence_threshold: float = 0.005,
     nms_iou_threshold: float = 0.45,
-    should_stop: Callable[[], bool] = bool,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
     """Runs a model over a VOCDataset -> detections (D, 7) and ground truths (G, 7) as in average_precision, and the seconds spent
     on loading, network and post-processing.
@@ -486,8 +488,8 @@ def warm_batch_norm(model: nn.Module, batches_seen: int) -> None:
     """Sets the momentum of all batch norms: Darknet's .01, but more during the first 990 batches (ours).
 
     With .01, the running statistics need some 500 batches to forget their initial values, too long for short runs.
-    10 / (batches + 10) averages over about the last tenth of the run. A compiled model keeps .01, because every change of momentum
-    would compile it again.
+    10 / (batches + 10) averages over about the last tenth of the batches so far. A compiled model keeps .01, because every change
+    of momentum would compile it again.
     """
     if any(name.endswith("_orig_mod") for name, _ in model.named_modules()):  # torch.compile's name for the wrapped model
         return
@@ -558,10 +560,11 @@ def should_stop(stop: types.SimpleNamespace) -> bool:
     return bool(stop.reason)
 
 
-def stopped(stop: types.SimpleNamespace, state: dict, checkpoint: str) -> str:
-    """The last message of a stopped run: why and where it stopped, and how to continue."""
+def report_stop(bar, stop: types.SimpleNamespace, state: dict, checkpoint: str) -> None:
+    """Closes the progress bar and prints why and where a run has stopped, and how to continue."""
+    bar.close()
     where = f"in epoch {state['epoch'] + 1} after step {state['step']}"
-    return f"stopped by {stop.reason} {where}; RESUME=True continues from {checkpoint}"
+    print(f"stopped by {stop.reason} {where}; RESUME=True continues from {checkpoint}", flush=True)
 
 
 def problem_of_step(names: tuple[str, ...], losses: Tensor, norm: Tensor, scaler) -> str:
@@ -577,11 +580,11 @@ def problem_of_step(names: tuple[str, ...], losses: Tensor, norm: Tensor, scaler
     return "" if gradient_is_finite else "the gradient"
 
 
-def diverged(problem: str, state: dict, files: list[str], checkpoint: str) -> str:
+def divergence_message(problem: str, state: dict, files: list[str], checkpoint: str) -> str:
     """The error message for a loss or gradient that is not finite: where, on which images, and what to do."""
-    kept = "the checkpoint is intact" if os.path.isfile(checkpoint) else "no checkpoint has been written"
+    kept = "the checkpoint is that of its last save" if os.path.isfile(checkpoint) else "no checkpoint has been written"
     where = f"in epoch {state['epoch'] + 1}, step {state['step'] + 1}, images {', '.join(files)}"
-    advice = "Lower LEARNING_RATE, lengthen BURN_IN, clip the gradient or try PRECISION=fp32"
+    advice = "Lower LEARNING_RATE, lengthen BURN_IN or try PRECISION=fp32"
     return f"{problem} is not finite {where}; {kept}. {advice}"
 
 
@@ -642,15 +645,18 @@ def check_writable(file: str | os.PathLike) -> None:
 
 
 def is_torch_file(file: str | os.PathLike) -> bool:
-    """Whether torch.save wrote a file, by its first bytes (a zip archive or a pickle) or its suffix."""
+    """Whether torch.save wrote a file, by its first bytes: a zip archive or a pickle. The suffix decides if the file is missing, or
+    damaged so that it is not a Darknet file either."""
     suffix_fits = os.fspath(file).endswith((".pt", ".pth"))
-    if suffix_fits or not os.path.isfile(file):
+    if not os.path.isfile(file):
         return suffix_fits
     with open(file, "rb") as stream:
-        return stream.read(2).startswith((b"PK", b"\x80"))
+        start = stream.read(8)
+    is_darknet = len(start) == 8 and start[2:4] == start[6:8] == b"\0\0"  # int32 major and minor version, small numbers
+    return start.startswith((b"PK", b"\x80")) or (suffix_fits and not is_darknet)
 
 
-LARGEST_WEIGHT = 1e9  # far above any trained one; flipped bits and infinity are above it, NaN is not below it
+LARGEST_WEIGHT = 1e9  # far above any trained weight; abs() < LARGEST_WEIGHT is false for NaN, infinity and most flipped exponents
 
 
 def check_weights(file: str | os.PathLike, weights: dict[str, Tensor]) -> None:
@@ -673,7 +679,7 @@ def check_weights(file: str | os.PathLike, weights: dict[str, Tensor]) -> None:
         problem = "numbers that are not finite or huge"
     elif any(name.endswith("running_var") and (tensor < 0).any() for name, tensor in weights.items()):
         problem = "a negative variance"
-    elif not all(kernel.any() for kernel in kernels) or (kernels and not kernels[-1][-1].any()):
+    elif not all(kernel.any() for kernel in kernels) or (kernels and not kernels[-1].flatten()[-16:].any()):
         problem = "a kernel of zeros"
     if problem:
         raise ValueError(f"{file}: damaged weights ({problem}); download or train it again")
@@ -685,8 +691,8 @@ def save_checkpoint(file: str | os.PathLike, **state) -> None:
     Raises OSError, and ValueError if a weight of `model` is not finite, so that the last good checkpoint stays.
     """
     if not all((tensor.abs() < LARGEST_WEIGHT).all() for tensor in state.get("model", {}).values()):
-        kept = "it still holds the last good weights" if os.path.isfile(file) else "it was not written"
-        raise ValueError(f"{file}: {kept}, because the new ones are not finite. Lower LEARNING_RATE, or set CLIP_NORM or BURN_IN")
+        kept = "it holds those of its last save" if os.path.isfile(file) else "it was not written"
+        raise ValueError(f"{file}: the new weights are not finite or huge; {kept}. Lower LEARNING_RATE or lengthen BURN_IN")
     with atomic_write(file) as temporary:
         torch.save(state, temporary)
 
@@ -775,8 +781,12 @@ def resume(file: str | os.PathLike, model: nn.Module, optimizer, scaler, setting
             print(f"changed since {file} was written: {name} {old[name]!r} -> {settings[name]!r}")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
-        for index, buffers in saved["optimizer"]["state"].items():  # a fused optimiser does not check their shapes
-            if any(buffer.is_sparse or buffer.ndim and buffer.shape != parameters[index].shape for buffer in buffers.values()):
+        adam = isinstance(optimizer, torch.optim.AdamW)
+        for index, buffers in saved["optimizer"]["state"].items():  # a fused optimiser does not check them
+            if buffers.keys() != ({"step", "exp_avg", "exp_avg_sq"} if adam else {"momentum_buffer"}):
+                raise ValueError("the optimiser's buffers are those of another one")
+            shapes = {(buffer.shape, buffer.is_sparse, 0 in buffer.stride()) for name, buffer in buffers.items() if name != "step"}
+            if shapes != {(parameters[index].shape, False, False)}:
                 raise ValueError("the optimiser's buffers have other shapes than the weights")
         model.load_state_dict(saved["model"])
         pairs = zip(optimizer.state_dict()["param_groups"], saved["optimizer"]["param_groups"], strict=True)
@@ -805,7 +815,10 @@ def append_metrics(file: str | os.PathLike, row: dict) -> None:
     if os.path.isfile(file):
         try:
             with open(file, newline="", encoding="utf-8") as stream:
-                rows = [old for old in csv.DictReader(stream) if int(old["epoch"]) < row["epoch"]]
+                reader = csv.DictReader(stream)
+                rows = [old for old in reader if int(old["epoch"]) < row["epoch"]]
+                if "epoch" not in (reader.fieldnames or []):
+                    raise ValueError("no header")
         except (ValueError, KeyError, TypeError, csv.Error):  # another file, or damaged
             os.replace(file, f"{file}.unreadable")
             print(f"{file} was not readable; it is kept as {file}.unreadable and a new file is started")
@@ -868,10 +881,10 @@ def advance(bar, images: int, start: float, loss: Tensor) -> None:
 
 def time_left(began: float, done: int, remaining: int) -> str:
     """How long the remaining steps take at the pace of those done since `began` (time.monotonic()), evaluations included."""
-    minutes = (time.monotonic() - began) / max(done, 1) * remaining / 60
     if not remaining:
         return ""
-    return f"{minutes // 60:.0f} h {minutes % 60:02.0f} min left" if minutes >= 60 else f"{minutes:.1f} min left"
+    minutes = (time.monotonic() - began) / max(done, 1) * remaining / 60
+    return f"{round(minutes) // 60} h {round(minutes) % 60:02d} min left" if minutes >= 60 else f"{minutes:.1f} min left"
 
 
 def finish(bar, broken_list: str) -> None:
@@ -890,7 +903,7 @@ def log_epoch(stem: str, row: dict, left: str) -> None:
     except Exception as error:  # whatever it is, it must not end a run
         print(f"{stem}_metrics.csv or {stem}_charts.png could not be written: {first_line(error)}")
     shown = [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items() if value != ""]
-    print("  ".join(shown + [left] * bool(left)), flush=True)
+    print("  ".join([*shown, left] if left else shown), flush=True)
 
 
 # ---------------------------------------------------------------- drawing
@@ -954,7 +967,7 @@ def draw_samples(images: list[np.ndarray], classes: list[str], detections, groun
     sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height))
     for index, image in enumerate(images):
         scale = min(width / image.shape[1], height / image.shape[0])
-        small = Image.fromarray(image).resize((round(scale * image.shape[1]), round(scale * image.shape[0])))
+        small = Image.fromarray(image).resize((max(1, round(scale * image.shape[1])), max(1, round(scale * image.shape[0]))))
         found = detections[detections[:, 0] == index]
         found = found[np.argsort(-found[:, 2])[:6]]
         labels = [f"{classes[int(label)]} {confidence:.2f}" for label, confidence in found[:, 1:3]]

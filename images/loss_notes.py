@@ -20,7 +20,7 @@ TEXTS = [  # x, y, font size, text
     (15, 496, FORMULA + 1, r"$b_y=\sigma(t_y)+c_y$"),
     (190, 465, FORMULA + 1, r"$b_w=p_w\,e^{t_w}$"),
     (190, 496, FORMULA + 1, r"$b_h=p_h\,e^{t_h}$"),
-    (15, 527, FORMULA + 1, r"$\mathrm{confidence}=\sigma(t_o)$"),
+    (15, 527, FORMULA + 1, r"$\mathrm{objectness}=\sigma(t_o)$"),
     (15, 575, NOTE, r"Lengths are in cells ($S\times S$, each $32\times 32$ pixels)."),
     (15, 597, NOTE, "A slot is one (anchor, row, column)."),
     (15, 629, NOTE, "Each object is assigned to one slot, which is then"),
@@ -28,7 +28,7 @@ TEXTS = [  # x, y, font size, text
     (15, 673, NOTE, "and the anchor of best IoU (width and height only)."),
     (368, 66, FORMULA, r"$\mathrm{loss}=\dfrac{1}{N}\,\sum\,(\mathrm{coord+object+no\_object+class+prior})$"),
     (368, 98, NOTE, "The sum over all slots of all images is divided by $N$, the number of images."),
-    (368, 118, NOTE, r"$\lambda_{object}=5$, all other $\lambda=1$. Weights stand in front of the square, not inside it."),
+    (368, 118, NOTE, r"$\lambda_{object}=5$, all other $\lambda=1$. Each weight multiplies the squared error, not the error."),
 ]
 TERMS = [  # name, slots it applies to, formula lines, note lines
     (
@@ -45,14 +45,14 @@ TERMS = [  # name, slots it applies to, formula lines, note lines
         "object",
         "responsible slots",
         [r"$\dfrac{1}{2}\,\lambda_{object}\,(\sigma(t_o)-\mathrm{IoU})^2$"],
-        "Trains the confidence to match the IoU of the predicted box with its object.",
+        "Trains the objectness to match the IoU of the predicted box with its object.",
         "The IoU is a constant: no gradient flows through it.",
     ),
     (
         "no_object",
         "all other slots",
         [r"$\dfrac{1}{2}\,\lambda_{no\_object}\,\sigma(t_o)^2$"],
-        "Trains the confidence towards 0. Boxes that overlap any object by more",
+        "Trains the objectness towards 0. Boxes that overlap any object by more",
         "than ignore_threshold (IoU > 0.6) are not penalised.",
     ),
     (

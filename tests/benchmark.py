@@ -40,7 +40,7 @@ import dataset
 import train
 import utils
 from loss import YoloLoss
-from model import ANCHORS, YOLOv2, load_detector
+from model import ANCHORS, YOLOv2, darknet_cfg, load_detector
 
 # what to measure
 PARTS = ["inference", "training", "loss", "data", "postprocessing", "ap", "memory", "growth"]
@@ -85,17 +85,15 @@ def our_inference(weights, batch, size, device, precision, compiled):
 
 
 def opencv_inference(weights, batch, size, device):
-    from test_darknet_parity import yolov2_cfg
-
     cv2.setNumThreads(torch.get_num_threads())
     cfg = f"{weights}.{size}.{batch}.{os.getpid()}.cfg"
-    Path(cfg).write_text(yolov2_cfg(size, size))
+    Path(cfg).write_text(darknet_cfg(20, ANCHORS, size))
     network = cv2.dnn.readNetFromDarknet(cfg, weights)
     images = some_images(batch, size).numpy()
 
     def step():
         network.setInput(images)
-        return darknet_order(network.forward())
+        return darknet_order(network.forward("conv_30"))  # the last convolution, before the region layer
 
     return step
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def test_labels_made_for_another_image_size_are_reported(declared, cause, tmp_pa
         monkeypatch.setattr(dataset, name, value)
     with pytest.raises(SystemExit, match="1 problems"):
         dataset.main()
-    sizes = f"made for an image of {declared[0]} x {declared[1]}, but it is 100 x 60"
+    sizes = f"declares an image of {declared[0]} x {declared[1]}, but the image is 100 x 60"
     assert re.search(rf"problem: .*a\.xml: {sizes} \(.*{cause}", capsys.readouterr().out)
     set_training(monkeypatch, tmp_path)
     train.main()
@@ -371,7 +372,9 @@ def test_hidden_class_folders_are_skipped_and_other_files_counted(tmp_path, caps
 # ---------------------------------------------------------------- names
 
 
-@pytest.mark.parametrize("names", [["a/b"], ["..", "x"], ["a\tb"], ["a\nb"], ["a", "a"], ["a b", "a_b"], [""], [], [" a"], [3]])
+@pytest.mark.parametrize(
+    "names", [["a/b"], ["..", "x"], ["a\tb"], ["a\nb"], ["a", "a"], ["a b", "a_b"], [""], [], [" a"], [3], ["a\u00a0b"]]
+)
 def test_class_names_that_would_break_files_are_refused(tmp_path, names):
     with pytest.raises(ValueError, match="CLASSES"):
         dataset.read_classes(names)
@@ -469,6 +472,28 @@ def test_resuming_a_checkpoint_with_a_damaged_value_is_refused(key, value, tmp_p
         utils.resume(str(tmp_path / "odd.pt"), detector, torch.optim.SGD(detector.parameters()), None, settings, train.FIXED)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"exp_avg": torch.tensor(1.0)}, {"exp_avg_sq": torch.ones(1).expand(4, 3, 3, 3)}, {"exp_avg": torch.ones(3)},
+        {"exp_avg": torch.ones(4, 3, 3, 3).to_sparse()}, {"exp_avg_sq": None}, {"momentum_buffer": torch.ones(4, 3, 3, 3)},
+    ],
+)  # fmt: skip
+def test_damaged_buffers_of_the_optimiser_are_refused(change, tmp_path):
+    """A fused optimiser would read and write beyond them."""
+    layer = torch.nn.Conv2d(3, 4, 3, bias=False)
+    optimizer = torch.optim.AdamW(layer.parameters(), 0.1, fused=True)
+    buffers = {"step": torch.tensor(1.0), "exp_avg": torch.ones(4, 3, 3, 3), "exp_avg_sq": torch.ones(4, 3, 3, 3)}
+    changed = {name: buffer for name, buffer in (buffers | change).items() if buffer is not None}
+    state = {"epoch": 0, "step": 0, "images_seen": 0, "best": -1.0, "sums": torch.zeros(6), "scaler": {}, "settings": {"EPOCHS": 1}}
+    state |= {"model": layer.state_dict(), "optimizer": {"state": {0: changed}, "param_groups": [{"lr": 0.1}]}}
+    torch.save(state, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match=r"odd\.pt: does not fit this model and optimiser \(the optimiser's buffers"):
+        utils.resume(str(tmp_path / "odd.pt"), layer, optimizer, None, {"EPOCHS": 1}, ())
+    torch.save(state | {"optimizer": state["optimizer"] | {"state": {0: buffers}}}, tmp_path / "fine.pt")
+    utils.resume(str(tmp_path / "fine.pt"), layer, optimizer, None, {"EPOCHS": 1}, ())
+
+
 # ---------------------------------------------------------------- damaged weights
 
 
@@ -482,7 +507,7 @@ def damage(tensors: dict, kind: str) -> None:
     elif kind == "variance":
         tensors[name][3] = -0.5
     else:
-        tensors[name][-1] = 0
+        tensors[name][-1, -20:] = 0
 
 
 DAMAGES = {"nan": "not finite", "zeros": "kernel of zeros", "variance": "negative variance", "tail": "kernel of zeros"}
@@ -570,7 +595,7 @@ def test_optimiser_buffers_of_another_shape_are_refused(tmp_path, monkeypatch):
 
 def test_an_unreadable_metrics_file_is_renamed_and_a_new_one_is_started(tmp_path, capsys):
     file = tmp_path / "run_metrics.csv"
-    for content in (b"\xff\xfe\x00broken", b"no,header\n1,2\n"):
+    for content in (b"\xff\xfe\x00broken", b"no,header\n1,2\n", b"1,0.5,7.25\n"):
         file.write_bytes(content)
         utils.append_metrics(file, {"epoch": 2, "loss": 1.5})
         assert file.read_text().splitlines() == ["epoch,loss", "2,1.5"]
@@ -655,6 +680,62 @@ def test_text_with_another_encoding_than_utf_8_is_refused_by_its_name(tmp_path):
     (tmp_path / "VOC2026/ImageSets/Main/train.txt").write_bytes("a\n".encode("utf-16-le"))
     with pytest.raises(ValueError, match=r"train\.txt: not UTF-8 text; save it as UTF-8"):
         read(tmp_path)
+
+
+def test_a_full_shared_memory_ends_an_evaluation_with_an_error(tmp_path, monkeypatch):
+    write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
+    full = RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+    monkeypatch.setattr(torch.Tensor, "share_memory_", Mock(side_effect=full))  # forked workers inherit it
+    with pytest.raises(RuntimeError, match="No space left on device"):
+        utils.detect_dataset(YOLOv2(1).eval(), read(tmp_path), 1, 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file names")
+def test_a_broken_image_whose_name_is_not_utf8_is_skipped_and_listed(tmp_path):
+    broken, good = os.fsdecode(os.fsencode(tmp_path) + b"/br\xfcken.png"), tmp_path / "good.png"
+    Path(broken).write_bytes(b"no image")
+    Image.new("RGB", (40, 30)).save(good)
+    for _ in range(2):
+        _, index = dataset.read_or_next([(broken, ""), (str(good), "")], 0, str(tmp_path / "broken.txt"))
+        assert index == 1
+    assert (tmp_path / "broken.txt").read_bytes().count(b"br\xfcken.png: not a readable image") == 1
+
+
+def test_the_column_of_a_list_per_class_may_follow_a_tab(tmp_path):
+    write_devkit(tmp_path, {"a": annotation(), "b 1": annotation()})
+    (tmp_path / "VOC2026/ImageSets/Main/train.txt").write_text("a\t-1\nb 1\nb 1  1\n")
+    assert [Path(file).name for file, _ in read(tmp_path).samples] == ["a.jpg", "b 1.jpg", "b 1.jpg"]
+
+
+def test_a_file_is_recognised_by_its_content_whatever_its_suffix(checkpoint, tmp_path):
+    darknet_model.save_darknet_weights(YOLOv2(1), tmp_path / "darknet.pt")
+    (tmp_path / "ours.weights").write_bytes(checkpoint.read_bytes())
+    for name in ("darknet.pt", "ours.weights"):
+        _, classes, *_ = model.load_detector(tmp_path / name, ["bolt"], ANCHORS, torch.device("cpu"), "fp32")
+        assert classes == ["bolt"]
+    (tmp_path / "text.pt").write_text("neither of them")
+    with pytest.raises(ValueError, match=r"text\.pt: (damaged or )?not a checkpoint"):
+        model.load_detector(tmp_path / "text.pt", [], [], torch.device("cpu"), "fp32")
+
+
+def test_class_folders_that_no_checkpoint_could_name_are_refused_before_training(tmp_path):
+    for name in ("a b", "a_b", ".hidden"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 30)).save(tmp_path / "train" / name / "x.png")
+    with pytest.raises(ValueError, match="'a b' and 'a_b' would share a file"):
+        dataset.imagenet_dataset(tmp_path, "train", 32, augment=False)
+    (tmp_path / "train" / "a_b").rename(tmp_path / "train" / "a b" / ".ipynb_checkpoints")
+    assert len(dataset.imagenet_dataset(tmp_path, "train", 32, augment=False)) == 1
+
+
+def test_confidences_between_the_thresholds_of_test_py_are_never_left_out_silently(monkeypatch):
+    monkeypatch.setattr(test_script, "CONFIDENCE_THRESHOLD", 0.5)
+    with pytest.raises(ValueError, match="CONFIDENCE_THRESHOLD 0.5 must be at most FIXED_THRESHOLD 0.4"):
+        test_script.check_settings()
+    monkeypatch.setattr(test_script, "CONFIDENCE_THRESHOLD", 0.1)
+    monkeypatch.setattr(test_script, "INPUT_SIZES", [416, 500])
+    with pytest.raises(ValueError, match="INPUT_SIZES must hold multiples of 32"):
+        test_script.check_settings()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file names")

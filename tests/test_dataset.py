@@ -329,7 +329,7 @@ def test_coco_boxes_without_width_or_height_are_left_out_and_counted(tmp_path, c
     """As two boxes of COCO's own instances_train2017.json."""
     content = coco([(1, "a.jpg")], [(1, 11, [0, 0, 10, 8]), (1, 11, [5, 5, 0, 8]), (1, 21, [5, 5, 9, 0.0])])
     assert len(open_coco(tmp_path, content).labels[0]) == 1
-    message = "2 annotations whose width or height is 0 are left out, annotation 501 first"
+    message = "skipped 2 annotations of zero width or height (first: annotation 501)"
     assert capsys.readouterr().out.count(message) == 1
 
 
@@ -362,7 +362,7 @@ def test_coco_boxes_are_fractions_of_the_declared_size_or_else_of_the_image(tmp_
     scale = 2 if declared == (50, 40) else 1
     np.testing.assert_allclose(data.labels[0][:, 2:] / scale, [[0.1, 0.1, 0.3, 0.3]], atol=1e-12)
     dataset.print_doubts(data)
-    doubt = "train.json#1: made for an image of 50 x 40, but it is 100 x 80"
+    doubt = "train.json#1: declares an image of 50 x 40, but the image is 100 x 80"
     assert (doubt in capsys.readouterr().out) == (declared == (50, 40))
 
 
@@ -1089,8 +1089,8 @@ def test_the_check_prints_counts_and_average_ious_and_draws_a_label_sheet(monkey
     cats = sum(item.findtext("name") == "cat" and item.findtext("difficult") != "1" for item in objects)
     assert cats and f"{len(ids)} images, {len(objects)} objects, {difficult} of them difficult" in printed
     assert re.search(rf"^  cat +{cats}  difficult", printed, re.MULTILINE)
-    in_use = float(re.search(r"average IoU of the anchors in use: (0\.\d+)", printed)[1])
-    new = float(re.search(r"average IoU of new anchors: +(0\.\d+)", printed)[1])
+    in_use = float(re.search(r"average IoU of the default anchors: (0\.\d+)", printed)[1])
+    new = float(re.search(r"average IoU of k-means anchors: +(0\.\d+)", printed)[1])
     assert 0.2 < in_use < new < 1
     with Image.open(sheet) as picture:
         picture.load()

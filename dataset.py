@@ -581,7 +581,7 @@ class VOCDataset(Dataset):
     """
 
     def __init__(self, root, image_sets, anchors, image_size=416, classes=VOC_CLASSES, augment=False, limit=None, tolerate=()):
-        if image_size % 32 or image_size <= 0:
+        if image_size % 32 or not 32 <= image_size < 10_000:
             raise ValueError(f"IMAGE_SIZE must be a multiple of 32 pixels, not {image_size}")
         if unknown := set(tolerate) - {"other classes", "missing labels"}:
             raise ValueError(f'TOLERATE takes "other classes" and "missing labels", not {unknown.pop()!r}')
@@ -904,7 +904,7 @@ def main() -> None:
     from model import ANCHORS  # here, because model.py imports dataset.py
 
     utils.check_at_least(1, SHEET_IMAGES=SHEET_IMAGES)
-    if IMAGE_SIZE < 32 or IMAGE_SIZE % 32:
+    if IMAGE_SIZE % 32 or not 32 <= IMAGE_SIZE < 10_000:
         raise ValueError(f"IMAGE_SIZE must be a multiple of 32 pixels, not {IMAGE_SIZE}")
     utils.check_at_most(500, SHEET_IMAGES=SHEET_IMAGES)
     utils.check_at_least(0, SEED=SEED)

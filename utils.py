@@ -741,7 +741,7 @@ CHECKPOINT_VALUES = {
     **dict.fromkeys(("epoch", "step", "images_seen"), is_counter),
     **dict.fromkeys(("classes", "anchors"), lambda value: isinstance(value, (list, tuple))),
     "best": lambda value: isinstance(value, (int, float)) and not value > 1,  # -1 before the first evaluation; may be NaN
-    "sums": lambda value: isinstance(value, Tensor) and value.ndim == 1 and bool((value >= 0).all() and (value < 1e30).all()),
+    "sums": lambda value: isinstance(value, Tensor) and value.dtype == torch.float64 and value.ndim == 1 and (value >= 0).all(),
     "image_size": lambda value: is_counter(value) and 32 <= value <= 10_000,
 }
 

@@ -456,7 +456,7 @@ def test_a_detector_with_a_damaged_value_is_refused_by_its_name(key, value, chec
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("settings", None), ("settings", {}), ("settings", []), ("sums", [1.0]), ("sums", None), ("epoch", "1"), ("epoch", -1),
+        ("settings", None), ("settings", {}), ("settings", []), ("sums", [1.0]), ("sums", torch.zeros(6) > 1), ("epoch", "1"), ("epoch", -1),
         ("epoch", 1.5), ("step", math.nan), ("step", -1), ("step", torch.tensor(1)), ("images_seen", None), ("best", None),
         ("best", 1e9), ("scaler", torch.tensor([])), ("optimizer", 3),
     ],
@@ -485,7 +485,15 @@ def test_damaged_buffers_of_the_optimiser_are_refused(change, tmp_path):
     optimizer = torch.optim.AdamW(layer.parameters(), 0.1, fused=True)
     buffers = {"step": torch.tensor(1.0), "exp_avg": torch.ones(4, 3, 3, 3), "exp_avg_sq": torch.ones(4, 3, 3, 3)}
     changed = {name: buffer for name, buffer in (buffers | change).items() if buffer is not None}
-    state = {"epoch": 0, "step": 0, "images_seen": 0, "best": -1.0, "sums": torch.zeros(6), "scaler": {}, "settings": {"EPOCHS": 1}}
+    state = {
+        "epoch": 0,
+        "step": 0,
+        "images_seen": 0,
+        "best": -1.0,
+        "sums": torch.zeros(6).double(),
+        "scaler": {},
+        "settings": {"EPOCHS": 1},
+    }
     state |= {"model": layer.state_dict(), "optimizer": {"state": {0: changed}, "param_groups": [{"lr": 0.1}]}}
     torch.save(state, tmp_path / "odd.pt")
     with pytest.raises(ValueError, match=r"odd\.pt: does not fit this model and optimiser \(the optimiser's buffers"):

@@ -457,8 +457,8 @@ def test_a_detector_with_a_damaged_value_is_refused_by_its_name(key, value, chec
     ("key", "value"),
     [
         ("settings", None), ("settings", {}), ("settings", []), ("sums", [1.0]), ("sums", torch.zeros(6) > 1), ("epoch", "1"),
-        ("epoch", -1), ("epoch", 1.5), ("step", math.nan), ("step", -1), ("step", torch.tensor(1)), ("images_seen", None), ("best", None),
-        ("best", 1e9), ("scaler", torch.tensor([])), ("optimizer", 3),
+        ("epoch", -1), ("epoch", 1.5), ("step", math.nan), ("step", -1), ("step", torch.tensor(1)), ("images_seen", None),
+        ("best", None), ("best", 1e9), ("scaler", torch.tensor([])), ("optimizer", 3),
     ],
 )  # fmt: skip
 def test_resuming_a_checkpoint_with_a_damaged_value_is_refused(key, value, tmp_path, monkeypatch):

@@ -629,8 +629,8 @@ def trajectory(golden_file, tmp_path_factory):
 
     settings = {
         "OPTIMIZER": "sgd", "BATCH_SIZE": 4, "SUBDIVISIONS": 2, "LEARNING_RATE": 2e-5, "BURN_IN": 5, "MOMENTUM": 0.9,
-        "WEIGHT_DECAY": 1.0, "CLIP_NORM": 0.0, "LR_SCHEDULE": "constant", "EPOCHS": 1, "REPEAT": 1, "IMAGE_SIZE": 96, "NUM_WORKERS": 0,
-        "PRECISION": "fp32", "DEVICE": "cpu", "CHECKPOINT": str(tmp_path_factory.mktemp("trajectory") / "run.pt"),
+        "WEIGHT_DECAY": 1.0, "CLIP_NORM": 0.0, "LR_SCHEDULE": "constant", "EPOCHS": 1, "REPEAT": 1, "IMAGE_SIZE": 96,
+        "NUM_WORKERS": 0, "PRECISION": "fp32", "DEVICE": "cpu", "CHECKPOINT": str(tmp_path_factory.mktemp("trajectory") / "run.pt"),
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():

@@ -766,6 +766,8 @@ def resume(file: str | os.PathLike, model: nn.Module, optimizer, scaler, setting
     counters = ("epoch", "step", "images_seen", "best", "sums")
     saved = load_checkpoint(file, keys=("model", "optimizer", "scaler", *counters, "settings"))
     old = saved["settings"]
+    if len(saved["sums"]) != (6 if "EQUATION" in settings else 3):  # the terms of train.py, or loss, hits and images
+        raise ValueError(f"{file}: damaged, or a checkpoint of another script (it has {len(saved['sums'])} sums)")
     if missing := [name for name in fixed if name not in old]:
         raise ValueError(f"{file}: damaged, or a checkpoint of another script (its settings lack {', '.join(missing)})")
     changed = [name for name in settings if name in old and json.dumps(old[name], default=repr) != json.dumps(settings[name])]

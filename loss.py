@@ -14,9 +14,8 @@ from torch.nn import functional as F
 
 from utils import box_iou
 
-PRIOR_IMAGES = (
-    12_800  # all boxes are pulled towards their anchors until so many images, with this batch, were seen (src/region_layer.c)
-)
+# all boxes are pulled towards their anchors until so many images, this batch included, have been seen (src/region_layer.c)
+PRIOR_IMAGES = 12_800
 PRIOR_WEIGHT = 0.01
 
 

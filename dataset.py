@@ -3,7 +3,8 @@
 `python dataset.py DATA_DIR=... IMAGE_SETS=...` checks a data set before a long run. It prints the objects per class, every unusable
 file with the reason, and how well the anchors fit, and draws augmented samples with their boxes to `runs/label_sheet.png`.
 
-Letters: M boxes of an image, A anchors (5), S_h x S_w grid cells (13 x 13 at 416 x 416). Rows are y, columns are x.
+Letters: G objects in a label file, difficult ones included, M boxes of a training sample, A anchors (5), S_h x S_w grid cells
+(13 x 13 at 416 x 416). Rows are y, columns are x. Devkit pixels: the first pixel is 1, and boxes include both end pixels.
 """
 
 import contextlib
@@ -495,8 +496,8 @@ class DarknetColour(albumentations.ImageOnlyTransform):
 
 def train_transform(image_size: int) -> albumentations.Compose:
     """Augmentation to a square of image_size pixels: moves each side in or out by up to a fifth, repeating the border pixels,
-    flips, and distorts the colours (load_data_region and crop_image in Darknet, version of the paper). Boxes (M, 5): xyxy in
-    fractions, class; those with less than a tenth of their area left are dropped."""
+    flips, and distorts the colours (load_data_region and crop_image in Darknet when the paper was written). Boxes (M, 5): xyxy
+    in fractions, class; those with less than a tenth of their area left are dropped."""
     transforms = [
         albumentations.CropAndPad(percent=(-0.2, 0.2), keep_size=False, border_mode=cv2.BORDER_REPLICATE),
         albumentations.Resize(image_size, image_size, interpolation=cv2.INTER_LINEAR),
@@ -509,7 +510,7 @@ def train_transform(image_size: int) -> albumentations.Compose:
     return albumentations.Compose(transforms, bbox_params=boxes)
 
 
-def test_transform(image_size: int) -> albumentations.Compose:
+def plain_transform(image_size: int) -> albumentations.Compose:
     """Stretches the whole image to a square of image_size pixels, with its boxes (M, 5): xyxy in fractions, class."""
     resize = albumentations.Resize(image_size, image_size, interpolation=cv2.INTER_LINEAR)
     boxes = albumentations.BboxParams(format="albumentations", clip=True, filter_invalid_bboxes=True)
@@ -601,7 +602,7 @@ class VOCDataset(Dataset):
         Size and seed are part of the key because a worker process does not see later changes of the data set."""
         index, size, seed = key if isinstance(key, tuple) else (key, self.image_size, None)
         if size not in self.transforms:
-            self.transforms[size] = train_transform(size) if self.augment else test_transform(size)
+            self.transforms[size] = train_transform(size) if self.augment else plain_transform(size)
         if self.augment and seed is not None:
             # one generator for all: set_random_seed would give each transform the same numbers, and correlate flip and hue
             self.transforms[size].set_random_state(np.random.default_rng(seed), random.Random(seed))
@@ -625,14 +626,14 @@ class VOCDataset(Dataset):
 
     def images_and_sizes(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """The images of a batch without augmentation (N, 3, H, W) uint8, and their original widths and heights (N, 2)."""
-        transform, images, sizes = test_transform(self.image_size), [], []
+        transform, images, sizes = plain_transform(self.image_size), [], []
         for index in indices:
             image = read_image(self.samples[index][0])
             images.append(to_tensor(transform(image=image, bboxes=np.empty((0, 5)))["image"]))
             sizes.append(image.shape[1::-1])
         batch = torch.stack(images)
         if get_worker_info():
-            batch.share_memory_()  # here, a full /dev/shm is an error of the main process; later, the batch would only be lost
+            batch.share_memory_()  # in a worker: if /dev/shm is full, fail here, where the main process gets the error
         return batch, torch.tensor(sizes)
 
 
@@ -643,7 +644,7 @@ def drop_broken_images(dataset: VOCDataset, broken_list: str) -> None:
             del dataset.samples[index], dataset.labels[index], dataset.declared_sizes[index]
 
 
-def doubt_about(label_file: str, labels: np.ndarray, declared: tuple[int, int], size: tuple[int, int]) -> str:
+def suspicion_about(label_file: str, labels: np.ndarray, declared: tuple[int, int], size: tuple[int, int]) -> str:
     """A sentence on labels (G, 6) that are readable but probably wrong, otherwise "": the file declares another width and height
     than the image has (`size`), or some objects lie completely outside the image."""
     width, height = size
@@ -657,12 +658,12 @@ def doubt_about(label_file: str, labels: np.ndarray, declared: tuple[int, int], 
     return f"{label_file}: {outside} of {len(labels)} objects are outside the image and give no target{units}" if outside else ""
 
 
-def print_doubts(dataset: VOCDataset) -> None:
+def print_suspicious_labels(dataset: VOCDataset) -> None:
     """Prints how many label files of a data set are probably wrong, and why the first of them is."""
     doubts = []
     for (image_file, label_file), labels, declared in zip(dataset.samples, dataset.labels, dataset.declared_sizes, strict=True):
         with contextlib.suppress(OSError, ValueError):  # an unreadable image is reported when it is used
-            doubts.append(doubt_about(label_file, labels, declared, image_size(image_file)))
+            doubts.append(suspicion_about(label_file, labels, declared, image_size(image_file)))
     if doubts := list(filter(None, doubts)):
         print(f"{len(doubts)} of {len(dataset)} label files look wrong (python dataset.py lists them), the first: {doubts[0]}")
 
@@ -677,24 +678,24 @@ def steps_per_epoch(count: int, batch_size: int, subdivisions: int = 1) -> int:
 def training_batches(
     count: int, batch_size: int, subdivisions: int, image_sizes: list[int], seed: int, first_step: int = 0, repeat: int = 1
 ) -> Iterator[list[tuple[int, int, int]]]:
-    """Yields batches endlessly, from optimiser step first_step on, as lists of VOCDataset keys. Each step takes `subdivisions` of
-    them, with batch_size / subdivisions images each.
+    """Yields endlessly, from optimiser step first_step on, lists of batch_size / subdivisions VOCDataset keys: the images of one
+    forward pass. `subdivisions` of these lists make one step (gradient accumulation).
 
     Every epoch shows each of the `count` images `repeat` times in a new order and leaves out those that do not fill a batch. A new
     size is drawn every 10 steps (YOLO9000 sec. 2, multi-scale training). All of it depends on seed and step alone, so a resumed run
     sees the same batches as an uninterrupted one.
     """
     steps = steps_per_epoch(count * repeat, batch_size, subdivisions)
-    images = batch_size // subdivisions
+    part_size = batch_size // subdivisions  # images per forward pass
     for epoch in itertools.count(first_step // steps):
         rng = np.random.default_rng([seed, epoch])
         order = np.concatenate([rng.permutation(count) for _ in range(repeat)])
         seeds = rng.integers(2**31, size=len(order))
         for step in range(max(epoch * steps, first_step), (epoch + 1) * steps):
-            size = int(np.random.default_rng([seed, step // 10, 1]).choice(image_sizes))
+            size = int(np.random.default_rng([seed, step // 10, 1]).choice(image_sizes))  # the 1: other numbers than [seed, epoch]
             first = (step - epoch * steps) * batch_size
-            for start in range(first, first + batch_size, images):
-                keys = zip(order[start : start + images], seeds[start : start + images], strict=True)
+            for start in range(first, first + batch_size, part_size):
+                keys = zip(order[start : start + part_size], seeds[start : start + part_size], strict=True)
                 yield [(int(index), size, int(augmentation_seed)) for index, augmentation_seed in keys]
 
 
@@ -737,7 +738,7 @@ class DarknetCrop(albumentations.ImageOnlyTransform):
 
 
 class ImageNetFolder(ImageFolder):
-    """torchvision's ImageFolder with the keys of VOCDataset -> image (3, size, size) uint8, class index. If `broken_list` is set,
+    """torchvision's ImageFolder, indexed like VOCDataset: -> image (3, size, size) uint8, class index. If `broken_list` is set,
     training replaces an unreadable image by the next one, and validation gives it the label -100."""
 
     def __init__(self, folder: str, image_size: int, augment: bool, crop_scale: tuple[float, float]):
@@ -765,7 +766,11 @@ class ImageNetFolder(ImageFolder):
         if size not in self.transforms:
             if self.augment:
                 crop = DarknetCrop(size, (size * self.crop_scale[0], size * self.crop_scale[1]))
-                transforms = [crop, albumentations.HorizontalFlip(p=0.5), DarknetColour(hue=0.1, saturation=4 / 3, exposure=4 / 3)]
+                transforms = [
+                    crop,
+                    albumentations.HorizontalFlip(p=0.5),
+                    DarknetColour(hue=0.1, saturation=4 / 3, exposure=4 / 3),
+                ]  # cfg: .75
             else:
                 transforms = [albumentations.SmallestMaxSize(size), albumentations.CenterCrop(size, size)]
             self.transforms[size] = albumentations.Compose(transforms)
@@ -858,7 +863,7 @@ def check_dataset(samples: list[tuple[str, str]], classes, tolerate=()) -> tuple
         if labels is None or image is None:
             continue
         height, width = image.shape[:2]
-        if doubt := doubt_about(label_file, labels, declared, (width, height)):
+        if doubt := suspicion_about(label_file, labels, declared, (width, height)):
             problems.append(doubt)
         boxes = labels[:, 2:] if is_voc_xml(label_file) else utils.to_devkit_pixels(labels[:, 2:], width, height)
         outside = (boxes[:, :2] < 0).any(axis=1) | (boxes[:, 2] > width + 1.5) | (boxes[:, 3] > height + 1.5)
@@ -900,6 +905,35 @@ def draw_label_sheet(dataset: VOCDataset, file: str, count: int, seed: int) -> N
     plt.close(figure)
 
 
+def follow_object(sample: tuple[str, str], labels: np.ndarray, anchors, size: int) -> list[tuple[str, list[float], str]]:
+    """The largest object of an image on its way from the label file to the target tensor -> lines of (step, numbers, explanation).
+
+    sample: image file and label file; labels: (G, 6) of read_labels; anchors: A pairs in grid cells; size: network input in pixels.
+    """
+    image_file, label_file = sample
+    width, height = image_size(image_file)
+    boxes = boxes_in_fractions(labels[:, 2:], label_file, width, height)  # (G, 4) xyxy
+    largest = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1).argmax()
+    x1, y1, x2, y2 = boxes[largest].tolist()
+    box = [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]
+    cells = size // 32
+    x, y, w, h = (cells * value for value in box)
+    overlaps = shape_iou([[w, h]], anchors)[0].tolist()
+    targets = encode_targets([box], labels[largest, :1], anchors, cells, cells)
+    anchor, row, column = targets[..., 0].nonzero()[0].tolist()
+    p_w, p_h = anchors[anchor]
+    unit = f"pixels of {width} x {height}, from 1" if is_voc_xml(label_file) else "fractions of the image"
+    return [
+        ("label file", labels[largest, 2:].tolist(), f"x1, y1, x2, y2: {unit}"),
+        ("centre and size", box, "x, y, w, h: fractions of the image"),
+        ("in grid cells", [x, y, w, h], f"times {cells}"),
+        ("cell", [column, row], "column, row: x and y without decimals"),
+        ("IoU with the anchors", overlaps, f"shapes only; best: anchor {anchor}, {p_w:.2f} x {p_h:.2f} cells"),
+        (f"target[{anchor}, {row}, {column}]", targets[anchor, row, column].tolist(), "objectness, x, y in the cell, w, h, class"),
+        ("in the loss", [x - column, y - row, math.log(w / p_w), math.log(h / p_h)], "for sigma(t_x), sigma(t_y), t_w, t_h"),
+    ]
+
+
 def main() -> None:
     from model import ANCHORS  # here, because model.py imports dataset.py
 
@@ -935,6 +969,12 @@ def main() -> None:
     dataset = VOCDataset(DATA_DIR, IMAGE_SETS, ANCHORS, IMAGE_SIZE, classes, augment=True, tolerate=TOLERATE)
     draw_label_sheet(dataset, SHEET, SHEET_IMAGES, SEED)
     print(f"no problems; look at {SHEET}: every box should enclose its object")
+    targeted = [labels[labels[:, 1] == 0] for labels in all_labels]  # without difficult objects
+    followed = next((index for index, labels in enumerate(targeted) if len(labels)), None)
+    if followed is not None:
+        print(f"\nthe largest object of {utils.printable(samples[followed][0])}, from label to target:")
+        for step, numbers, explanation in follow_object(samples[followed], targeted[followed], ANCHORS, IMAGE_SIZE):
+            print(f"  {step:22s}{' '.join(f'{number:7.3f}' for number in numbers):48s}  {explanation}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 import utils
-from dataset import IMAGE_SUFFIXES, read_image, test_transform, to_tensor
+from dataset import IMAGE_SUFFIXES, plain_transform, read_image, to_tensor
 from model import load_detector
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # draw_video's errors say the same in one sentence
@@ -146,7 +146,7 @@ def main():
     device = utils.pick_device(DEVICE)
     files = find_sources(str(SOURCE))
     model, classes, anchors, own_size = load_detector(CHECKPOINT, CLASSES, ANCHORS, device, PRECISION, COMPILE)
-    detector = (model, classes, anchors, test_transform(IMAGE_SIZE or own_size), device)
+    detector = (model, classes, anchors, plain_transform(IMAGE_SIZE or own_size), device)
     outputs = [os.path.join(OUTPUT_DIR, output_name(file)) for file in files]
     for name, count in Counter(outputs).items():
         if count > 1:

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 import utils
-from dataset import VOCDataset, print_doubts, read_image
+from dataset import VOCDataset, print_suspicious_labels, read_image
 from model import load_detector
 
 # data
@@ -223,7 +223,7 @@ def main():
     for size in INPUT_SIZES or [own_size]:
         dataset = VOCDataset(DATA_DIR, IMAGE_SETS, anchors, size, classes, tolerate=TOLERATE)
         if not means:  # once
-            print_doubts(dataset)
+            print_suspicious_labels(dataset)
         detections, truths, seconds = utils.detect_dataset(
             model, dataset, BATCH_SIZE, NUM_WORKERS, CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD
         )

@@ -26,7 +26,7 @@ from dataset import (
     VOCDataset,
     drop_broken_images,
     files_of_step,
-    print_doubts,
+    print_suspicious_labels,
     read_image,
     steps_per_epoch,
     training_batches,
@@ -71,7 +71,7 @@ LR_POWER = 4.0  # of "polynomial"
 BURN_IN = 10  # optimiser steps with a rising rate; 1000 in yolov2-voc.cfg
 # run
 EVAL_EVERY = 4  # epochs between two evaluations
-EVAL_THRESHOLD = 0.4  # lowest confidence of the detections in an evaluation
+EVAL_THRESHOLD = 0.4  # lowest confidence of the detections in an evaluation; test.py's .005 gives a higher mAP
 EVAL_TRAIN_IMAGES = 100  # number of training images, the first of the list, for train_map
 CHECKPOINT = "runs/yolov2.pt"
 RESUME = False  # continue from CHECKPOINT
@@ -121,8 +121,8 @@ def read_data_sets(anchors, broken_list):
             print(f"{len(shared)} images are in both the training and the validation set, {utils.printable(min(shared))} first")
         if not any((labels[:, 1] == 0).any() for labels in val_set.labels):
             print("the validation set has no object that counts: val_map will be nan, and the best checkpoint is the last one")
-        print_doubts(val_set)
-    print_doubts(train_set)
+        print_suspicious_labels(val_set)
+    print_suspicious_labels(train_set)
     if min(BATCH_SIZE // SUBDIVISIONS, len(train_set) * REPEAT) == 1 and min(MULTI_SCALE or [IMAGE_SIZE]) == 32:
         raise ValueError("batch norm needs two values per channel: set IMAGE_SIZE=64, or two images or more per batch")
     train_set.broken_list = broken_list
@@ -132,8 +132,8 @@ def read_data_sets(anchors, broken_list):
 
 
 def evaluate(model, eval_set, device, dtype, stop):
-    """mAP@0.5 (all points) of the detections with at least EVAL_THRESHOLD; meaningless if the run is asked to stop. Draws the first
-    eight images; the validation set is evaluated last, so that its sheet replaces that of the training set."""
+    """mAP@0.5 (all points) of the detections with at least EVAL_THRESHOLD; incomplete if a stop was requested meanwhile. Draws the
+    first eight images; val_map is computed last, so its picture is the one that stays."""
     settings = (BATCH_SIZE // SUBDIVISIONS, NUM_WORKERS, EVAL_THRESHOLD)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         found, truths, _ = utils.detect_dataset(model.eval(), eval_set, *settings, should_stop=lambda: utils.should_stop(stop))
@@ -162,7 +162,7 @@ def main():
     classes = train_set.classes
     steps = steps_per_epoch(len(train_set) * REPEAT, BATCH_SIZE, SUBDIVISIONS)
     sampling = (len(train_set), BATCH_SIZE, SUBDIVISIONS, MULTI_SCALE or [IMAGE_SIZE], SEED)
-    batches_from = functools.partial(training_batches, *sampling, repeat=REPEAT)  # call it with the first step
+    batches_from = functools.partial(training_batches, *sampling, repeat=REPEAT)  # batches_from(step) begins with that step
 
     # model, loss, optimiser
     model = yolov2_model.YOLOv2(len(classes), len(anchors)).to(device, memory_format=torch.channels_last)
@@ -171,7 +171,8 @@ def main():
     network = torch.compile(model) if COMPILE else model
     lambdas = (LAMBDA_COORD, LAMBDA_OBJECT, LAMBDA_NO_OBJECT, LAMBDA_CLASS)
     loss_function = YoloLoss(anchors, *lambdas, IGNORE_THRESHOLD, EQUATION).to(device)
-    groups, fused = utils.parameter_groups(model, WEIGHT_DECAY), dtype != torch.float16
+    groups = utils.parameter_groups(model, WEIGHT_DECAY)
+    fused = dtype != torch.float16  # in fp16, GradScaler would leave unscaling and the inf check to a fused optimiser
     if OPTIMIZER == "sgd":
         optimizer = torch.optim.SGD(groups, LEARNING_RATE, momentum=MOMENTUM, fused=fused)
     else:
@@ -204,7 +205,7 @@ def main():
             rate = utils.learning_rate_at(state["step"], EPOCHS * steps, LEARNING_RATE, LR_SCHEDULE, BURN_IN, LR_POWER, drops)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            utils.warm_batch_norm(network, state["step"] * SUBDIVISIONS)
+            utils.warm_batch_norm(network, state["step"] * SUBDIVISIONS)  # a larger momentum at first, then Darknet's .01
 
             step_sums = torch.zeros_like(state["sums"])
             for part in range(SUBDIVISIONS):  # gradient accumulation
@@ -219,7 +220,8 @@ def main():
                 state["images_seen"] += len(images)
 
             scaler.unscale_(optimizer)
-            gradients = [parameter.grad for parameter in model.parameters()]  # in fp16, the scaler checks them
+            gradients = [parameter.grad for parameter in model.parameters()]
+            # the norm clips and shows NaN and inf; in fp16 the scaler does the latter, so without clipping the norm is left out
             norm = get_total_norm([] if scaler.is_enabled() and CLIP_NORM == 0 else gradients)
             if CLIP_NORM > 0:
                 clip_grads_with_norm_(model.parameters(), CLIP_NORM, norm)
@@ -261,7 +263,7 @@ def main():
             utils.save_checkpoint(f"{stem}_best.pt", model=model.state_dict(), **state, **metadata)
         bar.clear()
         utils.log_epoch(stem, row, utils.time_left(began, state["step"] - first_step, EPOCHS * steps - state["step"]))
-        save()  # last: a run that dies before repeats the end of the epoch, and loses neither its row nor the best network
+        save()  # last: after a crash above, RESUME repeats the end of the epoch and writes its row and best network
     utils.finish(bar, broken_list)
 
 

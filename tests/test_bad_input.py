@@ -134,7 +134,7 @@ def test_labels_made_for_another_image_size_are_reported(declared, cause, tmp_pa
 def test_labels_that_leave_no_target_are_reported(tmp_path, capsys):
     write_devkit(tmp_path, {"a": annotation(box=(0.1, 0.2, 0.5, 0.6)), "b": annotation(box=(150, 10, 180, 50)), "c": annotation()})
     data = read(tmp_path)
-    dataset.print_doubts(data)
+    dataset.print_suspicious_labels(data)
     out = capsys.readouterr().out
     assert "2 of 3 label files look wrong" in out and "a.xml: 1 of 1 objects" in out and "not in fractions" in out
     assert not data[0][1].any() and data[2][1].any()

@@ -361,7 +361,7 @@ def test_coco_boxes_are_fractions_of_the_declared_size_or_else_of_the_image(tmp_
     data = open_coco(tmp_path, content)
     scale = 2 if declared == (50, 40) else 1
     np.testing.assert_allclose(data.labels[0][:, 2:] / scale, [[0.1, 0.1, 0.3, 0.3]], atol=1e-12)
-    dataset.print_doubts(data)
+    dataset.print_suspicious_labels(data)
     doubt = "train.json#1: declares an image of 50 x 40, but the image is 100 x 80"
     assert (doubt in capsys.readouterr().out) == (declared == (50, 40))
 
@@ -1095,6 +1095,40 @@ def test_the_check_prints_counts_and_average_ious_and_draws_a_label_sheet(monkey
     with Image.open(sheet) as picture:
         picture.load()
         assert picture.format == "PNG" and min(picture.size) > 200
+
+
+def test_one_object_is_followed_from_its_label_to_its_target_by_hand(tmp_path):
+    make_devkit(tmp_path, {"a": [("cat", 0, (1, 1, 11, 9)), ("dog", 0, (11, 9, 61, 49))]})  # of 100 x 80 pixels
+    data = VOCDataset(tmp_path, [("2007", "train")], [(1, 1), (2, 2)], 96)
+    lines = dataset.follow_object(data.samples[0], data.labels[0], data.anchors, 96)
+    expected = [  # the dog, which is the larger one; 96 pixels are 3 x 3 cells
+        ("label file", [11, 9, 61, 49], "pixels of 100 x 80, from 1"),
+        ("centre and size", [0.35, 0.35, 0.5, 0.5], "fractions"),
+        ("in grid cells", [1.05, 1.05, 1.5, 1.5], "times 3"),
+        ("cell", [1, 1], "column, row"),
+        ("IoU with the anchors", [1 / 2.25, 2.25 / 4], "anchor 1, 2.00 x 2.00 cells"),
+        ("target[1, 1, 1]", [1, 0.05, 0.05, 1.5, 1.5, VOC_CLASSES.index("dog")], "objectness"),
+        ("in the loss", [0.05, 0.05, math.log(0.75), math.log(0.75)], "sigma(t_x)"),
+    ]
+    for (step, numbers, explanation), (name, by_hand, words) in zip(lines, expected, strict=True):
+        assert step == name and words in explanation
+        np.testing.assert_allclose(numbers, by_hand, atol=1e-6, err_msg=name)
+    _, targets = data[0]
+    np.testing.assert_array_equal(targets[1, 1, 1], np.float32(lines[5][1]))  # the same slot of the data set
+
+
+def test_the_check_ends_with_one_object_in_numbers(monkeypatch, tmp_path, capsys):
+    (tmp_path / "list.csv").write_text("empty.png,empty.txt\na.png,a.txt\n")
+    for name, text in (("empty", ""), ("a", "7 .5 .25 .5 .25\n")):
+        Image.new("RGB", (40, 20)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(text)
+    settings(monkeypatch, tmp_path, DATA_DIR=str(tmp_path), IMAGE_SETS=["list.csv"])
+    dataset.main()
+    printed = capsys.readouterr().out
+    assert f"the largest object of {tmp_path / 'a.png'}" in printed
+    assert re.search(r"label file +0\.250 +0\.125 +0\.750 +0\.375 +x1, y1, x2, y2: fractions of the image", printed)
+    assert re.search(r"in grid cells +1\.000 +0\.500 +1\.000 +0\.500 +times 2", printed)
+    assert re.search(r"cell +1\.000 +0\.000 +column, row", printed)
 
 
 def test_the_check_names_every_problem_and_fails(monkeypatch, tmp_path, capsys):

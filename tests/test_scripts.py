@@ -5,6 +5,7 @@ Tests inside the pytest process use networks with an eighth of the channels; scr
 
 import contextlib
 import csv
+import importlib.util
 import io
 import json
 import math
@@ -19,12 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
+import matplotlib.text
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import dataset
 import detect
 import detect_txt
 import model as yolov2_model
@@ -979,3 +982,30 @@ def test_pycocotools_gives_a_perfect_detector_an_average_precision_of_1(tmp_path
     evaluation.accumulate()
     evaluation.summarize()
     assert evaluation.stats[0] == 1  # mean over the IoU thresholds .5, .55 .. .95
+
+
+# ---------------------------------------------------------------- images/walkthrough.py
+
+
+def test_the_walkthrough_draws_what_the_network_says(trained, tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("walkthrough", ROOT / "images" / "walkthrough.py")
+    walkthrough = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(walkthrough)
+    figures, save = [], walkthrough.plt.Figure.savefig
+    monkeypatch.setattr(walkthrough.plt.Figure, "savefig", lambda figure, *a, **k: (figures.append(figure), save(figure, *a, **k)))
+    set_globals(monkeypatch, walkthrough, CHECKPOINT=str(trained / "yolov2.pt"), FILE=tmp_path / "walkthrough.png", THRESHOLD=0.0)
+    walkthrough.main()
+    assert "3 objects" in capsys.readouterr().out
+    with Image.open(tmp_path / "walkthrough.png") as picture, Image.open(ROOT / "images" / "walkthrough.png") as committed:
+        assert picture.size == committed.size
+    texts = [text.get_text() for text in figures[0].findobj(matplotlib.text.Text)]
+    assert [title.split("  ")[0] for title in texts if re.match(r"\d  ", title)] == list("12345678")
+    data = VOCDataset(SAMPLE, [("2007", "tiny")], ANCHORS, 64)
+    index = [Path(file).stem for file, _ in data.samples].index("000004")
+    objects = data[index][1][..., 3:5][data[index][1][..., 0] > 0]  # (3, 2) width and height in cells
+    for anchor, iou in enumerate(dataset.shape_iou(objects, ANCHORS)[objects.prod(dim=1).argmax()].tolist()):
+        assert f"{anchor}: IoU {iou:.2f}" in texts
+    model, *_ = yolov2_model.load_detector(trained / "yolov2.pt", [], [], torch.device("cpu"), "fp32")
+    outputs = model(data[index][0][None])
+    for overlap, text in zip((1.0, 0.45), [text for text in texts if " boxes. " in text], strict=True):
+        assert text.startswith(f"{len(utils.postprocess(outputs, ANCHORS, 0.0, overlap)[0])} boxes. ")

@@ -1,0 +1,263 @@
+"""Draws walkthrough.png next to this script: one photograph on its way through YOLOv2, from grid and anchors to final boxes.
+
+    python train.py IMAGE_SIZE=416 EPOCHS=24 && python images/walkthrough.py
+
+All numbers and maps come from the photograph's label file and from the network in CHECKPOINT. Sources: YOLO9000 sec. 2,
+yolov2-voc.cfg.
+"""
+
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+
+matplotlib.use("Agg")
+from matplotlib import patheffects
+from matplotlib import pyplot as plt
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
+
+import utils
+from dataset import VOCDataset, follow_object
+from model import load_detector
+
+CHECKPOINT = "runs/yolov2.pt"  # a detector trained by train.py
+DATA_DIR = "data_samples/voc"
+IMAGE_SETS = [("2007", "tiny")]
+IMAGE_ID = "000003"  # an image of IMAGE_SETS
+THRESHOLD = 0.05  # lowest confidence of the boxes in the last two pictures
+NMS_THRESHOLD = 0.45  # IoU
+FILE = Path(__file__).with_name("walkthrough.png")
+
+WIDTH, HEIGHT = 900, 2128  # page units: pixels of the figure shown 900 pixels wide; the file has twice as many
+LEFT, RIGHT, SIDE = 15, 465, 420  # page units: left edges and width of the square pictures
+BLUE, AMBER, GREY, INK, PALE = "#1f5fa8", "#b06a00", "#667080", "#1f2933", "#d5dae1"
+TITLE, NOTE, LABEL = 16, 12.5, 12  # font sizes in points; at 900 pixels wide, one point is about one pixel
+OUTLINE = [patheffects.withStroke(linewidth=3, foreground="white")]  # keeps text on a photograph readable
+
+
+def add_picture(page, x, y, number, title, notes, image, cells, dim=0.0):
+    """Adds a square picture with its title and notes -> its axes, in grid cells. dim: share of white mixed into the image."""
+    page.text(x, y, f"{number}  {title}", fontsize=TITLE, weight="bold")
+    axes = page.figure.add_axes((x / WIDTH, 1 - (y + 14 + SIDE) / HEIGHT, SIDE / WIDTH, SIDE / HEIGHT))
+    axes.imshow(image * (1 - dim) + dim, extent=(0, cells, cells, 0), interpolation="bilinear")
+    axes.set(xlim=(0, cells), ylim=(cells, 0), xticks=[], yticks=[])
+    for row, note in enumerate(notes):
+        page.text(x, y + SIDE + 34 + 19 * row, note)
+    return axes
+
+
+def add_box(axes, box, **style):
+    """box: x, y, w, h of centre and size in grid cells."""
+    x, y, w, h = box
+    axes.add_patch(plt.Rectangle((x - w / 2, y - h / 2), w, h, fill=False, **style))
+
+
+def draw_grid(axes, boxes, followed):
+    """The grid, each object's box and centre, and the cells that are responsible for them."""
+    cells = int(axes.get_xlim()[1])
+    for line in range(1, cells):
+        axes.plot([0, cells], [line, line], [line, line], [0, cells], color="white", lw=0.7, alpha=0.8)
+    for index, (x, y, w, h) in enumerate(boxes):
+        colour = AMBER if index == followed else BLUE
+        add_box(axes, (x, y, w, h), ec=colour, lw=2.5)
+        axes.add_patch(plt.Rectangle((int(x), int(y)), 1, 1, fc=colour, alpha=0.7))
+        axes.plot(x, y, "o", color="white", mec=colour, mew=2, ms=7)
+
+
+def draw_anchors(axes, box, anchors, overlaps):
+    """The anchors, centred on one object, with their IoU; the best one in blue."""
+    x, y = box[:2]
+    add_box(axes, box, ec=AMBER, lw=3)
+    for anchor, (width, height) in enumerate(anchors):
+        best = overlaps[anchor] == max(overlaps)
+        add_box(axes, (x, y, width, height), ec=BLUE if best else GREY, lw=2.5 if best else 1.5, ls="--")
+        text = f"{anchor}: IoU {overlaps[anchor]:.2f}"
+        style = {"color": BLUE if best else INK, "weight": "bold" if best else "normal", "path_effects": OUTLINE}
+        top = y - height / 2
+        axes.text(
+            max(0.1, x - width / 2 + 0.1),
+            top - 0.1 if best else max(0.1, top + 0.1),
+            text,
+            fontsize=LABEL,
+            va="bottom" if best else "top",
+            **style,
+        )
+
+
+def draw_network(page, y, image_size, outputs):
+    """A block per resolution, as high as its map on a logarithmic scale, and the passthrough above them."""
+    stages = [  # title, side of the map relative to the image, channels, what computes it
+        ("image", 1, 3, "RGB, 0 to 1"),
+        ("", 1, 32, "1 convolution"),
+        ("", 2, 64, "1 convolution"),
+        ("", 4, 128, "3 convolutions"),
+        ("", 8, 256, "3 convolutions"),
+        ("fine", 16, 512, "5 convolutions"),
+        ("coarse", 32, 1024, "7 convolutions"),
+        ("joined", 32, 1024 + 256, "concatenation"),
+        ("output", 32, outputs, "3x3 and 1x1"),
+    ]
+    step, width, base = 98, 58, y + 205
+    tops = []
+    for column, (title, shrink, channels, note) in enumerate(stages):
+        side = image_size // shrink
+        height = 34 + 24 * (5 - (shrink.bit_length() - 1))
+        x, colour = 22 + step * column, AMBER if title == "output" else BLUE if title in ("fine", "joined") else GREY
+        page.add_patch(plt.Rectangle((x, base - height), width, height, fc=colour, alpha=0.25, ec=colour, lw=1.5))
+        page.text(x + width / 2, base - height / 2, title, ha="center", va="center", color=INK)
+        page.text(x + width / 2, base + 20, f"{side} x {side}", ha="center", weight="bold", color=INK)
+        page.text(x + width / 2, base + 38, f"x {channels}", ha="center", weight="bold", color=INK)
+        page.text(x + width / 2, base + 57, note, ha="center", fontsize=LABEL - 0.5)
+        if column:
+            page.annotate("", (x - 2, base - 17), (x - step + width + 2, base - 17), arrowprops={"arrowstyle": "->", "color": INK})
+            if shrink > stages[column - 1][1]:
+                page.text(x - (step - width) / 2, base - 25, "pool", ha="center", fontsize=LABEL - 0.5)
+        tops.append((x + width / 2, base - height))
+    (x_1, top_1), (x_2, top_2) = tops[5], tops[7]
+    level = y + 100
+    page.plot([x_1, x_1, x_2], [top_1, level, level], color=BLUE, lw=2)
+    page.annotate("", (x_2, top_2), (x_2, level), arrowprops={"arrowstyle": "->", "color": BLUE, "lw": 2})
+    page.text(x_1 + 8, level - 26, "passthrough: 1x1 convolution to 64 channels, then", color=BLUE)
+    page.text(x_1 + 8, level - 8, f"reorg: 2 x 2 pixels into channels, {image_size // 32} x {image_size // 32} x 256", color=BLUE)
+
+
+def draw_table(page, y, lines):
+    """lines: (step, numbers, explanation) each; the last two, what the loss compares, are set off."""
+    for row, (step, numbers, explanation) in enumerate(lines):
+        style = {}
+        if last := row >= len(lines) - 2:
+            style = {"weight": "bold", "color": AMBER if row == len(lines) - 1 else BLUE}
+        top = y + 24 * row + 10 * last
+        page.text(LEFT, top, step, **style)
+        for column, number in enumerate(numbers):
+            text = f"{number:.0f}" if float(number).is_integer() else f"{number:.2f}"
+            page.text(225 + 62 * column, top, text, ha="right", **style)
+        page.text(555, top, explanation, **style)
+    page.plot([LEFT, WIDTH - LEFT], [y + 24 * (len(lines) - 2) - 9] * 2, color=PALE, lw=1)
+
+
+def draw_detections(axes, detections, classes):
+    for x1, y1, x2, y2, confidence, label in detections.tolist():
+        cells = axes.get_xlim()[1]
+        colour = [value / 255 for value in utils.class_colour(int(label))]
+        axes.add_patch(plt.Rectangle((x1 * cells, y1 * cells), (x2 - x1) * cells, (y2 - y1) * cells, fill=False, ec=colour, lw=2))
+        text = f"{classes[int(label)]} {confidence:.2f}"
+        luminance = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2]
+        style = {"bbox": {"fc": colour, "ec": "none", "pad": 1.5}, "color": "white" if luminance < 0.5 else "black"}
+        axes.text(x1 * cells + 0.1, max(0.4, y1 * cells - 0.1), text, va="bottom", fontsize=LABEL, **style)
+
+
+def main() -> None:
+    model, classes, anchors, size = load_detector(CHECKPOINT, [], [], torch.device("cpu"), "fp32")
+    dataset = VOCDataset(DATA_DIR, IMAGE_SETS, anchors, size, classes)
+    index = [Path(file).stem for file, _ in dataset.samples].index(IMAGE_ID)
+    image, targets = dataset[index]
+    with torch.no_grad():
+        outputs = model(image[None]).float()  # (1, A, S, S, 5 + C)
+    shape, cells = outputs.shape[1:4], size // 32  # A, S, S
+    picture = image.permute(1, 2, 0).numpy() / 255
+
+    # the objects, and the largest one, which the numbers are about
+    lines = follow_object(dataset.samples[index], dataset.labels[index], anchors, size)
+    numbers = {step: values for step, values, _ in lines}
+    overlaps = numbers["IoU with the anchors"]
+    slots = targets[..., 0].nonzero()  # (M, 3): anchor, row, column
+    boxes = torch.stack([torch.cat([slot[[2, 1]] + targets[tuple(slot)][1:3], targets[tuple(slot)][3:5]]) for slot in slots])
+    followed = int(boxes[:, 2:].prod(dim=1).argmax())
+    slot = tuple(slots[followed].tolist())
+    label = int(targets[slot][5])
+
+    # what the network says in that slot
+    t_x, t_y, t_w, t_h, _ = outputs[0][slot][:5].tolist()
+    decoded, objectness, probabilities = utils.decode_predictions(outputs, anchors)
+    objectness = objectness.reshape(shape)  # (A, S, S)
+    probabilities = probabilities.reshape(*shape, -1)  # (A, S, S, C)
+    overlap = float(utils.box_iou(decoded.reshape(*shape, 4)[slot] * cells, boxes[followed]))
+    says = f"objectness {objectness[slot]:.2f} (IoU {overlap:.2f}), {classes[label]} {probabilities[slot][label]:.2f}"
+    sigmoid = torch.sigmoid(torch.tensor([t_x, t_y])).tolist()
+    lines.append(("the network says", [*sigmoid, t_w, t_h], says))
+
+    plt.rcParams.update({"text.color": INK, "font.size": NOTE})
+    figure = plt.figure(figsize=(12, 12 * HEIGHT / WIDTH))
+    page = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(HEIGHT, 0))
+    page.axis("off")
+
+    notes = [
+        f"Stretched to {size} x {size} pixels: {cells} x {cells} cells of 32 x 32.",
+        "The cell of an object's centre is responsible for the object.",
+    ]
+    draw_grid(add_picture(page, LEFT, 30, 1, "One cell per object", notes, picture, cells), boxes, followed)
+    notes = [
+        "Each cell predicts one box per anchor, a fixed width and height.",
+        "The anchor whose shape has the best IoU is responsible.",
+    ]
+    axes = add_picture(page, RIGHT, 30, 2, "One of five anchors", notes, picture, cells, dim=0.5)
+    draw_anchors(axes, boxes[followed].tolist(), anchors, overlaps)
+
+    page.text(LEFT, 545, f"3  The target of this {classes[label]}, and the output", fontsize=TITLE, weight="bold")
+    draw_table(page, 573, lines)
+    formula = "x = sigma(t_x) + column, y = sigma(t_y) + row, w = anchor width * exp(t_w), h = anchor height * exp(t_h)"
+    page.text(LEFT, 776, f"The box, in cells: {formula}.")
+
+    page.text(LEFT, 818, "4  The network", fontsize=TITLE, weight="bold")
+    draw_network(page, 793, size, outputs.shape[1] * outputs.shape[4])
+    page.text(
+        LEFT,
+        1087,
+        f"Per cell, {outputs.shape[1] * outputs.shape[4]} outputs = {len(anchors)} anchors x (t_x, t_y, t_w, t_h, t_o and "
+        f"{len(classes)} class scores). Pooling halves the map; passthrough keeps fine details.",
+    )
+
+    best = objectness.argmax(dim=0, keepdim=True)  # (1, S, S): the anchor with the highest objectness of each cell
+    notes = [
+        "sigma(t_o) of the best anchor of each cell: is there an object, and",
+        "how well does the box fit? It is trained to be their IoU.",
+    ]
+    axes = add_picture(page, LEFT, 1133, 5, "Objectness", notes, picture, cells, dim=0.6)
+    highest = objectness.amax(dim=0).numpy()
+    axes.imshow(np.ones_like(highest), extent=(0, cells, cells, 0), cmap="Blues", vmin=0, vmax=1.3, alpha=0.9 * highest)
+    for row, column in zip(*(highest >= 0.05).nonzero(), strict=True):
+        style = {"color": "white" if highest[row, column] > 0.6 else INK, "ha": "center", "va": "center", "fontsize": 11}
+        axes.text(column + 0.5, row + 0.5, f"{highest[row, column]:.2f}".lstrip("0"), **style)
+
+    likely = probabilities.argmax(dim=-1).gather(0, best)[0]  # (S, S)
+    notes = [
+        "The most probable class of the same anchor, paler where",
+        "objectness is low. Confidence = objectness x class probability.",
+    ]
+    axes = add_picture(page, RIGHT, 1133, 6, "Class", notes, picture, cells, dim=0.6)
+    colours = torch.tensor([utils.class_colour(index) for index in range(len(classes))])
+    axes.imshow(colours[likely].numpy() / 255, extent=(0, cells, cells, 0), alpha=0.3 + 0.6 * highest)
+    for index in likely.unique().tolist():  # the name in the cell of the class that is closest to their median
+        own = (likely == index).nonzero().float()
+        row, column = own[(own - own.median(dim=0).values).square().sum(dim=1).argmin()].tolist()
+        axes.text(column + 0.5, row + 0.5, classes[index], ha="center", va="center", fontsize=LABEL, path_effects=OUTLINE)
+
+    for x, number, title, note, overlap in [
+        (LEFT, 7, f"Boxes with confidence >= {THRESHOLD}", "Several cells and anchors find the same object.", 1.0),
+        (
+            RIGHT,
+            8,
+            "After non-maximum suppression",
+            f"Boxes that overlap a better one (IoU > {NMS_THRESHOLD}) are gone.",
+            NMS_THRESHOLD,
+        ),
+    ]:
+        detections = utils.postprocess(outputs, anchors, THRESHOLD, overlap)[0]
+        notes = [f"{len(detections)} boxes. {note}"]
+        draw_detections(add_picture(page, x, 1648, number, title, notes, picture, cells), detections, classes)
+    figure.savefig(FILE, dpi=150)
+    with Image.open(FILE) as drawn:
+        colours = drawn.convert("RGB").quantize(256, method=Image.Quantize.FASTOCTREE)  # 1.2 MB instead of 4.7
+    colours.save(FILE, optimize=True)
+    print(f"wrote {FILE}: {len(slots)} objects, {len(detections)} detections")
+
+
+if __name__ == "__main__":
+    utils.override_globals(globals(), sys.argv[1:])
+    with utils.plain_errors():
+        main()

@@ -325,7 +325,7 @@ def main():
             utils.save_checkpoint(f"{stem}_best.pt", model=model.state_dict(), **state, **metadata)
         bar.clear()
         utils.log_epoch(stem, row, utils.time_left(began, state["step"] - first_step, EPOCHS * steps - state["step"]))
-        save()  # last: a run that dies before repeats the end of the epoch, and loses neither its row nor the best network
+        save()  # last: after a crash above, RESUME repeats the end of the epoch and writes its row and best network
     utils.finish(bar, train_set.broken_list)
 
 

@@ -2,8 +2,8 @@
 
     python loss.py        computes the loss of a small example by hand and prints every number
 
-Letters: N images, A anchors (5), S_h x S_w grid cells (13 x 13 at 416), C classes (20), K objects in the whole batch. A slot is one
-(anchor, row, column); the slot to which an object is assigned is "responsible" for it. Boxes are cxcywh in grid cells.
+Letters: N images, A anchors (5), S_h x S_w grid cells (13 x 13 at 416), C classes (20), K responsible slots in the whole batch.
+A slot is one (anchor, row, column); the slot to which an object is assigned is responsible for it. Boxes are cxcywh in grid cells.
 """
 
 import math
@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from utils import box_iou
 
-# all boxes are pulled towards their anchors until so many images, this batch included, have been seen (src/region_layer.c)
+# boxes without an object are pulled towards their anchors until this many images, the current batch included, have been seen
+# (src/region_layer.c)
 PRIOR_IMAGES = 12_800
 PRIOR_WEIGHT = 0.01
 
@@ -48,7 +49,7 @@ class YoloLoss(nn.Module):
 
     def forward(self, predictions: Tensor, targets: Tensor, images_seen: int | None = None) -> dict[str, Tensor]:
         """predictions: (N, A, S_h, S_w, 5+C) raw; targets: (N, A, S_h, S_w, 6) as dataset.encode_targets makes them;
-        images_seen: images trained on before this batch (None: the prior phase is over).
+        images_seen: images trained on before this batch (None: no prior term).
 
         -> scalars coord, object, no_object, class, prior (weighted, summed over the image, averaged over the N images) and
         total, their sum. Raises ValueError if the shapes do not fit. The inputs are not changed.
@@ -64,7 +65,7 @@ class YoloLoss(nn.Module):
 
         # ---- The responsible slots, what they predict, and their objects (ground truth)
         has_object = targets[..., 0] > 0  # (N, A, S_h, S_w)
-        image, anchor, row, column = has_object.nonzero(as_tuple=True)  # (K,) each
+        image_index, anchor, row, column = has_object.nonzero(as_tuple=True)  # (K,) each
         t_xy, t_wh, t_o, class_logits = predictions[has_object].split([2, 2, 1, channels - 5], dim=-1)  # (K, 2 or 1 or C)
         _, xy, wh, label = targets[has_object].split([1, 2, 2, 1], dim=-1)  # offset in the cell; size in grid cells
         label = label[:, 0].long()  # (K,)
@@ -81,40 +82,42 @@ class YoloLoss(nn.Module):
                 rows, columns = torch.arange(s_h, device=anchors.device), torch.arange(s_w, device=anchors.device)
                 cells = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)  # (S_h, S_w, 2)
                 all_boxes = torch.cat([torch.sigmoid(all_xy) + cells, anchors[:, None, None] * torch.exp(all_wh)], dim=-1)
-                overlap = box_iou(all_boxes[image], truth[:, None, None, None]) > self.ignore_threshold  # (K, A, S_h, S_w)
-                ignored = torch.zeros_like(all_o).index_add(0, image, overlap.to(all_o.dtype)) > 0
+                # one copy of its image's boxes per object: (K, A, S_h, S_w, 4)
+                overlap = box_iou(all_boxes[image_index], truth[:, None, None, None]) > self.ignore_threshold  # (K, A, S_h, S_w)
+                ignored = torch.zeros_like(all_o).index_add(0, image_index, overlap.to(all_o.dtype)) > 0  # any object of the image
 
         if self.equation == "darknet":
-            # ---- coord: 1/2 lambda_coord (2 - w h) [(sigma(t_x) - x)^2 + (sigma(t_y) - y)^2
-            #                                         + (t_w - ln w/p_w)^2 + (t_h - ln h/p_h)^2]
-            # w h is the object's share of the image: small objects weigh up to twice as much as large ones.
+            # ---- coord: 1/2 lambda_coord (2 - w h / (S_w S_h)) [(sigma(t_x) - x)^2 + (sigma(t_y) - y)^2
+            #                                                     + (t_w - ln w/p_w)^2 + (t_h - ln h/p_h)^2]
+            # w h / (S_w S_h) is the object's share of the image: small objects weigh up to twice as much as large ones.
             share = wh.prod(dim=-1) / (s_h * s_w)  # (K,)
             error = (torch.sigmoid(t_xy) - xy) ** 2 + (t_wh - torch.log(wh / p_wh)) ** 2  # (K, 2)
             coord = 0.5 * self.lambda_coord * ((2 - share) * error.sum(dim=-1)).sum()
-            half = 0.5  # the region layer's squares have the factor 1/2, so that their gradients are plain differences
+            factor = 0.5  # the region layer's squares have the factor 1/2, so that their gradients are plain differences
 
             # ---- class: cross-entropy of the softmax over the classes
-            classes = self.lambda_class * F.cross_entropy(class_logits, label, reduction="sum")
+            class_loss = self.lambda_class * F.cross_entropy(class_logits, label, reduction="sum")
         else:
             # ---- coord: lambda_coord [(b_x - x)^2 + (b_y - y)^2 + (sqrt(b_w) - sqrt(w))^2 + (sqrt(b_h) - sqrt(h))^2]
-            # in grid cells: rows 1 and 2 of the equation; the square roots give errors in small boxes more weight.
+            # Rows 1 and 2 of the equation; the square roots give errors in small boxes more weight. x, y are the centre on the
+            # grid, all lengths are in cells. (YOLOv1 has w, h in fractions of the image: S times less weight for row 2.)
             root = torch.sqrt(box[:, 2:].clamp(min=1e-12))  # the root's slope is infinite at 0
             error = (box[:, :2] - truth[:, :2]) ** 2 + (root - torch.sqrt(wh)) ** 2  # (K, 2)
             coord = self.lambda_coord * error.sum()
-            half = 1.0
+            factor = 1.0
 
             # ---- class: lambda_class sum_c (p(c) - 1[c is the object's class])^2: row 5, per responsible slot instead of per
             # cell, because in YOLOv2 every box has its own classes.
             difference = torch.softmax(class_logits, dim=-1) - F.one_hot(label, channels - 5)  # (K, C)
-            classes = self.lambda_class * (difference**2).sum()
+            class_loss = self.lambda_class * (difference**2).sum()
 
-        # ---- object: (half) lambda_object (sigma(t_o) - IoU)^2; no gradient flows through the IoU
+        # ---- object: factor lambda_object (sigma(t_o) - IoU)^2; no gradient flows through the IoU
         iou = box_iou(box, truth).detach()  # (K,)
-        objects = half * self.lambda_object * ((torch.sigmoid(t_o[:, 0]) - iou) ** 2).sum()
+        object_loss = factor * self.lambda_object * ((torch.sigmoid(t_o[:, 0]) - iou) ** 2).sum()
 
-        # ---- no_object: (half) lambda_no_object sigma(t_o)^2 in all other slots that are not ignored
+        # ---- no_object: factor lambda_no_object sigma(t_o)^2 in all other slots that are not ignored
         background = ~has_object & ~ignored
-        no_object = half * self.lambda_no_object * (torch.sigmoid(all_o) ** 2 * background).sum()
+        no_object_loss = factor * self.lambda_no_object * (torch.sigmoid(all_o) ** 2 * background).sum()
 
         # ---- prior: 1/2 .01 [(sigma(t_x) - .5)^2 + (sigma(t_y) - .5)^2 + t_w^2 + t_h^2] in all slots without an object, at the
         # start of training: pulls each box towards its anchor, centred in its cell.
@@ -124,7 +127,7 @@ class YoloLoss(nn.Module):
             prior = 0.5 * PRIOR_WEIGHT * (offset.sum(dim=-1) * ~has_object).sum()
 
         # The sums are divided by the number of images, not by the number of boxes.
-        terms = {"coord": coord, "object": objects, "no_object": no_object, "class": classes, "prior": prior}
+        terms = {"coord": coord, "object": object_loss, "no_object": no_object_loss, "class": class_loss, "prior": prior}
         terms = {name: value / n for name, value in terms.items()}
         return {**terms, "total": sum(terms.values())}
 

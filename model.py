@@ -52,6 +52,7 @@ COCO_ANCHORS = [(0.57273, 0.677385), (1.87446, 2.06253), (3.33843, 5.47434), (7.
 # outputs A (5 + C) of the published Darknet detectors -> class names, anchors, image size of the cfg file
 KNOWN_DETECTORS = {125: (VOC_CLASSES, ANCHORS, 416), 425: (COCO_CLASSES, COCO_ANCHORS, 608)}  # yolov2-voc.weights, yolov2.weights
 STRIDE = 32  # pixels of the image per grid cell
+PASSTHROUGH = 16  # index in DARKNET19_LAYERS, pools counted, of the last convolution on the 26 x 26 map (13th convolution)
 
 
 def read_anchors(anchors, image_sizes: list[int]) -> list[list[float]]:
@@ -73,11 +74,11 @@ def read_anchors(anchors, image_sizes: list[int]) -> list[list[float]]:
 def reorg(maps: Tensor, stride: int = 2) -> Tensor:
     """Darknet's reorg layer: (N, C, H, W) -> (N, 4C, H/2, W/2) at stride 2 (src/reorg_layer.c, as its forward pass calls it).
 
-    It is neither pixel_unshuffle nor a plain space-to-depth: Darknet applies its depth-to-space formula to the input, which mixes
-    the channels. The official weights need exactly this order.
+    It is not pixel_unshuffle: Darknet reads the (C, H, W) map as if it were (C/4, 2H, 2W), so an output channel mixes pixels of
+    several channels and rows. The official weights need exactly this order.
     """
     n, c, h, w = maps.shape
-    maps = maps.reshape(n, c // stride**2, h, stride, w, stride)  # (N, C/4, H, 2, W, 2)
+    maps = maps.reshape(n, c // stride**2, h, stride, w, stride)  # (N, C/4, H, 2, W, 2): these are not the map's own rows
     maps = maps.permute(0, 3, 5, 1, 2, 4)  # (N, 2, 2, C/4, H, W)
     return maps.reshape(n, c * stride**2, h // stride, w // stride)  # (N, 4C, H/2, W/2)
 
@@ -89,9 +90,9 @@ class YOLOv2(nn.Module):
         super().__init__()
         self.num_classes, self.num_anchors = num_classes, num_anchors
         self.features = darknet19_features()  # named as in Darknet19, whose weights are loaded here
-        fine, coarse = DARKNET19_LAYERS[16][0], DARKNET19_LAYERS[-1][0]  # channels of the 26 x 26 and 13 x 13 maps: 512, 1024
+        fine, coarse = DARKNET19_LAYERS[PASSTHROUGH][0], DARKNET19_LAYERS[-1][0]  # channels, 26 x 26 and 13 x 13 map: 512, 1024
         self.head = nn.Sequential(convolution(coarse, coarse, 3), convolution(coarse, coarse, 3))
-        self.passthrough = convolution(fine, fine // 8, 1)  # 512 -> 64 channels; reorg turns them into 256
+        self.passthrough = convolution(fine, fine // 8, 1)  # cfg: 512 -> 64, which reorg turns into 256 (paper: 512 -> 2048)
         self.merge = convolution(fine // 8 * 4 + coarse, coarse, 3)
         self.output = nn.Conv2d(coarse, num_anchors * (5 + num_classes), kernel_size=1)  # no batch norm, no activation
         initialise_kernels(self)
@@ -105,8 +106,8 @@ class YOLOv2(nn.Module):
         if h % STRIDE or w % STRIDE:
             raise ValueError(f"YOLOv2 takes images whose height and width are multiples of {STRIDE} pixels, not {h} x {w}")
         images = as_input(images, self.output.weight.dtype)
-        fine = self.features[:17](images)  # up to the 13th convolution: (N, 512, H/16, W/16)
-        coarse = self.head(self.features[17:](fine))  # (N, 1024, S_h, S_w)
+        fine = self.features[: PASSTHROUGH + 1](images)  # (N, 512, H/16, W/16)
+        coarse = self.head(self.features[PASSTHROUGH + 1 :](fine))  # (N, 1024, S_h, S_w)
         passed = reorg(self.passthrough(fine))  # (N, 256, S_h, S_w)
         maps = self.output(self.merge(torch.cat([passed, coarse], dim=1)))  # (N, A*(5+C), S_h, S_w)
         maps = maps.reshape(n, self.num_anchors, 5 + self.num_classes, h // STRIDE, w // STRIDE)  # (N, A, 5+C, S_h, S_w)
@@ -141,7 +142,8 @@ def load_pretrained_backbone(model: YOLOv2, file: str | os.PathLike, classes: li
     numbers, _ = open_darknet_file(file)
     convolutions = list(darknet_tensors(model))
     sizes = [sum(tensor.numel() for tensor in tensors) for tensors in convolutions]
-    published, _, _ = KNOWN_DETECTORS.get(convolutions[-1][0].numel(), (classes, (), 0))
+    outputs = convolutions[-1][0].numel()  # the last layer's biases
+    published, _, _ = KNOWN_DETECTORS.get(outputs, (classes, (), 0))  # other files: taken as trained on `classes`
     other_classes = classes is not None and list(classes) != list(published)
     if numbers.size > sum(sizes[:18]) and (numbers.size != sum(sizes) or other_classes):  # the same 18 convolutions, another head
         copy_convolutions(convolutions[:18], numbers, file)
@@ -205,7 +207,7 @@ def darknet_detector(file: str | os.PathLike, classes, anchors) -> tuple[list[st
         fitting = [
             f"{outputs // count - 5} classes and {count} anchors"
             for count in (5, 3, 6, 9)
-            if outputs % count == 0 < outputs // count - 5
+            if outputs % count == 0 and outputs // count > 5
         ]
         raise ValueError(
             f"{file}: has {outputs} outputs per cell, which fits {' or '.join(fitting) or 'other numbers of anchors'}, not "
@@ -245,7 +247,8 @@ def load_detector(
 
 
 def darknet_cfg(num_classes: int, anchors, image_size: int) -> str:
-    """yolov2-voc.cfg for a number of classes, anchors (A pairs in grid cells) and an image size in pixels -> its text."""
+    """yolov2-voc.cfg for a number of classes, anchors (A pairs in grid cells) and an image size in pixels -> its text. jitter and
+    random are those of this repository's training."""
     sections = [
         f"[net]\nbatch=1\nsubdivisions=1\nwidth={image_size}\nheight={image_size}\nchannels=3\nmomentum=0.9\ndecay=0.0005\nangle=0\n"
         "saturation=1.5\nexposure=1.5\nhue=.1\nlearning_rate=0.001\nburn_in=1000\nmax_batches=80200\npolicy=steps\n"
@@ -260,7 +263,7 @@ def darknet_cfg(num_classes: int, anchors, image_size: int) -> str:
             sections.append("[maxpool]\nsize=2\nstride=2\n")
         else:
             convolutional(*layer)
-    fine, coarse = DARKNET19_LAYERS[16][0], DARKNET19_LAYERS[-1][0]
+    fine, coarse = DARKNET19_LAYERS[PASSTHROUGH][0], DARKNET19_LAYERS[-1][0]
     convolutional(coarse, 3)
     convolutional(coarse, 3)  # layer 24
     sections.append("[route]\nlayers=-9\n")  # layer 25: the 26 x 26 map, layer 25 - 9 = 16

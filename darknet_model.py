@@ -45,8 +45,8 @@ DARKNET19_LAYERS = [
 
 
 def convolution(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
-    """Darknet's [convolutional] section: convolution without bias, batch norm (momentum .01), leaky ReLU (slope .1); keeps height
-    and width (src/batchnorm_layer.c, src/activations.h)."""
+    """Darknet's [convolutional] section: convolution without bias, batch norm (momentum .01; larger at first, see
+    utils.warm_batch_norm), leaky ReLU (slope .1). Keeps height and width (src/batchnorm_layer.c, src/activations.h)."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
         nn.BatchNorm2d(out_channels, eps=1e-5, momentum=0.01),
@@ -142,8 +142,8 @@ def layer_table(model: nn.Module, image_size: int) -> str:
 # ---------------------------------------------------------------- Darknet's weight files
 # A header, then for each convolution in the order of the cfg file: biases, batch-norm scales, running means, running variances and
 # kernels (out, in, height, width); a convolution without batch norm has only biases and kernels. All numbers are little-endian
-# float32. The header is int32 major, minor, revision and the number of images seen, int32 before version 0.2 and int64 since then
-# (load_weights_upto in Darknet's src/parser.c).
+# float32. Header: int32 major, minor, revision; then the images seen, int64, before version 0.2 int32 (load_weights_upto in
+# Darknet's src/parser.c).
 
 
 def darknet_tensors(model: nn.Module) -> Iterator[list[Tensor]]:

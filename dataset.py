@@ -293,7 +293,8 @@ def has_labels(label_file: str) -> bool:
 
 
 def boxes_in_fractions(boxes: np.ndarray, label_file: str, width: int, height: int) -> np.ndarray:
-    """Boxes (M, 4) xyxy in the unit of their label file -> in fractions of the image."""
+    """Boxes (M, 4) xyxy in the unit of their label file -> in fractions of the image. VOC XML: all four numbers minus 1, so the
+    width is x2 - x1 (voc_label.py)."""
     return (boxes - 1) / [width, height, width, height] if is_voc_xml(label_file) else boxes
 
 
@@ -495,7 +496,7 @@ class DarknetColour(albumentations.ImageOnlyTransform):
 
 
 def train_transform(image_size: int) -> albumentations.Compose:
-    """Augmentation to a square of image_size pixels: moves each side in or out by up to a fifth, repeating the border pixels,
+    """Augmentation to a square of image_size pixels: moves each side in or out by up to a fifth of the image, repeating the border,
     flips, and distorts the colours (load_data_region and crop_image in Darknet when the paper was written). Boxes (M, 5): xyxy
     in fractions, class; those with less than a tenth of their area left are dropped."""
     transforms = [
@@ -525,9 +526,9 @@ def to_tensor(image: np.ndarray) -> Tensor:
 # ---------------------------------------------------------------- targets
 
 
-def encode_targets(boxes, labels, anchors, grid_height: int, grid_width: int) -> Tensor:
-    """boxes: (M, 4) cxcywh in fractions of the image; labels: (M,); anchors: A pairs in grid cells -> (A, S_h, S_w, 6) float32:
-    objectness, x, y (offset in the cell, 0..1), w, h (in grid cells), class; zeros where there is no object.
+def encode_targets(boxes, class_indices, anchors, grid_height: int, grid_width: int) -> Tensor:
+    """boxes: (M, 4) cxcywh in fractions of the image; class_indices: (M,); anchors: A pairs in grid cells -> (A, S_h, S_w, 6)
+    float32: objectness, x, y (offset in the cell, 0..1), w, h (in grid cells), class; zeros where there is no object.
 
     An object belongs to the cell of its centre and to the anchor with the best IoU of shapes. If two objects claim the same slot,
     the later one gets it (forward_region_layer in Darknet's src/region_layer.c).
@@ -539,7 +540,7 @@ def encode_targets(boxes, labels, anchors, grid_height: int, grid_width: int) ->
     column = np.clip(x.astype(int), 0, grid_width - 1)  # for a centre on the right or lower border
     row = np.clip(y.astype(int), 0, grid_height - 1)
     anchor = shape_iou(np.stack([w, h], axis=1), anchors).argmax(dim=1).numpy() if len(boxes) else []
-    values = np.stack([np.ones_like(x), x - column, y - row, w, h, np.asarray(labels, dtype=np.float64).reshape(-1)], axis=1)
+    values = np.stack([np.ones_like(x), x - column, y - row, w, h, np.asarray(class_indices, dtype=np.float64).reshape(-1)], axis=1)
     targets[anchor, row, column] = values  # numpy writes in order: the later object wins a shared slot
     return torch.from_numpy(targets)
 
@@ -589,7 +590,7 @@ class VOCDataset(Dataset):
         self.anchors, self.image_size, self.classes, self.augment = anchors, image_size, read_classes(classes), augment
         self.samples = list_samples(root, image_sets)[:limit]
         read = [read_labels(label_file, self.classes, tolerate) for _, label_file in self.samples]
-        self.labels = [labels for labels, _ in read]  # (G, 6) each
+        self.labels = [labels for labels, _ in read]  # (G, 6) each, in the units of read_labels
         self.declared_sizes = [size for _, size in read]  # (width, height) of each image according to its label file
         self.transforms = {}  # one per image size
         self.broken_list = ""  # see read_or_next
@@ -625,7 +626,7 @@ class VOCDataset(Dataset):
         return torch.from_numpy(labels), Path(image_file).stem
 
     def images_and_sizes(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """The images of a batch without augmentation (N, 3, H, W) uint8, and their original widths and heights (N, 2)."""
+        """For utils.detect_dataset: a batch without augmentation (N, 3, H, W) uint8, and the original widths and heights (N, 2)."""
         transform, images, sizes = plain_transform(self.image_size), [], []
         for index in indices:
             image = read_image(self.samples[index][0])
@@ -692,7 +693,7 @@ def training_batches(
         order = np.concatenate([rng.permutation(count) for _ in range(repeat)])
         seeds = rng.integers(2**31, size=len(order))
         for step in range(max(epoch * steps, first_step), (epoch + 1) * steps):
-            size = int(np.random.default_rng([seed, step // 10, 1]).choice(image_sizes))  # the 1: other numbers than [seed, epoch]
+            size = int(np.random.default_rng([seed, step // 10, 1]).choice(image_sizes))  # the 1: not the stream of [seed, epoch]
             first = (step - epoch * steps) * batch_size
             for start in range(first, first + batch_size, part_size):
                 keys = zip(order[start : start + part_size], seeds[start : start + part_size], strict=True)
@@ -929,8 +930,16 @@ def follow_object(sample: tuple[str, str], labels: np.ndarray, anchors, size: in
         ("in grid cells", [x, y, w, h], f"times {cells}"),
         ("cell", [column, row], "column, row: x and y without decimals"),
         ("IoU with the anchors", overlaps, f"shapes only; best: anchor {anchor}, {p_w:.2f} x {p_h:.2f} cells"),
-        (f"target[{anchor}, {row}, {column}]", targets[anchor, row, column].tolist(), "objectness, x, y in the cell, w, h, class"),
-        ("in the loss", [x - column, y - row, math.log(w / p_w), math.log(h / p_h)], "for sigma(t_x), sigma(t_y), t_w, t_h"),
+        (
+            f"target[{anchor}, {row}, {column}]",
+            targets[anchor, row, column].tolist(),
+            "[anchor, row, column]: object, x, y, w, h, class",
+        ),
+        (
+            "in the loss",
+            [x - column, y - row, math.log(w / p_w), math.log(h / p_h)],
+            "for sigma(t_x), sigma(t_y), t_w = ln(w/p_w), t_h",
+        ),
     ]
 
 

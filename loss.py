@@ -1,4 +1,4 @@
-"""The loss of YOLOv2: the region layer of Darknet, and the printed equation of YOLOv1 with the boxes of YOLOv2.
+"""The loss of YOLOv2: the region layer of Darknet, and the equation of the YOLOv1 paper with the boxes of YOLOv2.
 
     python loss.py        computes the loss of a small example by hand and prints every number
 
@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from utils import box_iou
 
-# boxes without an object are pulled towards their anchors until this many images, the current batch included, have been seen
-# (src/region_layer.c)
+# boxes without an object are pulled towards their anchors during the first 12,800 images (src/region_layer.c)
 PRIOR_IMAGES = 12_800
 PRIOR_WEIGHT = 0.01
 
@@ -75,16 +74,17 @@ class YoloLoss(nn.Module):
         box = torch.cat([torch.sigmoid(t_xy) + c_xy, p_wh * torch.exp(t_wh)], dim=-1)  # (K, 4) YOLO9000 Fig. 3
 
         # ---- The boxes that overlap any object by more than ignore_threshold: no_object leaves them out (no gradient here)
-        all_xy, all_wh, all_o = predictions[..., 0:2], predictions[..., 2:4], predictions[..., 4]  # t_x t_y, t_w t_h, t_o
+        all_t_xy, all_t_wh, all_t_o = predictions[..., 0:2], predictions[..., 2:4], predictions[..., 4]
         ignored = torch.zeros_like(has_object)  # (N, A, S_h, S_w)
         if self.equation == "darknet":
             with torch.no_grad():
                 rows, columns = torch.arange(s_h, device=anchors.device), torch.arange(s_w, device=anchors.device)
-                cells = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)  # (S_h, S_w, 2)
-                all_boxes = torch.cat([torch.sigmoid(all_xy) + cells, anchors[:, None, None] * torch.exp(all_wh)], dim=-1)
+                all_c_xy = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)  # (S_h, S_w, 2)
+                all_boxes = torch.cat([torch.sigmoid(all_t_xy) + all_c_xy, anchors[:, None, None] * torch.exp(all_t_wh)], dim=-1)
                 # one copy of its image's boxes per object: (K, A, S_h, S_w, 4)
                 overlap = box_iou(all_boxes[image_index], truth[:, None, None, None]) > self.ignore_threshold  # (K, A, S_h, S_w)
-                ignored = torch.zeros_like(all_o).index_add(0, image_index, overlap.to(all_o.dtype)) > 0  # any object of the image
+                overlapped = torch.zeros_like(all_t_o).index_add(0, image_index, overlap.to(all_t_o.dtype))  # objects per box
+                ignored = overlapped > 0
 
         if self.equation == "darknet":
             # ---- coord: 1/2 lambda_coord (2 - w h / (S_w S_h)) [(sigma(t_x) - x)^2 + (sigma(t_y) - y)^2
@@ -93,37 +93,38 @@ class YoloLoss(nn.Module):
             share = wh.prod(dim=-1) / (s_h * s_w)  # (K,)
             error = (torch.sigmoid(t_xy) - xy) ** 2 + (t_wh - torch.log(wh / p_wh)) ** 2  # (K, 2)
             coord = 0.5 * self.lambda_coord * ((2 - share) * error.sum(dim=-1)).sum()
-            factor = 0.5  # the region layer's squares have the factor 1/2, so that their gradients are plain differences
+            half = 0.5  # the region layer's squares have the factor 1/2, so that their gradients are plain differences
 
             # ---- class: cross-entropy of the softmax over the classes
             class_loss = self.lambda_class * F.cross_entropy(class_logits, label, reduction="sum")
         else:
-            # ---- coord: lambda_coord [(b_x - x)^2 + (b_y - y)^2 + (sqrt(b_w) - sqrt(w))^2 + (sqrt(b_h) - sqrt(h))^2]
-            # Rows 1 and 2 of the equation; the square roots give errors in small boxes more weight. x, y are the centre on the
-            # grid, all lengths are in cells. (YOLOv1 has w, h in fractions of the image: S times less weight for row 2.)
+            # ---- coord: lambda_coord [(sigma(t_x) - x)^2 + (sigma(t_y) - y)^2 + (sqrt(b_w) - sqrt(w))^2 + (sqrt(b_h) - sqrt(h))^2]
+            # Rows 1 and 2 of the equation; the square roots give errors in small boxes more weight. Lengths are in cells (YOLOv1:
+            # w, h in fractions of the image, so row 2 weighs S times less). The responsible box is that of the anchor with the
+            # best shape (YOLOv1: the predicted box with the best IoU).
             root = torch.sqrt(box[:, 2:].clamp(min=1e-12))  # the root's slope is infinite at 0
-            error = (box[:, :2] - truth[:, :2]) ** 2 + (root - torch.sqrt(wh)) ** 2  # (K, 2)
+            error = (torch.sigmoid(t_xy) - xy) ** 2 + (root - torch.sqrt(wh)) ** 2  # (K, 2)
             coord = self.lambda_coord * error.sum()
-            factor = 1.0
+            half = 1.0  # YOLOv1's squares do not
 
             # ---- class: lambda_class sum_c (p(c) - 1[c is the object's class])^2: row 5, per responsible slot instead of per
             # cell, because in YOLOv2 every box has its own classes.
             difference = torch.softmax(class_logits, dim=-1) - F.one_hot(label, channels - 5)  # (K, C)
             class_loss = self.lambda_class * (difference**2).sum()
 
-        # ---- object: factor lambda_object (sigma(t_o) - IoU)^2; no gradient flows through the IoU
+        # ---- object: 1/2 lambda_object (sigma(t_o) - IoU)^2 (yolov1: without 1/2); no gradient flows through the IoU
         iou = box_iou(box, truth).detach()  # (K,)
-        object_loss = factor * self.lambda_object * ((torch.sigmoid(t_o[:, 0]) - iou) ** 2).sum()
+        object_loss = half * self.lambda_object * ((torch.sigmoid(t_o[:, 0]) - iou) ** 2).sum()
 
-        # ---- no_object: factor lambda_no_object sigma(t_o)^2 in all other slots that are not ignored
+        # ---- no_object: 1/2 lambda_no_object sigma(t_o)^2 (yolov1: without 1/2) in all other slots that are not ignored
         background = ~has_object & ~ignored
-        no_object_loss = factor * self.lambda_no_object * (torch.sigmoid(all_o) ** 2 * background).sum()
+        no_object_loss = half * self.lambda_no_object * (torch.sigmoid(all_t_o) ** 2 * background).sum()
 
         # ---- prior: 1/2 .01 [(sigma(t_x) - .5)^2 + (sigma(t_y) - .5)^2 + t_w^2 + t_h^2] in all slots without an object, at the
         # start of training: pulls each box towards its anchor, centred in its cell.
         prior = predictions.new_zeros(())
         if self.equation == "darknet" and images_seen is not None and images_seen + n < PRIOR_IMAGES:
-            offset = (torch.sigmoid(all_xy) - 0.5) ** 2 + all_wh**2  # (N, A, S_h, S_w, 2)
+            offset = (torch.sigmoid(all_t_xy) - 0.5) ** 2 + all_t_wh**2  # (N, A, S_h, S_w, 2)
             prior = 0.5 * PRIOR_WEIGHT * (offset.sum(dim=-1) * ~has_object).sum()
 
         # The sums are divided by the number of images, not by the number of boxes.
@@ -142,7 +143,7 @@ def print_example(equation: str) -> None:
     """
     anchors, (x, y, w, h) = [(1.0, 1.0), (1.5, 0.75)], (0.7, 0.4, 1.2, 0.8)  # in grid cells; x, y: offset in the cell
     predictions, targets = torch.zeros(1, 2, 2, 2, 8).double(), torch.zeros(1, 2, 2, 2, 6).double()
-    predictions[..., 4] = -2.0  # confidence .119 everywhere except in the responsible slot and one that overlaps
+    predictions[..., 4] = -2.0  # objectness .119 everywhere except in the responsible slot and one that overlaps
     predictions[0, 1, 1, 0] = torch.tensor([0.4, -0.4, -0.2, 0.1, 0.8, 0.0, 1.0, -1.0]).double()
     predictions[0, 0, 1, 0] = torch.tensor([0.8, -0.4, 0.1, -0.2, 0.5, 0.0, 0.0, 0.0]).double()
     targets[0, 1, 1, 0] = torch.tensor([1, x, y, w, h, 1]).double()

@@ -57,7 +57,7 @@ PASSTHROUGH = 16  # index in DARKNET19_LAYERS, pools counted, of the last convol
 
 def read_anchors(anchors, image_sizes: list[int]) -> list[list[float]]:
     """anchors: pairs of width and height in grid cells, or the flat list of a cfg file -> a list of pairs. Raises ValueError for
-    other forms, and for anchors larger than the grid of the largest image size (at least 416 px), which are probably in pixels."""
+    other forms, and for sides above 13 cells (or the largest grid, if that is larger), which are probably in pixels."""
     pairs = list(anchors) if isinstance(anchors, (list, tuple)) else []
     if pairs and all(isinstance(anchor, (int, float)) for anchor in pairs) and len(pairs) % 2 == 0:
         pairs = list(zip(pairs[::2], pairs[1::2], strict=True))
@@ -80,7 +80,7 @@ def reorg(maps: Tensor, stride: int = 2) -> Tensor:
     n, c, h, w = maps.shape
     maps = maps.reshape(n, c // stride**2, h, stride, w, stride)  # (N, C/4, H, 2, W, 2): these are not the map's own rows
     maps = maps.permute(0, 3, 5, 1, 2, 4)  # (N, 2, 2, C/4, H, W)
-    return maps.reshape(n, c * stride**2, h // stride, w // stride)  # (N, 4C, H/2, W/2)
+    return maps.reshape(n, c * stride**2, h // stride, w // stride)  # the same numbers, read as (N, 4C, H/2, W/2)
 
 
 class YOLOv2(nn.Module):
@@ -91,7 +91,7 @@ class YOLOv2(nn.Module):
         self.num_classes, self.num_anchors = num_classes, num_anchors
         self.features = darknet19_features()  # named as in Darknet19, whose weights are loaded here
         fine, coarse = DARKNET19_LAYERS[PASSTHROUGH][0], DARKNET19_LAYERS[-1][0]  # channels, 26 x 26 and 13 x 13 map: 512, 1024
-        self.head = nn.Sequential(convolution(coarse, coarse, 3), convolution(coarse, coarse, 3))
+        self.head = nn.Sequential(convolution(coarse, coarse, 3), convolution(coarse, coarse, 3))  # before the concatenation
         self.passthrough = convolution(fine, fine // 8, 1)  # cfg: 512 -> 64, which reorg turns into 256 (paper: 512 -> 2048)
         self.merge = convolution(fine // 8 * 4 + coarse, coarse, 3)
         self.output = nn.Conv2d(coarse, num_anchors * (5 + num_classes), kernel_size=1)  # no batch norm, no activation
@@ -118,8 +118,8 @@ def load_pretrained_backbone(model: YOLOv2, file: str | os.PathLike, classes: li
     """Loads pretrained weights into a YOLOv2: all 23 convolutions if anchors and classes match, otherwise the 18 of the backbone.
     Prints and returns the number of convolutions loaded.
 
-    file: a checkpoint of darknet_train*.py or train.py, or a Darknet file. A Darknet file contains no class names: one with as many
-    outputs as a published detector counts as trained on that detector's classes. Raises FileNotFoundError or ValueError, naming the
+    file: a checkpoint of darknet_train*.py or train.py, or a Darknet file. A Darknet file contains no class names: 125
+    outputs are taken for VOC's classes, 425 for COCO's. Raises FileNotFoundError or ValueError, naming the
     file; the model is then unchanged.
     """
     if utils.is_torch_file(file):

@@ -46,10 +46,10 @@ BROKEN_IMAGES = "stop"  # or "skip": use the next image instead of an unreadable
 # model
 IMAGE_SIZE = 160  # pixels, a multiple of 32; 416 in yolov2-voc.cfg
 MULTI_SCALE = []  # image sizes, a new one every 10 steps: list(range(320, 609, 32)) in the paper; [] for IMAGE_SIZE only
-ANCHORS = yolov2_model.ANCHORS  # width and height in grid cells; python dataset.py computes others
+ANCHORS = yolov2_model.ANCHORS  # width and height in cells of 32 pixels, made for 416 px; python dataset.py computes others
 PRETRAINED = ""  # a checkpoint of darknet_train*.py or a Darknet file such as darknet19_448.conv.23; "" from scratch
 # loss
-EQUATION = "darknet"  # yolov2-voc.cfg; or "yolov1", the printed equation; it generalised worse here (tests/MEASUREMENTS.md)
+EQUATION = "darknet"  # yolov2-voc.cfg; or "yolov1", the YOLOv1 paper's (lambdas 5, 1, .5, 1), worse here (tests/MEASUREMENTS.md)
 LAMBDA_COORD = 1.0  # yolov2-voc.cfg: coord_scale
 LAMBDA_OBJECT = 5.0  # object_scale
 LAMBDA_NO_OBJECT = 1.0  # noobject_scale
@@ -205,7 +205,7 @@ def main():
             rate = utils.learning_rate_at(state["step"], EPOCHS * steps, LEARNING_RATE, LR_SCHEDULE, BURN_IN, LR_POWER, drops)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            utils.warm_batch_norm(network, state["step"] * SUBDIVISIONS)  # a larger momentum at first, then Darknet's .01
+            utils.warm_batch_norm(network, state["step"] * SUBDIVISIONS)  # a larger momentum at first, then .01
 
             step_sums = torch.zeros_like(state["sums"])
             for part in range(SUBDIVISIONS):  # gradient accumulation
@@ -221,7 +221,7 @@ def main():
 
             scaler.unscale_(optimizer)
             gradients = [parameter.grad for parameter in model.parameters()]
-            # the norm clips and shows NaN and inf; in fp16 the scaler does the latter, so without clipping the norm is left out
+            # the norm is for clipping and for finding NaN and inf; in fp16 the scaler finds them
             norm = get_total_norm([] if scaler.is_enabled() and CLIP_NORM == 0 else gradients)
             if CLIP_NORM > 0:
                 clip_grads_with_norm_(model.parameters(), CLIP_NORM, norm)

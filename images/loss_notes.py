@@ -35,11 +35,11 @@ TERMS = [  # name, slots it applies to, formula lines, note lines
         "coord",
         "responsible slots",
         [
-            r"$\dfrac{1}{2}\,\lambda_{coord}\,(2-wh)\,[\,(\sigma(t_x)-x)^2+(\sigma(t_y)-y)^2$",
-            r"$\qquad\quad\ +\,(t_w-\ln(wS/p_w))^2+(t_h-\ln(hS/p_h))^2\,]$",
+            r"$\dfrac{1}{2}\,\lambda_{coord}\,(2-wh/S^2)\,[\,(\sigma(t_x)-x)^2+(\sigma(t_y)-y)^2$",
+            r"$\qquad\quad\ +\,(t_w-\ln(w/p_w))^2+(t_h-\ln(h/p_h))^2\,]$",
         ],
-        "$x$, $y$: the object's centre within its cell; $w$, $h$: its size as fractions of the",
-        "image. $wh$ is its share of the image: small objects weigh up to twice as much.",
+        "$x$, $y$: the object's centre within its cell; $w$, $h$: its size, in cells. $wh/S^2$ is",
+        "its share of the image: small objects weigh up to twice as much.",
     ),
     (
         "object",

@@ -28,11 +28,11 @@ CHECKPOINT = "runs/yolov2.pt"  # a detector trained by train.py
 DATA_DIR = "data_samples/voc"
 IMAGE_SETS = [("2007", "tiny")]
 IMAGE_ID = "000003"  # an image of IMAGE_SETS
-THRESHOLD = 0.05  # lowest confidence of the boxes in the last two pictures
+THRESHOLD = 0.1  # lowest confidence of the boxes in the last two pictures
 NMS_THRESHOLD = 0.45  # IoU
 FILE = Path(__file__).with_name("walkthrough.png")
 
-WIDTH, HEIGHT = 900, 2128  # page units: pixels of the figure shown 900 pixels wide; the file has twice as many
+WIDTH, HEIGHT = 900, 2172  # page units: pixels of the figure shown 900 pixels wide; the file has twice as many
 LEFT, RIGHT, SIDE = 15, 465, 420  # page units: left edges and width of the square pictures
 BLUE, AMBER, GREY, INK, PALE = "#1f5fa8", "#b06a00", "#667080", "#1f2933", "#d5dae1"
 TITLE, NOTE, LABEL = 16, 12.5, 12  # font sizes in points; at 900 pixels wide, one point is about one pixel
@@ -97,7 +97,7 @@ def draw_network(page, y, image_size, outputs):
         ("", 4, 128, "3 convolutions"),
         ("", 8, 256, "3 convolutions"),
         ("fine", 16, 512, "5 convolutions"),
-        ("coarse", 32, 1024, "7 convolutions"),
+        ("coarse", 32, 1024, "5 + 2 conv."),
         ("joined", 32, 1024 + 256, "concatenation"),
         ("output", 32, outputs, "3x3 and 1x1"),
     ]
@@ -106,7 +106,7 @@ def draw_network(page, y, image_size, outputs):
     for column, (title, shrink, channels, note) in enumerate(stages):
         side = image_size // shrink
         height = 34 + 24 * (5 - (shrink.bit_length() - 1))
-        x, colour = 22 + step * column, AMBER if title == "output" else BLUE if title in ("fine", "joined") else GREY
+        x, colour = 22 + step * column, BLUE if title in ("fine", "joined") else GREY
         page.add_patch(plt.Rectangle((x, base - height), width, height, fc=colour, alpha=0.25, ec=colour, lw=1.5))
         page.text(x + width / 2, base - height / 2, title, ha="center", va="center", color=INK)
         page.text(x + width / 2, base + 20, f"{side} x {side}", ha="center", weight="bold", color=INK)
@@ -121,8 +121,13 @@ def draw_network(page, y, image_size, outputs):
     level = y + 100
     page.plot([x_1, x_1, x_2], [top_1, level, level], color=BLUE, lw=2)
     page.annotate("", (x_2, top_2), (x_2, level), arrowprops={"arrowstyle": "->", "color": BLUE, "lw": 2})
-    page.text(x_1 + 8, level - 26, "passthrough: 1x1 convolution to 64 channels, then", color=BLUE)
-    page.text(x_1 + 8, level - 8, f"reorg: 2 x 2 pixels into channels, {image_size // 32} x {image_size // 32} x 256", color=BLUE)
+    page.text(x_1 + 8, level - 26, "passthrough: 1x1 convolution, 64 channels,", color=BLUE)
+    page.text(
+        x_1 + 8,
+        level - 8,
+        f"then reorg: {image_size // 16} x {image_size // 16} x 64 to {image_size // 32} x {image_size // 32} x 256",
+        color=BLUE,
+    )
 
 
 def draw_table(page, y, lines):
@@ -136,7 +141,7 @@ def draw_table(page, y, lines):
         for column, number in enumerate(numbers):
             text = f"{number:.0f}" if float(number).is_integer() else f"{number:.2f}"
             page.text(225 + 62 * column, top, text, ha="right", **style)
-        page.text(555, top, explanation, **style)
+        page.text(555, top, explanation, color=style.get("color", INK))
     page.plot([LEFT, WIDTH - LEFT], [y + 24 * (len(lines) - 2) - 9] * 2, color=PALE, lw=1)
 
 
@@ -188,36 +193,42 @@ def main() -> None:
 
     notes = [
         f"Stretched to {size} x {size} pixels: {cells} x {cells} cells of 32 x 32.",
-        "The cell of an object's centre is responsible for the object.",
+        "The cell of an object's centre is responsible for the object,",
+        "together with one of the cell's anchors (2).",
     ]
     draw_grid(add_picture(page, LEFT, 30, 1, "One cell per object", notes, picture, cells), boxes, followed)
     notes = [
-        "Each cell predicts one box per anchor, a fixed width and height.",
-        "The anchor whose shape has the best IoU is responsible.",
+        "Anchors: typical box sizes (k-means). Each cell predicts one box",
+        "per anchor. Responsible is the anchor of best IoU, shared area /",
+        "joint area, drawn on one centre, because only shapes count.",
     ]
     axes = add_picture(page, RIGHT, 30, 2, "One of five anchors", notes, picture, cells, dim=0.5)
     draw_anchors(axes, boxes[followed].tolist(), anchors, overlaps)
 
-    page.text(LEFT, 545, f"3  The target of this {classes[label]}, and the output", fontsize=TITLE, weight="bold")
-    draw_table(page, 573, lines)
-    formula = "x = sigma(t_x) + column, y = sigma(t_y) + row, w = anchor width * exp(t_w), h = anchor height * exp(t_h)"
-    page.text(LEFT, 776, f"The box, in cells: {formula}.")
+    page.text(LEFT, 560, "3  The network", fontsize=TITLE, weight="bold")
+    draw_network(page, 535, size, outputs.shape[1] * outputs.shape[4])
+    notes = [
+        f"Per cell, {outputs.shape[1] * outputs.shape[4]} outputs = {len(anchors)} anchors x (t_x, t_y, t_w, t_h: the box; t_o: "
+        f"the objectness; {len(classes)} class scores, softmax).",
+        "The first 18 convolutions are Darknet-19. All but the last have batch norm and leaky ReLU. A pool halves both sides.",
+    ]
+    for row, note in enumerate(notes):
+        page.text(LEFT, 829 + 20 * row, note)
 
-    page.text(LEFT, 818, "4  The network", fontsize=TITLE, weight="bold")
-    draw_network(page, 793, size, outputs.shape[1] * outputs.shape[4])
     page.text(
-        LEFT,
-        1087,
-        f"Per cell, {outputs.shape[1] * outputs.shape[4]} outputs = {len(anchors)} anchors x (t_x, t_y, t_w, t_h, t_o and "
-        f"{len(classes)} class scores). Pooling halves the map; passthrough keeps fine details.",
+        LEFT, 893, f"4  One {classes[label]} (amber), from its label to its target, and the output", fontsize=TITLE, weight="bold"
     )
+    draw_table(page, 921, lines)
+    formula = "x = sigma(t_x) + column, y = sigma(t_y) + row, w = anchor width * exp(t_w), h = anchor height * exp(t_h)"
+    page.text(LEFT, 1125, f"The box, in cells: {formula}.")
+    page.text(LEFT, 1145, f"The network was trained on this photograph and {len(dataset) - 1} others: it knows the answer.")
 
     best = objectness.argmax(dim=0, keepdim=True)  # (1, S, S): the anchor with the highest objectness of each cell
     notes = [
-        "sigma(t_o) of the best anchor of each cell: is there an object, and",
-        "how well does the box fit? It is trained to be their IoU.",
+        "sigma(t_o) of the best anchor of each cell. It is trained towards",
+        "the IoU of box and object if responsible, otherwise towards 0.",
     ]
-    axes = add_picture(page, LEFT, 1133, 5, "Objectness", notes, picture, cells, dim=0.6)
+    axes = add_picture(page, LEFT, 1190, 5, "Objectness", notes, picture, cells, dim=0.6)
     highest = objectness.amax(dim=0).numpy()
     axes.imshow(np.ones_like(highest), extent=(0, cells, cells, 0), cmap="Blues", vmin=0, vmax=1.3, alpha=0.9 * highest)
     for row, column in zip(*(highest >= 0.05).nonzero(), strict=True):
@@ -226,34 +237,30 @@ def main() -> None:
 
     likely = probabilities.argmax(dim=-1).gather(0, best)[0]  # (S, S)
     notes = [
-        "The most probable class of the same anchor, paler where",
-        "objectness is low. Confidence = objectness x class probability.",
+        "The most probable class of that anchor. Responsible slots alone",
+        "learn it; in the pale cells (objectness < .05) it means nothing.",
     ]
-    axes = add_picture(page, RIGHT, 1133, 6, "Class", notes, picture, cells, dim=0.6)
+    axes = add_picture(page, RIGHT, 1190, 6, "Class", notes, picture, cells, dim=0.6)
     colours = torch.tensor([utils.class_colour(index) for index in range(len(classes))])
-    axes.imshow(colours[likely].numpy() / 255, extent=(0, cells, cells, 0), alpha=0.3 + 0.6 * highest)
-    for index in likely.unique().tolist():  # the name in the cell of the class that is closest to their median
-        own = (likely == index).nonzero().float()
-        row, column = own[(own - own.median(dim=0).values).square().sum(dim=1).argmin()].tolist()
-        axes.text(column + 0.5, row + 0.5, classes[index], ha="center", va="center", fontsize=LABEL, path_effects=OUTLINE)
+    axes.imshow(colours[likely].numpy() / 255, extent=(0, cells, cells, 0), alpha=np.where(highest < 0.05, 0.2, 0.9))
+    for row, column in zip(*(highest >= 0.05).nonzero(), strict=True):
+        style = {"ha": "center", "va": "center", "fontsize": 11}
+        axes.text(column + 0.5, row + 0.5, classes[likely[row, column]], **style)
 
+    suppressed = f"Boxes that overlap a better one (IoU > {NMS_THRESHOLD}) are gone."
     for x, number, title, note, overlap in [
-        (LEFT, 7, f"Boxes with confidence >= {THRESHOLD}", "Several cells and anchors find the same object.", 1.0),
-        (
-            RIGHT,
-            8,
-            "After non-maximum suppression",
-            f"Boxes that overlap a better one (IoU > {NMS_THRESHOLD}) are gone.",
-            NMS_THRESHOLD,
-        ),
+        (LEFT, 7, f"Objectness x class probability >= {THRESHOLD}", "Several cells and anchors find the same object.", 1.0),
+        (RIGHT, 8, "After non-maximum suppression", suppressed, NMS_THRESHOLD),
     ]:
         detections = utils.postprocess(outputs, anchors, THRESHOLD, overlap)[0]
         notes = [f"{len(detections)} boxes. {note}"]
-        draw_detections(add_picture(page, x, 1648, number, title, notes, picture, cells), detections, classes)
+        draw_detections(add_picture(page, x, 1700, number, title, notes, picture, cells), detections, classes)
     figure.savefig(FILE, dpi=150)
-    with Image.open(FILE) as drawn:
-        colours = drawn.convert("RGB").quantize(256, method=Image.Quantize.FASTOCTREE)  # 1.2 MB instead of 4.7
-    colours.save(FILE, optimize=True)
+    with Image.open(FILE) as drawn:  # 256 colours: less than half of the bytes
+        picture = drawn.convert("RGB")
+    picture.quantize(palette=picture.quantize(256, Image.Quantize.FASTOCTREE), dither=Image.Dither.FLOYDSTEINBERG).save(
+        FILE, optimize=True
+    )
     print(f"wrote {FILE}: {len(slots)} objects, {len(detections)} detections")
 
 

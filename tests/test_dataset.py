@@ -1107,7 +1107,7 @@ def test_one_object_is_followed_from_its_label_to_its_target_by_hand(tmp_path):
         ("in grid cells", [1.05, 1.05, 1.5, 1.5], "times 3"),
         ("cell", [1, 1], "column, row"),
         ("IoU with the anchors", [1 / 2.25, 2.25 / 4], "anchor 1, 2.00 x 2.00 cells"),
-        ("target[1, 1, 1]", [1, 0.05, 0.05, 1.5, 1.5, VOC_CLASSES.index("dog")], "objectness"),
+        ("target[1, 1, 1]", [1, 0.05, 0.05, 1.5, 1.5, VOC_CLASSES.index("dog")], "[anchor, row, column]"),
         ("in the loss", [0.05, 0.05, math.log(0.75), math.log(0.75)], "sigma(t_x)"),
     ]
     for (step, numbers, explanation), (name, by_hand, words) in zip(lines, expected, strict=True):

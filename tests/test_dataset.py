@@ -821,8 +821,8 @@ def test_the_iou_distance_beats_the_euclidean_one_and_more_anchors_fit_better():
     assert euclidean + 0.02 < five < nine - 0.05
 
 
-def test_a_single_anchor_is_the_mean_of_the_boxes():
-    assert dataset.kmeans_anchors([(1, 1), (3, 5)], 1).tolist() == [[2, 3]]
+def test_a_single_anchor_is_the_median_of_the_boxes():
+    assert dataset.kmeans_anchors([(1, 1), (2, 4), (9, 5)], 1).tolist() == [[2, 4]]
 
 
 def test_more_anchors_than_boxes_are_an_error():
@@ -1127,8 +1127,8 @@ def test_the_check_ends_with_one_object_in_numbers(monkeypatch, tmp_path, capsys
     printed = capsys.readouterr().out
     assert f"the largest object of {tmp_path / 'a.png'}" in printed
     assert re.search(r"label file +0\.250 +0\.125 +0\.750 +0\.375 +x1, y1, x2, y2: fractions of the image", printed)
-    assert re.search(r"in grid cells +1\.000 +0\.500 +1\.000 +0\.500 +times 2", printed)
-    assert re.search(r"cell +1\.000 +0\.000 +column, row", printed)
+    assert re.search(r"in grid cells +1 +0\.500 +1 +0\.500 +times 2", printed)
+    assert re.search(r"cell +1 +0 +column, row", printed)
 
 
 def test_the_check_names_every_problem_and_fails(monkeypatch, tmp_path, capsys):

@@ -41,7 +41,7 @@ LABEL_SMOOTHING = 0.0  # none in darknet19.cfg
 EPOCHS = 4  # 160 in the paper, 10 in its second stage
 LR_SCHEDULE = "polynomial"  # "constant", "steps", "polynomial" or "cosine"
 LR_POWER = 4.0  # of "polynomial"; 4 in the paper
-LR_DROPS = [60, 90]  # epochs after which "steps" divides the rate by 10
+LR_DROPS = [60, 90]  # epochs at whose end (last step) "steps" divides the rate by 10
 BURN_IN = 0  # optimiser steps with a rising rate; 1000 in darknet19.cfg
 # run
 CHECKPOINT = "runs/darknet19.pt"

@@ -65,7 +65,7 @@ COCO_CLASSES = (  # coco.names
 
 # data
 DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv lists or COCO .json files
-IMAGE_SETS = [("2007", "train")]  # (year, list) pairs, or files in DATA_DIR: .csv with lines image,label, or COCO .json
+IMAGE_SETS = [("2007", "train")]  # (year, list) pairs, or files in DATA_DIR: .csv (image,label), Darknet .txt, COCO .json
 CLASSES = VOC_CLASSES  # any names, or a Darknet .names file
 TOLERATE = []  # "other classes": skip objects that CLASSES does not name; "missing labels": take them as background
 # model
@@ -293,8 +293,8 @@ def has_labels(label_file: str) -> bool:
 
 
 def boxes_in_fractions(boxes: np.ndarray, label_file: str, width: int, height: int) -> np.ndarray:
-    """Boxes (M, 4) xyxy in the unit of their label file -> in fractions of the image. VOC XML: all four numbers minus 1, so the
-    width is x2 - x1 (voc_label.py)."""
+    """Boxes (M, 4) xyxy in the unit of their label file -> in fractions of the image. VOC XML: all four numbers minus 1; the
+    width is x2 - x1, although the devkit's is 1 more (voc_label.py)."""
     return (boxes - 1) / [width, height, width, height] if is_voc_xml(label_file) else boxes
 
 
@@ -500,6 +500,7 @@ def train_transform(image_size: int) -> albumentations.Compose:
     flips, and distorts the colours (load_data_region and crop_image in Darknet when the paper was written). Boxes (M, 5): xyxy
     in fractions, class; those with less than a tenth of their area left are dropped."""
     transforms = [
+        # percent is drawn for each side; negative values crop
         albumentations.CropAndPad(percent=(-0.2, 0.2), keep_size=False, border_mode=cv2.BORDER_REPLICATE),
         albumentations.Resize(image_size, image_size, interpolation=cv2.INTER_LINEAR),
         albumentations.HorizontalFlip(p=0.5),
@@ -528,7 +529,7 @@ def to_tensor(image: np.ndarray) -> Tensor:
 
 def encode_targets(boxes, class_indices, anchors, grid_height: int, grid_width: int) -> Tensor:
     """boxes: (M, 4) cxcywh in fractions of the image; class_indices: (M,); anchors: A pairs in grid cells -> (A, S_h, S_w, 6)
-    float32: objectness, x, y (offset in the cell, 0..1), w, h (in grid cells), class; zeros where there is no object.
+    float32: object (1 or 0), x, y (offset in the cell, 0..1), w, h (in grid cells), class; zeros where there is no object.
 
     An object belongs to the cell of its centre and to the anchor with the best IoU of shapes. If two objects claim the same slot,
     the later one gets it (forward_region_layer in Darknet's src/region_layer.c).
@@ -682,8 +683,8 @@ def training_batches(
     """Yields endlessly, from optimiser step first_step on, lists of batch_size / subdivisions VOCDataset keys: the images of one
     forward pass. `subdivisions` of these lists make one step (gradient accumulation).
 
-    Every epoch shows each of the `count` images `repeat` times in a new order and leaves out those that do not fill a batch. A new
-    size is drawn every 10 steps (YOLO9000 sec. 2, multi-scale training). All of it depends on seed and step alone, so a resumed run
+    An epoch is `repeat` permutations of the `count` images, without a last partial batch unless it is the only one. A new size is
+    drawn every 10 steps (YOLO9000 sec. 2, multi-scale training). All of it depends on seed and step alone, so a resumed run
     sees the same batches as an uninterrupted one.
     """
     steps = steps_per_epoch(count * repeat, batch_size, subdivisions)
@@ -770,8 +771,8 @@ class ImageNetFolder(ImageFolder):
                 transforms = [
                     crop,
                     albumentations.HorizontalFlip(p=0.5),
-                    DarknetColour(hue=0.1, saturation=4 / 3, exposure=4 / 3),
-                ]  # cfg: .75
+                    DarknetColour(hue=0.1, saturation=4 / 3, exposure=4 / 3),  # cfg: .75, so 3/4 to 4/3
+                ]
             else:
                 transforms = [albumentations.SmallestMaxSize(size), albumentations.CenterCrop(size, size)]
             self.transforms[size] = albumentations.Compose(transforms)
@@ -822,8 +823,8 @@ def average_best_iou(box_sizes, anchors) -> float:
 
 
 def kmeans_anchors(box_sizes, k: int, seeds: int = 5) -> Tensor:
-    """k-means with the distance 1 - IoU (YOLO9000 sec. 2, dimension clusters), the best of `seeds` starts. box_sizes: (M, 2) widths
-    and heights -> anchors (k, 2) in the same unit, by rising area. Raises ValueError if M < k.
+    """k-means with the distance 1 - IoU (YOLO9000 sec. 2, dimension clusters), the best of `seeds` starts. box_sizes: (B, 2) widths
+    and heights -> anchors (k, 2) in the same unit, by rising area. Raises ValueError if B < k.
 
     Ours: medians instead of means, because they fit better (tests/MEASUREMENTS.md, Anchors).
     """
@@ -941,7 +942,7 @@ def follow_object(sample: tuple[str, str], labels: np.ndarray, anchors, size: in
         (
             "in the loss",
             [x - column, y - row, math.log(w / p_w), math.log(h / p_h)],
-            "for sigma(t_x), sigma(t_y), t_w = ln(w/p_w), t_h",
+            "for sigma(t_x), sigma(t_y); ln(w/p_w), ln(h/p_h)",
         ),
     ]
 

@@ -93,7 +93,7 @@ class YoloLoss(nn.Module):
             share = wh.prod(dim=-1) / (s_h * s_w)  # (K,)
             error = (torch.sigmoid(t_xy) - xy) ** 2 + (t_wh - torch.log(wh / p_wh)) ** 2  # (K, 2)
             coord = 0.5 * self.lambda_coord * ((2 - share) * error.sum(dim=-1)).sum()
-            half = 0.5  # the region layer's squares have the factor 1/2, so that their gradients are plain differences
+            scale = 0.5  # the region layer's squares have the factor 1/2, so that their gradients are plain differences
 
             # ---- class: cross-entropy of the softmax over the classes
             class_loss = self.lambda_class * F.cross_entropy(class_logits, label, reduction="sum")
@@ -105,7 +105,7 @@ class YoloLoss(nn.Module):
             root = torch.sqrt(box[:, 2:].clamp(min=1e-12))  # the root's slope is infinite at 0
             error = (torch.sigmoid(t_xy) - xy) ** 2 + (root - torch.sqrt(wh)) ** 2  # (K, 2)
             coord = self.lambda_coord * error.sum()
-            half = 1.0  # YOLOv1's squares do not
+            scale = 1.0  # YOLOv1 has no factor 1/2
 
             # ---- class: lambda_class sum_c (p(c) - 1[c is the object's class])^2: row 5, per responsible slot instead of per
             # cell, because in YOLOv2 every box has its own classes.
@@ -114,11 +114,11 @@ class YoloLoss(nn.Module):
 
         # ---- object: 1/2 lambda_object (sigma(t_o) - IoU)^2 (yolov1: without 1/2); no gradient flows through the IoU
         iou = box_iou(box, truth).detach()  # (K,)
-        object_loss = half * self.lambda_object * ((torch.sigmoid(t_o[:, 0]) - iou) ** 2).sum()
+        object_loss = scale * self.lambda_object * ((torch.sigmoid(t_o[:, 0]) - iou) ** 2).sum()
 
         # ---- no_object: 1/2 lambda_no_object sigma(t_o)^2 (yolov1: without 1/2) in all other slots that are not ignored
         background = ~has_object & ~ignored
-        no_object_loss = half * self.lambda_no_object * (torch.sigmoid(all_t_o) ** 2 * background).sum()
+        no_object_loss = scale * self.lambda_no_object * (torch.sigmoid(all_t_o) ** 2 * background).sum()
 
         # ---- prior: 1/2 .01 [(sigma(t_x) - .5)^2 + (sigma(t_y) - .5)^2 + t_w^2 + t_h^2] in all slots without an object, at the
         # start of training: pulls each box towards its anchor, centred in its cell.

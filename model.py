@@ -115,12 +115,12 @@ class YOLOv2(nn.Module):
 
 
 def load_pretrained_backbone(model: YOLOv2, file: str | os.PathLike, classes: list[str] | None = None) -> int:
-    """Loads pretrained weights into a YOLOv2: all 23 convolutions if anchors and classes match, otherwise the 18 of the backbone.
-    Prints and returns the number of convolutions loaded.
+    """Loads pretrained weights into a YOLOv2: all 23 convolutions if classes and number of anchors match, otherwise the
+    18 of the backbone. Prints and returns the number of convolutions loaded.
 
     file: a checkpoint of darknet_train*.py or train.py, or a Darknet file. A Darknet file contains no class names: 125
-    outputs are taken for VOC's classes, 425 for COCO's. Raises FileNotFoundError or ValueError, naming the
-    file; the model is then unchanged.
+    outputs are taken for VOC's classes, 425 for COCO's. Raises FileNotFoundError or ValueError, naming the file; the model is then
+    unchanged.
     """
     if utils.is_torch_file(file):
         checkpoint = utils.load_checkpoint(file, "cpu")

@@ -34,7 +34,7 @@ from dataset import (
 from loss import YoloLoss
 
 # data
-DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv lists
+DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv, .txt or .json lists
 IMAGE_SETS = [("2007", "tiny")]  # VOC 07+12: [("2007", "trainval"), ("2012", "trainval")]; or ["train.csv"], or COCO ["train.json"]
 VAL_IMAGE_SETS = []  # none: the sample is too small to be split; VOC: [("2007", "test")]
 CLASSES = VOC_CLASSES  # any names, or a Darknet .names file; saved in the checkpoint
@@ -66,7 +66,7 @@ CLIP_NORM = 10.0  # largest norm of the gradient (ours: short runs then depend l
 # schedule
 EPOCHS = 12  # 160 in the paper
 LR_SCHEDULE = "cosine"  # "constant", "steps", "polynomial" or "cosine"
-LR_DROPS = [60, 90]  # epochs after which "steps" divides the rate by 10; YOLO9000 sec. 3
+LR_DROPS = [60, 90]  # epochs at whose end (last step) "steps" divides the rate by 10; YOLO9000 sec. 3
 LR_POWER = 4.0  # of "polynomial"
 BURN_IN = 10  # optimiser steps with a rising rate; 1000 in yolov2-voc.cfg
 # run
@@ -136,6 +136,7 @@ def evaluate(model, eval_set, device, dtype, stop):
     first eight images; val_map is computed last, so its picture is the one that stays."""
     settings = (BATCH_SIZE // SUBDIVISIONS, NUM_WORKERS, EVAL_THRESHOLD)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        # found (D, 7), truths (G, 7), as in utils.average_precision
         found, truths, _ = utils.detect_dataset(model.eval(), eval_set, *settings, should_stop=lambda: utils.should_stop(stop))
     mean = utils.mean_average_precision(utils.average_precision(found, truths, len(eval_set.classes)))
     if not stop.reason:
@@ -162,7 +163,7 @@ def main():
     classes = train_set.classes
     steps = steps_per_epoch(len(train_set) * REPEAT, BATCH_SIZE, SUBDIVISIONS)
     sampling = (len(train_set), BATCH_SIZE, SUBDIVISIONS, MULTI_SCALE or [IMAGE_SIZE], SEED)
-    batches_from = functools.partial(training_batches, *sampling, repeat=REPEAT)  # batches_from(step) begins with that step
+    batches_from = functools.partial(training_batches, *sampling, repeat=REPEAT)  # batches_from(first_step)
 
     # model, loss, optimiser
     model = yolov2_model.YOLOv2(len(classes), len(anchors)).to(device, memory_format=torch.channels_last)

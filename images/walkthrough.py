@@ -225,8 +225,8 @@ def main() -> None:
 
     best = objectness.argmax(dim=0, keepdim=True)  # (1, S, S): the anchor with the highest objectness of each cell
     notes = [
-        "sigma(t_o) of the best anchor of each cell. It is trained towards",
-        "the IoU of box and object if responsible, otherwise towards 0.",
+        "The highest sigma(t_o) of each cell. It is trained towards the",
+        "object's IoU if responsible, otherwise towards 0 if IoU <= .6.",
     ]
     axes = add_picture(page, LEFT, 1190, 5, "Objectness", notes, picture, cells, dim=0.6)
     highest = objectness.amax(dim=0).numpy()
@@ -237,7 +237,7 @@ def main() -> None:
 
     likely = probabilities.argmax(dim=-1).gather(0, best)[0]  # (S, S)
     notes = [
-        "The most probable class of that anchor. Responsible slots alone",
+        "The likeliest class of that anchor. Only responsible anchors",
         "learn it; in the pale cells (objectness < .05) it means nothing.",
     ]
     axes = add_picture(page, RIGHT, 1190, 6, "Class", notes, picture, cells, dim=0.6)

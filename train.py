@@ -173,7 +173,7 @@ def main():
     lambdas = (LAMBDA_COORD, LAMBDA_OBJECT, LAMBDA_NO_OBJECT, LAMBDA_CLASS)
     loss_function = YoloLoss(anchors, *lambdas, IGNORE_THRESHOLD, EQUATION).to(device)
     groups = utils.parameter_groups(model, WEIGHT_DECAY)
-    fused = dtype != torch.float16  # in fp16, GradScaler would leave unscaling and the inf check to a fused optimiser
+    fused = dtype != torch.float16  # in fp16, GradScaler would leave the inf check to a fused optimiser
     if OPTIMIZER == "sgd":
         optimizer = torch.optim.SGD(groups, LEARNING_RATE, momentum=MOMENTUM, fused=fused)
     else:

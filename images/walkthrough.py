@@ -32,7 +32,7 @@ THRESHOLD = 0.1  # lowest confidence of the boxes in the last two pictures
 NMS_THRESHOLD = 0.45  # IoU
 FILE = Path(__file__).with_name("walkthrough.png")
 
-WIDTH, HEIGHT = 900, 2172  # page units: pixels of the figure shown 900 pixels wide; the file has twice as many
+WIDTH, HEIGHT = 900, 2172  # page units: pixels of the figure shown 900 pixels wide; the file has 1.6 times as many
 LEFT, RIGHT, SIDE = 15, 465, 420  # page units: left edges and width of the square pictures
 BLUE, AMBER, GREY, INK, PALE = "#1f5fa8", "#b06a00", "#667080", "#1f2933", "#d5dae1"
 TITLE, NOTE, LABEL = 16, 12.5, 12  # font sizes in points; at 900 pixels wide, one point is about one pixel
@@ -255,7 +255,7 @@ def main() -> None:
         detections = utils.postprocess(outputs, anchors, THRESHOLD, overlap)[0]
         notes = [f"{len(detections)} boxes. {note}"]
         draw_detections(add_picture(page, x, 1700, number, title, notes, picture, cells), detections, classes)
-    figure.savefig(FILE, dpi=150)
+    figure.savefig(FILE, dpi=120)
     with Image.open(FILE) as drawn:  # 256 colours: less than half of the bytes
         picture = drawn.convert("RGB")
     picture.quantize(palette=picture.quantize(256, Image.Quantize.FASTOCTREE), dither=Image.Dither.FLOYDSTEINBERG).save(

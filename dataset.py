@@ -919,8 +919,7 @@ def follow_object(sample: tuple[str, str], labels: np.ndarray, anchors, size: in
     width, height = image_size(image_file)
     boxes = boxes_in_fractions(labels[:, 2:], label_file, width, height)  # (G, 4) xyxy
     largest = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1).argmax()
-    x1, y1, x2, y2 = boxes[largest].tolist()
-    box = [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]
+    box = box_convert(torch.from_numpy(boxes[largest]), "xyxy", "cxcywh").tolist()
     cells = size // 32
     x, y, w, h = (cells * value for value in box)
     overlaps = shape_iou([[w, h]], anchors)[0].tolist()

@@ -9,6 +9,7 @@ yolov2-voc.cfg.
 import sys
 from pathlib import Path
 
+import cv2
 import matplotlib
 import numpy as np
 import torch
@@ -145,17 +146,6 @@ def draw_table(page, y, lines):
     page.plot([LEFT, WIDTH - LEFT], [y + 24 * (len(lines) - 2) - 9] * 2, color=PALE, lw=1)
 
 
-def draw_detections(axes, detections, classes):
-    for x1, y1, x2, y2, confidence, label in detections.tolist():
-        cells = axes.get_xlim()[1]
-        colour = [value / 255 for value in utils.class_colour(int(label))]
-        axes.add_patch(plt.Rectangle((x1 * cells, y1 * cells), (x2 - x1) * cells, (y2 - y1) * cells, fill=False, ec=colour, lw=2))
-        text = f"{classes[int(label)]} {confidence:.2f}"
-        luminance = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2]
-        style = {"bbox": {"fc": colour, "ec": "none", "pad": 1.5}, "color": "white" if luminance < 0.5 else "black"}
-        axes.text(x1 * cells + 0.1, max(0.4, y1 * cells - 0.1), text, va="bottom", fontsize=LABEL, **style)
-
-
 def main() -> None:
     model, classes, anchors, size = load_detector(CHECKPOINT, [], [], torch.device("cpu"), "fp32")
     dataset = VOCDataset(DATA_DIR, IMAGE_SETS, anchors, size, classes)
@@ -247,6 +237,7 @@ def main() -> None:
         style = {"ha": "center", "va": "center", "fontsize": 11}
         axes.text(column + 0.5, row + 0.5, classes[likely[row, column]], **style)
 
+    large = cv2.resize(image.permute(1, 2, 0).numpy(), (SIDE * 2, SIDE * 2))  # for sharp labels
     suppressed = f"Boxes that overlap a better one (IoU > {NMS_THRESHOLD}) are gone."
     for x, number, title, note, overlap in [
         (LEFT, 7, f"Objectness x class probability >= {THRESHOLD}", "Several cells and anchors find the same object.", 1.0),
@@ -254,7 +245,9 @@ def main() -> None:
     ]:
         detections = utils.postprocess(outputs, anchors, THRESHOLD, overlap)[0]
         notes = [f"{len(detections)} boxes. {note}"]
-        draw_detections(add_picture(page, x, 1700, number, title, notes, picture, cells), detections, classes)
+        names = [f"{classes[int(index)]} {confidence:.2f}" for confidence, index in detections[:, 4:].tolist()]
+        drawn = utils.draw_boxes(large, detections[:, :4] * len(large), names, detections[:, 5])
+        add_picture(page, x, 1700, number, title, notes, np.asarray(drawn) / 255, cells)
     figure.savefig(FILE, dpi=120)
     with Image.open(FILE) as drawn:  # 256 colours: less than half of the bytes
         picture = drawn.convert("RGB")

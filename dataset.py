@@ -822,6 +822,19 @@ def average_best_iou(box_sizes, anchors) -> float:
     return float(shape_iou(box_sizes, anchors).amax(dim=1).mean())
 
 
+def print_badly_fitting_anchors(dataset: VOCDataset) -> None:
+    """Prints a hint if the average IoU of the objects that count and their best anchors is below 0.5, for example with the anchors
+    of 416 pixels at 224."""
+    sizes = [np.empty((0, 2))]
+    for (_, label_file), labels, declared in zip(dataset.samples, dataset.labels, dataset.declared_sizes, strict=True):
+        if all(declared) or not is_voc_xml(label_file):  # without reading the image, XML in pixels needs a declared size
+            boxes = boxes_in_fractions(labels[labels[:, 1] == 0, 2:], label_file, *declared)
+            sizes.append(boxes[:, 2:] - boxes[:, :2])
+    cells, size = np.concatenate(sizes) * (dataset.image_size / 32), dataset.image_size
+    if len(cells) and (fit := average_best_iou(cells, dataset.anchors)) < 0.5:
+        print(f"ANCHORS fit the boxes badly (average IoU {fit:.2f}); python dataset.py IMAGE_SIZE={size} computes better ones")
+
+
 def kmeans_anchors(box_sizes, k: int, seeds: int = 5) -> Tensor:
     """k-means with the distance 1 - IoU (YOLO9000 sec. 2, dimension clusters), the best of `seeds` starts. box_sizes: (B, 2) widths
     and heights -> anchors (k, 2) in the same unit, by rising area. Raises ValueError if B < k.

@@ -26,6 +26,7 @@ from dataset import (
     VOCDataset,
     drop_broken_images,
     files_of_step,
+    print_badly_fitting_anchors,
     print_suspicious_labels,
     read_image,
     steps_per_epoch,
@@ -123,6 +124,7 @@ def read_data_sets(anchors, broken_list):
             print("the validation set has no object that counts: val_map will be nan, and the best checkpoint is the last one")
         print_suspicious_labels(val_set)
     print_suspicious_labels(train_set)
+    print_badly_fitting_anchors(train_set)
     if min(BATCH_SIZE // SUBDIVISIONS, len(train_set) * REPEAT) == 1 and min(MULTI_SCALE or [IMAGE_SIZE]) == 32:
         raise ValueError("batch norm needs two values per channel: set IMAGE_SIZE=64, or two images or more per batch")
     train_set.broken_list = broken_list

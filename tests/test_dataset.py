@@ -795,6 +795,26 @@ def test_average_best_iou_by_hand():
     assert dataset.average_best_iou(np.array([[2, 2], [4, 1]]), [(2, 2), (4, 4)]) == pytest.approx(2 / 3, abs=1e-12)
 
 
+def test_badly_fitting_anchors_are_reported(tmp_path, capsys):
+    """At 64 px, an object that fills the image has 2 x 2 cells: IoU 1 x 2 / 4 with an anchor of half its width, .8 / 4 with .4 x 2.
+    Crowds do not count."""
+    content = coco([(1, "a.jpg"), (2, "b.jpg")], [(1, 11, [0, 0, 100, 80]), (1, 21, [0, 0, 1, 1])])
+    content["annotations"][1]["iscrowd"] = 1
+    data = open_coco(tmp_path, content)
+    data.anchors = [(0.4, 2)]
+    dataset.print_badly_fitting_anchors(data)
+    assert re.search(r"ANCHORS fit the boxes badly \(average IoU 0\.20\).*IMAGE_SIZE=64", capsys.readouterr().out)
+    data.anchors = [(0.4, 2), (1, 2)]
+    dataset.print_badly_fitting_anchors(data)
+    assert capsys.readouterr().out == ""
+
+
+def test_anchors_of_416_px_are_reported_at_160_px(capsys):
+    for size, reported in ((160, True), (416, False)):
+        dataset.print_badly_fitting_anchors(VOCDataset(SAMPLE, [("2007", "train")], ANCHORS, size))
+        assert ("python dataset.py IMAGE_SIZE=160" in capsys.readouterr().out) == reported
+
+
 def test_kmeans_finds_the_clusters_of_the_boxes_by_rising_area():
     centres = np.array([[1.0, 1.0], [3.0, 6.0], [9.0, 4.0]])  # areas 1, 18, 36
     noise = np.random.default_rng(0).uniform(0.95, 1.05, (3, 60, 2))

@@ -52,7 +52,7 @@ LABEL_SMOOTHING = 0.0  # none in darknet19.cfg
 EPOCHS = 4  # 160 in the paper, 10 in its second stage
 LR_SCHEDULE = "polynomial"  # "constant", "steps", "polynomial" or "cosine"
 LR_POWER = 4.0  # of "polynomial"; 4 in the paper
-LR_DROPS = [60, 90]  # epochs at whose end (last step) "steps" divides the rate by 10
+LR_DROPS = [60, 90]  # for "steps": epochs in whose last step the rate falls to a tenth
 BURN_IN = 0  # optimiser steps with a rising rate; 1000 in darknet19.cfg
 # run
 CHECKPOINT = "runs/darknet19.pt"
@@ -75,14 +75,15 @@ def check_settings():
     utils.check_at_least(0, SEED=SEED, NUM_WORKERS=NUM_WORKERS, LEARNING_RATE=LEARNING_RATE)
     utils.check_at_least(0, SAVE_EVERY_MINUTES=SAVE_EVERY_MINUTES, MAX_HOURS=MAX_HOURS)
     utils.check_at_most(1, MOMENTUM=MOMENTUM, LABEL_SMOOTHING=LABEL_SMOOTHING)
-    utils.check_numbers(LR_DROPS=LR_DROPS, CROP_SCALE=CROP_SCALE)
+    utils.check_numbers(CROP_SCALE=CROP_SCALE)
     utils.check_one_of(("stop", "skip"), BROKEN_IMAGES=BROKEN_IMAGES)
-    utils.check_one_of(utils.LR_SCHEDULES, LR_SCHEDULE=LR_SCHEDULE)
+    utils.check_schedule(LR_SCHEDULE, LR_DROPS, EPOCHS)
     if BATCH_SIZE % SUBDIVISIONS:
         raise ValueError(f"BATCH_SIZE {BATCH_SIZE} must be a multiple of SUBDIVISIONS {SUBDIVISIONS}")
     if BATCH_SIZE == SUBDIVISIONS and IMAGE_SIZE < 64:
         raise ValueError("batch norm needs two values per channel: set IMAGE_SIZE=64, or BATCH_SIZE to twice SUBDIVISIONS or more")
     utils.check_writable(CHECKPOINT)
+    utils.announce_replacement(CHECKPOINT, RESUME)
 
 
 # may not change on RESUME
@@ -116,6 +117,8 @@ def validate(model, loader, device, dtype, stop):
 def join_processes() -> torch.device:
     """Joins the processes started by torchrun, or forms a group of one -> the device of this process."""
     device = utils.pick_device(DEVICE)
+    if device.index is not None and "LOCAL_RANK" in os.environ:
+        raise ValueError(f"DEVICE={DEVICE}: torchrun gives each process a GPU of its own; choose them with CUDA_VISIBLE_DEVICES")
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", device.index or 0))
         if local >= torch.cuda.device_count():

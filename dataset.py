@@ -64,7 +64,7 @@ COCO_CLASSES = (  # coco.names
 )  # fmt: skip
 
 # data
-DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv lists or COCO .json files
+DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv, .txt or .json lists
 IMAGE_SETS = [("2007", "train")]  # (year, list) pairs, or files in DATA_DIR: .csv (image,label), Darknet .txt, COCO .json
 CLASSES = VOC_CLASSES  # any names, or a Darknet .names file
 TOLERATE = []  # "other classes": skip objects that CLASSES does not name; "missing labels": take them as background
@@ -227,8 +227,8 @@ def read_csv_list(file: str) -> list[tuple[str, str]]:
 
 
 def read_darknet_list(file: str) -> list[tuple[str, str]]:
-    """Lines with an image path relative to the list -> pairs with the label file. Darknet's rule for its path: the last `images` or
-    `JPEGImages` becomes `labels`, the suffix `.txt`."""
+    """Lines with an image path relative to the list -> pairs with the label file. As in Darknet, `images` or `JPEGImages` in its
+    path becomes `labels` (ours: only the last such folder) and the suffix `.txt`."""
     samples = []
     for line in filter(None, map(str.strip, read_text(file, "no such list of images").splitlines())):
         image = join_path(os.path.dirname(file), line)
@@ -396,6 +396,8 @@ def parse_coco(file: str, modified: int) -> tuple[dict[str, dict], dict[str, dic
         raise ValueError(f"{file}: not readable as JSON ({utils.first_line(error)})") from None
     try:
         categories = {str(row["id"]): {"id": row["id"], "name": row["name"]} for row in content["categories"]}
+        if len(categories) < len(content["categories"]):
+            raise ValueError(f"{file}: two categories have the same id; give each category its own")
         for place, row in enumerate(content["images"]):
             where = f"entry {place} of images"
             if str(row["id"]) in images:
@@ -490,14 +492,15 @@ class DarknetColour(albumentations.ImageOnlyTransform):
         # FULL: a full circle of hues is 256 steps, so uint8 arithmetic wraps around correctly
         hue, saturation, value = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL))
         hue += np.uint8(round(shift * 256) % 256)
-        saturation = cv2.convertScaleAbs(saturation, alpha=factors[0])  # clips at 255
         image = cv2.cvtColor(cv2.merge([hue, saturation, value]), cv2.COLOR_HSV2RGB_FULL)
-        return cv2.convertScaleAbs(image, alpha=factors[1])  # scaling R, G and B scales the value; Darknet clips them
+        # R, G and B are V (1 - S u) each; the factors make them v V (1 - s S u) = v s R + v (1 - s) V: Darknet clips only these
+        s, v = factors
+        return cv2.addWeighted(image, v * s, cv2.merge([value, value, value]), v * (1 - s), 0)
 
 
 def train_transform(image_size: int) -> albumentations.Compose:
     """Augmentation to a square of image_size pixels: moves each side in or out by up to a fifth of the image, repeating the border,
-    flips, and distorts the colours (load_data_region and crop_image in Darknet when the paper was written). Boxes (M, 5): xyxy
+    flips, and distorts the colours (load_data_detection and crop_image in Darknet when the paper was written). Boxes (M, 5): xyxy
     in fractions, class; those with less than a tenth of their area left are dropped."""
     transforms = [
         # percent is drawn for each side; negative values crop
@@ -532,7 +535,7 @@ def encode_targets(boxes, class_indices, anchors, grid_height: int, grid_width: 
     float32: object (1 or 0), x, y (offset in the cell, 0..1), w, h (in grid cells), class; zeros where there is no object.
 
     An object belongs to the cell of its centre and to the anchor with the best IoU of shapes. If two objects claim the same slot,
-    the later one gets it (forward_region_layer in Darknet's src/region_layer.c).
+    the later one gets it (forward_region_layer in Darknet's src/region_layer.c, which sees an image's objects in random order).
     """
     boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
     anchors = np.asarray(anchors, dtype=np.float64)
@@ -823,7 +826,7 @@ def average_best_iou(box_sizes, anchors) -> float:
 
 
 def print_badly_fitting_anchors(dataset: VOCDataset) -> None:
-    """Prints a hint if the average IoU of the objects that count and their best anchors is below 0.5, for example with the anchors
+    """Prints a hint if the average IoU of the objects and their best anchors is below 0.5, for example with the anchors
     of 416 pixels at 224."""
     sizes = [np.empty((0, 2))]
     for (_, label_file), labels, declared in zip(dataset.samples, dataset.labels, dataset.declared_sizes, strict=True):
@@ -832,7 +835,7 @@ def print_badly_fitting_anchors(dataset: VOCDataset) -> None:
             sizes.append(boxes[:, 2:] - boxes[:, :2])
     cells, size = np.concatenate(sizes) * (dataset.image_size / 32), dataset.image_size
     if len(cells) and (fit := average_best_iou(cells, dataset.anchors)) < 0.5:
-        print(f"ANCHORS fit the boxes badly (average IoU {fit:.2f}); python dataset.py IMAGE_SIZE={size} computes better ones")
+        print(f"ANCHORS fit the boxes badly (average IoU {fit:.2f}); dataset.py IMAGE_SIZE={size} on this data prints others")
 
 
 def kmeans_anchors(box_sizes, k: int, seeds: int = 5) -> Tensor:
@@ -959,15 +962,20 @@ def follow_object(sample: tuple[str, str], labels: np.ndarray, anchors, size: in
     ]
 
 
+def check_settings() -> None:
+    """Raises ValueError or OSError for an invalid setting."""
+    utils.check_at_least(1, SHEET_IMAGES=SHEET_IMAGES)
+    utils.check_at_most(500, SHEET_IMAGES=SHEET_IMAGES)
+    utils.check_at_least(0, SEED=SEED)
+    if IMAGE_SIZE % 32 or not 32 <= IMAGE_SIZE < 10_000:
+        raise ValueError(f"IMAGE_SIZE must be a multiple of 32 pixels, not {IMAGE_SIZE}")
+    utils.check_writable(SHEET)
+
+
 def main() -> None:
     from model import ANCHORS  # here, because model.py imports dataset.py
 
-    utils.check_at_least(1, SHEET_IMAGES=SHEET_IMAGES)
-    if IMAGE_SIZE % 32 or not 32 <= IMAGE_SIZE < 10_000:
-        raise ValueError(f"IMAGE_SIZE must be a multiple of 32 pixels, not {IMAGE_SIZE}")
-    utils.check_at_most(500, SHEET_IMAGES=SHEET_IMAGES)
-    utils.check_at_least(0, SEED=SEED)
-    utils.check_writable(SHEET)
+    check_settings()
     samples, classes = list_samples(DATA_DIR, IMAGE_SETS), read_classes(CLASSES)
     problems, all_labels, sizes = check_dataset(samples, classes, TOLERATE)
     labels = np.concatenate(all_labels) if all_labels else np.empty((0, 6))

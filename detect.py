@@ -1,6 +1,6 @@
 """Draws a trained YOLOv2's detections on images, videos, cameras and streams.
 
-    python detect.py                                           the photographs of the sample, with the checkpoint of train.py
+    python detect.py                                           nine photographs of the sample, with the checkpoint of train.py
     python detect.py SOURCE=street.jpg CHECKPOINT=yolov2-voc.weights CONFIDENCE_THRESHOLD=0.5
     python detect.py SOURCE=clip.mp4                           a video; a folder or a glob may mix images and videos
     python detect.py SOURCE=0                                  the first camera, until Ctrl-C; or a stream: rtsp://..., http://...
@@ -42,23 +42,24 @@ NMS_IOU_THRESHOLD = 0.45  # of two boxes of one class with a larger IoU, only th
 OUTPUT_DIR = "runs/detections"
 DEVICE = "auto"  # or "cuda", "cuda:1", "cpu"
 PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device computes it faster
-COMPILE = False  # torch.compile with frozen weights; pays off its start-up after a few thousand images
+COMPILE = False  # torch.compile with frozen weights; worth its start-up from a few thousand images on
 
 
 def check_settings():
-    """Raises ValueError for an invalid setting."""
+    """Raises ValueError or OSError for an invalid setting."""
     utils.check_at_most(1, CONFIDENCE_THRESHOLD=CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD=NMS_IOU_THRESHOLD)
-    if not OUTPUT_DIR:
-        raise ValueError("OUTPUT_DIR must name a folder")
     if IMAGE_SIZE is not None and (IMAGE_SIZE < 32 or IMAGE_SIZE % 32):
         raise ValueError(f"IMAGE_SIZE must be a multiple of 32 pixels or None, not {IMAGE_SIZE}")
+    if not OUTPUT_DIR:
+        raise ValueError("OUTPUT_DIR must name a folder")
+    utils.check_writable(os.path.join(OUTPUT_DIR, "any"))
 
 
-VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
+VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp"}
 
 
 def is_live(source: str) -> bool:
-    return source.isdecimal() or "://" in source  # a camera or a stream, not a file
+    return "://" in source or (source.isdecimal() and not os.path.exists(source))  # a stream or a camera, not a file or folder
 
 
 def find_sources(pattern: str) -> list[str]:
@@ -120,6 +121,8 @@ def draw_video(source: str, output: str, detector: tuple) -> tuple[int, Counter,
     with utils.atomic_write(output, ".mp4") as temporary, bar:
         file, size = os.fsencode(temporary), frame.shape[1::-1]  # the writer cuts off an odd last column or row
         writer = cv2.VideoWriter(file, cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
+        if not writer.isOpened():
+            raise OSError(f"MPEG-4 has no frames of {size[0]} x {size[1]} pixels")
         try:
             while more:
                 picture, names, _ = draw_detections(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), *detector)
@@ -135,8 +138,8 @@ def draw_video(source: str, output: str, detector: tuple) -> tuple[int, Counter,
         finally:
             writer.release()  # adds the index, without which no player opens the file
         written = cv2.VideoCapture(file, cv2.CAP_FFMPEG).get(cv2.CAP_PROP_FRAME_COUNT)
-        if written < frames:  # the writer itself reports neither a full disk nor a size that MPEG-4 does not have
-            raise OSError(f"{written:.0f} of {frames} frames of {size[0]} x {size[1]} pixels")
+        if written < frames:  # the writer itself does not report a full disk
+            raise OSError(f"{written:.0f} of {frames} frames")
     return frames, boxes, stopped
 
 
@@ -153,7 +156,6 @@ def main():
             raise ValueError(f"{name}: would be the drawing of {count} files of {SOURCE}; draw them one folder or suffix at a time")
     if overwritten := {os.path.realpath(file) for file in files} & {os.path.realpath(output) for output in outputs}:
         raise ValueError(f"{min(overwritten)}: the drawing would replace its own source; set another OUTPUT_DIR")
-    os.makedirs(OUTPUT_DIR, exist_ok=True)
     unreadable, stopped = 0, False
     for file, output in zip(files, outputs, strict=True):
         start = time.perf_counter()

@@ -21,7 +21,7 @@ from dataset import VOCDataset, coco_name, find_coco_image, has_labels, image_si
 from model import load_detector
 
 # data
-DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv lists
+DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv, .txt or .json lists
 IMAGE_SETS = [("2007", "tiny")]  # the sample's training images; VOC: [("2007", "test")]; COCO: ["val.json"]
 TOLERATE = []  # "other classes": skip objects of classes that the model lacks; "missing labels": take them as background
 NUM_WORKERS = 2  # processes that load images
@@ -39,7 +39,7 @@ OUTPUT_DIR = "runs/detect_txt"
 MARK_DIFFICULT = False  # True: write difficult objects with a sixth word, "difficult"; False: leave them out
 DEVICE = "auto"  # or "cuda", "cuda:1", "cpu"
 PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device computes it faster
-COMPILE = False  # torch.compile with frozen weights; pays off its start-up after a few thousand images
+COMPILE = False  # torch.compile with frozen weights; worth its start-up from a few thousand images on
 
 
 def check_settings():
@@ -103,6 +103,18 @@ def main():
     frames = coco_image_info(dataset.samples, classes)
     names = [name.replace(" ", "_") for name in classes]  # toolkits split lines at blanks
 
+    written = {f"detections/{name}.txt" for name in ids} | {f"comp4_det_test_{name}.txt" for name in names}
+    if labelled:
+        written |= {f"groundtruths/{name}.txt" for name in ids}
+    else:
+        print("none of the images has a label file: no ground truth is written")
+    for folder, ending in (("detections", "*.txt"), ("groundtruths", "*.txt"), (".", "comp4_det_test_*.txt")):
+        for other in sorted(Path(OUTPUT_DIR, folder).glob(ending)):
+            if other.relative_to(OUTPUT_DIR).as_posix() not in written:  # a toolkit would read it as part of this run
+                raise ValueError(
+                    f"{other}: left by a run over other images or classes; empty {OUTPUT_DIR}, or set another OUTPUT_DIR"
+                )
+
     detections, truths, _ = utils.detect_dataset(model, dataset, BATCH_SIZE, NUM_WORKERS, CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD)
     detection_lines, truth_lines, class_lines = [[] for _ in ids], [[] for _ in ids], [[] for _ in names]
     for index, label, confidence, *box in detections.tolist():
@@ -119,16 +131,8 @@ def main():
     files = {f"detections/{name}.txt": lines for name, lines in zip(ids, detection_lines, strict=True)}
     if labelled:
         files |= {f"groundtruths/{name}.txt": lines for name, lines in zip(ids, truth_lines, strict=True)}
-    else:
-        print("none of the images has a label file: no ground truth is written")
     files |= {f"comp4_det_test_{name}.txt": lines for name, lines in zip(names, class_lines, strict=True)}
     files["coco_results.json"] = [json.dumps(coco_results(frames, detections))]
-    for folder, ending in (("detections", "*.txt"), ("groundtruths", "*.txt"), (".", "comp4_det_test_*.txt")):
-        for other in sorted(Path(OUTPUT_DIR, folder).glob(ending)):
-            if other.relative_to(OUTPUT_DIR).as_posix() not in files:  # a toolkit would read it as part of this run
-                raise ValueError(
-                    f"{other}: left by a run over other images or classes; empty {OUTPUT_DIR}, or set another OUTPUT_DIR"
-                )
     for name, lines in files.items():
         with utils.atomic_write(os.path.join(OUTPUT_DIR, name)) as temporary, open(temporary, "w", encoding="utf-8") as stream:
             stream.writelines(line + "\n" for line in lines)

@@ -174,7 +174,7 @@ def read_detector(file: str | os.PathLike) -> tuple[YOLOv2, dict]:
     if "anchors" not in state or state["image_size"] % STRIDE:
         raise ValueError(f"{file}: holds a classifier of darknet_train*.py, not a detector; pass it to train.py as PRETRAINED")
     try:
-        state["anchors"] = read_anchors(state["anchors"], [state["image_size"]])
+        state["anchors"] = read_anchors(state["anchors"], [10_000])  # any grid: MULTI_SCALE may go beyond image_size
     except ValueError as error:
         raise ValueError(f"{file}: damaged checkpoint ({error}); use another one") from None
     model = YOLOv2(len(state["classes"]), len(state["anchors"]))
@@ -202,7 +202,7 @@ def darknet_detector(file: str | os.PathLike, classes, anchors) -> tuple[list[st
         )
     known_classes, known_anchors, image_size = KNOWN_DETECTORS.get(outputs, ((), (), 416))
     classes, anchors = classes or known_classes, anchors or known_anchors
-    classes, anchors = read_classes(classes) if classes else [], read_anchors(anchors, [image_size]) if anchors else []
+    classes, anchors = read_classes(classes) if classes else [], read_anchors(anchors, [10_000]) if anchors else []
     if len(anchors) * (5 + len(classes)) != outputs:
         fitting = [
             f"{outputs // count - 5} classes and {count} anchors"
@@ -230,7 +230,7 @@ def load_detector(
         own_classes, own_anchors, image_size = list(state["classes"]), state["anchors"], state["image_size"]
         if classes and read_classes(classes) != own_classes:
             raise ValueError(f"{file}: has other classes than CLASSES; leave CLASSES empty, because a checkpoint contains its own")
-        if anchors and not np.allclose(read_anchors(anchors, [image_size]), own_anchors):
+        if anchors and (len(own_anchors) != len(given := read_anchors(anchors, [10_000])) or not np.allclose(given, own_anchors)):
             raise ValueError(f"{file}: has other anchors than ANCHORS; leave ANCHORS empty, because a checkpoint contains its own")
     else:
         own_classes, own_anchors, image_size = darknet_detector(file, classes, anchors)

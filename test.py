@@ -24,7 +24,7 @@ from dataset import VOCDataset, print_suspicious_labels, read_image
 from model import load_detector
 
 # data
-DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv lists
+DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv, .txt or .json lists
 IMAGE_SETS = [("2007", "tiny")]  # the sample's training images; VOC: [("2007", "test")]; COCO: ["val.json"]
 TOLERATE = []  # "other classes": skip objects of classes that the model lacks; "missing labels": take them as background
 NUM_WORKERS = 2  # processes that load images
@@ -37,12 +37,12 @@ INPUT_SIZES = []  # pixels; the paper's Table 3 has [288, 352, 416, 480, 544]; [
 # detection
 CONFIDENCE_THRESHOLD = 0.005  # lowest confidence on the curves; validate_detector in Darknet's examples/detector.c
 NMS_IOU_THRESHOLD = 0.45  # from the same function
-FIXED_THRESHOLD = 0.4  # for precision, recall and F1 at a threshold as in use (detect.py)
+FIXED_THRESHOLD = 0.4  # confidence for precision, recall, F1 and errors, as in detect.py
 # run
 OUTPUT = "runs/test"  # start of the three file names
 DEVICE = "auto"  # or "cuda", "cuda:1", "cpu"
 PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device computes it faster
-COMPILE = False  # torch.compile with frozen weights; pays off its start-up after a few thousand images
+COMPILE = False  # torch.compile with frozen weights; worth its start-up from a few thousand images on
 
 
 def check_settings():

@@ -46,11 +46,11 @@ NUM_WORKERS = 2  # processes that load images
 BROKEN_IMAGES = "stop"  # or "skip": use the next image instead of an unreadable one, and list it in a file
 # model
 IMAGE_SIZE = 160  # pixels, a multiple of 32; 416 in yolov2-voc.cfg
-MULTI_SCALE = []  # image sizes, a new one every 10 steps: list(range(320, 609, 32)) in the paper; [] for IMAGE_SIZE only
+MULTI_SCALE = []  # image sizes, a new one every 10 steps; the paper: multiples of 32, 320 to 608; [] for IMAGE_SIZE only
 ANCHORS = yolov2_model.ANCHORS  # width and height in cells of 32 pixels, made for 416 px; python dataset.py computes others
-PRETRAINED = ""  # a checkpoint of darknet_train*.py or a Darknet file such as darknet19_448.conv.23; "" from scratch
+PRETRAINED = ""  # a checkpoint of darknet_train*.py or train.py, or a Darknet file (.conv.23, .weights); "" from scratch
 # loss
-EQUATION = "darknet"  # yolov2-voc.cfg; or "yolov1", the YOLOv1 paper's (lambdas 5, 1, .5, 1), worse here (tests/MEASUREMENTS.md)
+EQUATION = "darknet"  # yolov2-voc.cfg; or "yolov1", the YOLOv1 paper's, worse here (lambdas for it: tests/MEASUREMENTS.md)
 LAMBDA_COORD = 1.0  # yolov2-voc.cfg: coord_scale
 LAMBDA_OBJECT = 5.0  # object_scale
 LAMBDA_NO_OBJECT = 1.0  # noobject_scale
@@ -63,11 +63,11 @@ SUBDIVISIONS = 1  # gradient-accumulation steps per batch; 8 in yolov2-voc.cfg
 LEARNING_RATE = 5e-4  # SGD in the paper: 1e-3
 MOMENTUM = 0.9  # SGD only; YOLO9000 sec. 3
 WEIGHT_DECAY = 5e-4  # on kernels only; YOLO9000 sec. 3
-CLIP_NORM = 10.0  # largest norm of the gradient (ours: short runs then depend less on the seed); 0 for none, as in Darknet
+CLIP_NORM = 10.0  # largest norm of the gradient (ours); 0 for none, as in Darknet
 # schedule
 EPOCHS = 12  # 160 in the paper
 LR_SCHEDULE = "cosine"  # "constant", "steps", "polynomial" or "cosine"
-LR_DROPS = [60, 90]  # epochs at whose end (last step) "steps" divides the rate by 10; YOLO9000 sec. 3
+LR_DROPS = [60, 90]  # for "steps": epochs in whose last step the rate falls to a tenth; YOLO9000 sec. 3
 LR_POWER = 4.0  # of "polynomial"
 BURN_IN = 10  # optimiser steps with a rising rate; 1000 in yolov2-voc.cfg
 # run
@@ -93,15 +93,16 @@ def check_settings():
     utils.check_at_least(0, LAMBDA_CLASS=LAMBDA_CLASS, NUM_WORKERS=NUM_WORKERS, LEARNING_RATE=LEARNING_RATE, LR_POWER=LR_POWER)
     utils.check_at_least(0, SAVE_EVERY_MINUTES=SAVE_EVERY_MINUTES, MAX_HOURS=MAX_HOURS)
     utils.check_at_most(1, MOMENTUM=MOMENTUM, IGNORE_THRESHOLD=IGNORE_THRESHOLD, EVAL_THRESHOLD=EVAL_THRESHOLD)
-    utils.check_numbers(MULTI_SCALE=MULTI_SCALE, LR_DROPS=LR_DROPS)
+    utils.check_numbers(MULTI_SCALE=MULTI_SCALE)
     utils.check_one_of(("stop", "skip"), BROKEN_IMAGES=BROKEN_IMAGES)
     utils.check_one_of(("adam", "sgd"), OPTIMIZER=OPTIMIZER)
-    utils.check_one_of(utils.LR_SCHEDULES, LR_SCHEDULE=LR_SCHEDULE)
+    utils.check_schedule(LR_SCHEDULE, LR_DROPS, EPOCHS)
     if any(size < 32 or size % 32 for size in MULTI_SCALE):
         raise ValueError(f"MULTI_SCALE must hold multiples of 32 pixels, not {MULTI_SCALE}")
     if BATCH_SIZE % SUBDIVISIONS:
         raise ValueError(f"BATCH_SIZE {BATCH_SIZE} must be a multiple of SUBDIVISIONS {SUBDIVISIONS}")
     utils.check_writable(CHECKPOINT)
+    utils.announce_replacement(CHECKPOINT, RESUME)
 
 
 # may not change on RESUME
@@ -121,12 +122,16 @@ def read_data_sets(anchors, broken_list):
         if shared := paths[0] & paths[1]:
             print(f"{len(shared)} images are in both the training and the validation set, {utils.printable(min(shared))} first")
         if not any((labels[:, 1] == 0).any() for labels in val_set.labels):
-            print("the validation set has no object that counts: val_map will be nan, and the best checkpoint is the last one")
+            print(
+                "the validation set has no objects, or only difficult ones: val_map will be nan, the best checkpoint the last one"
+            )
         print_suspicious_labels(val_set)
     print_suspicious_labels(train_set)
     print_badly_fitting_anchors(train_set)
     if min(BATCH_SIZE // SUBDIVISIONS, len(train_set) * REPEAT) == 1 and min(MULTI_SCALE or [IMAGE_SIZE]) == 32:
         raise ValueError("batch norm needs two values per channel: set IMAGE_SIZE=64, or two images or more per batch")
+    if not any((labels[:, 1] == 0).any() for labels in train_set.labels):
+        raise ValueError("the training images have no objects, or only difficult ones; check the label files, CLASSES and TOLERATE")
     train_set.broken_list = broken_list
     for eval_set in eval_sets.values() if broken_list else ():
         drop_broken_images(eval_set, broken_list)
@@ -134,7 +139,7 @@ def read_data_sets(anchors, broken_list):
 
 
 def evaluate(model, eval_set, device, dtype, stop):
-    """mAP@0.5 (all points) of the detections with at least EVAL_THRESHOLD; incomplete if a stop was requested meanwhile. Draws the
+    """mAP at IoU .5 (all points) of the detections from EVAL_THRESHOLD on; incomplete if a stop was requested meanwhile. Draws the
     first eight images; val_map is computed last, so its picture is the one that stays."""
     settings = (BATCH_SIZE // SUBDIVISIONS, NUM_WORKERS, EVAL_THRESHOLD)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

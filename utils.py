@@ -49,7 +49,17 @@ def script_settings(script_globals: dict) -> dict:
         with open(file, encoding="utf-8") as stream:
             names &= set(re.findall(r"^(\w+)\s*=", stream.read().split("\ndef ")[0], re.MULTILINE))
     names -= {"VOC_CLASSES", "COCO_CLASSES", "IMAGE_SUFFIXES"}  # constants of dataset.py
-    return {name: value for name, value in script_globals.items() if name in names}
+    plain = (
+        str,
+        int,
+        float,
+        bool,
+        list,
+        tuple,
+        type(None),
+    )  # others, such as a Path, become text: a checkpoint must not contain them
+    settings = {name: value for name, value in script_globals.items() if name in names}
+    return {name: value if type(value) in plain else str(value) for name, value in settings.items()}
 
 
 def override_globals(script_globals: dict, words: list[str]) -> None:
@@ -107,7 +117,7 @@ def check_at_most(most: float, **settings: float) -> None:
 def check_numbers(**settings: list) -> None:
     """Raises ValueError for the first setting, passed as NAME=value, that is not a list of numbers of 0 or more."""
     for name, values in settings.items():
-        if isinstance(values, str) or not all(isinstance(value, (int, float)) and value >= 0 for value in values):
+        if not isinstance(values, (list, tuple)) or not all(isinstance(value, (int, float)) and value >= 0 for value in values):
             raise ValueError(f"{name} must be a list of numbers of 0 or more, not {values!r:.80}")
 
 
@@ -117,6 +127,21 @@ def check_one_of(choices: tuple[str, ...], **settings: str) -> None:
         if value not in choices:
             quoted = [f'"{choice}"' for choice in choices]
             raise ValueError(f"{name} must be {', '.join(quoted[:-1])} or {quoted[-1]}, not {value!r}")
+
+
+def check_schedule(schedule: str, drops: list, epochs: int) -> None:
+    """Raises ValueError for an unknown LR_SCHEDULE, for LR_DROPS that are no list of numbers, and if "steps" would never drop."""
+    check_one_of(LR_SCHEDULES, LR_SCHEDULE=schedule)
+    check_numbers(LR_DROPS=drops)
+    if schedule == "steps" and drops and min(drops) > epochs:
+        raise ValueError(f"LR_DROPS {drops} are epochs, all above EPOCHS {epochs}: the rate would never drop; change one of them")
+
+
+def announce_replacement(file: str, resumed: bool) -> None:
+    """Prints that a run will replace the checkpoint of an earlier one (under torchrun: once, and not after a restart)."""
+    first = all(os.environ.get(name, "0") == "0" for name in ("RANK", "TORCHELASTIC_RESTART_COUNT"))
+    if first and not resumed and os.path.isfile(file):
+        print(f"this run replaces {file} of an earlier run; to continue that one, stop now and add RESUME=True")
 
 
 def check_classes(source: str, classes: list[str]) -> list[str]:
@@ -662,27 +687,21 @@ LARGEST_WEIGHT = 1e9  # far above any trained weight; abs() < LARGEST_WEIGHT is 
 def check_weights(file: str | os.PathLike, weights: dict[str, Tensor]) -> None:
     """Raises ValueError, naming the file, for damaged weights: not finite, a negative running variance, a kernel of zeros, or zeros
     at the end of the last kernel (an incomplete download)."""
-    types = (
-        torch.float32,
-        torch.float64,
-        torch.float16,
-        torch.bfloat16,
-        torch.int64,
-    )  # int64: the batches that batch norm has seen
+    dtypes = {*DTYPES.values(), torch.float64, torch.int64}  # int64: the number of batches that batch norm has seen
     for name, tensor in weights.items():
         plain = isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
-        if not plain or tensor.dtype not in types:
+        if not plain or tensor.dtype not in dtypes:
             raise ValueError(f"{file}: damaged weights ({name!r:.40} is not a table of numbers); download or train it again")
     kernels = [tensor for tensor in weights.values() if tensor.ndim == 4]
     problem = ""
     if not all((tensor.abs() < LARGEST_WEIGHT).all() for tensor in weights.values()):
-        problem = "numbers that are not finite or huge"
+        problem = "NaN, infinite or huge numbers"
     elif any(name.endswith("running_var") and (tensor < 0).any() for name, tensor in weights.items()):
         problem = "a negative variance"
     elif not all(kernel.any() for kernel in kernels) or (kernels and not kernels[-1].flatten()[-16:].any()):
         problem = "a kernel of zeros"
     if problem:
-        raise ValueError(f"{file}: damaged weights ({problem}); download or train it again")
+        raise ValueError(f"{file}: damaged weights ({problem}), or those of another network; download or train them again")
 
 
 def save_checkpoint(file: str | os.PathLike, **state) -> None:
@@ -692,7 +711,7 @@ def save_checkpoint(file: str | os.PathLike, **state) -> None:
     """
     if not all((tensor.abs() < LARGEST_WEIGHT).all() for tensor in state.get("model", {}).values()):
         kept = "it holds those of its last save" if os.path.isfile(file) else "it was not written"
-        raise ValueError(f"{file}: the new weights are not finite or huge; {kept}. Lower LEARNING_RATE or lengthen BURN_IN")
+        raise ValueError(f"{file}: the new weights are NaN, infinite or huge; {kept}. Lower LEARNING_RATE or lengthen BURN_IN")
     with atomic_write(file) as temporary:
         torch.save(state, temporary)
 
@@ -703,7 +722,7 @@ def load_checkpoint(file: str | os.PathLike, device: str | torch.device = "cpu",
     Raises FileNotFoundError or ValueError, naming the file, if it is missing, damaged, not a checkpoint or lacks one of `keys`.
     """
     if not os.path.isfile(file):
-        raise FileNotFoundError(f"{file}: no such checkpoint; train first, or set CHECKPOINT")
+        raise FileNotFoundError(f"{file}: no such checkpoint; train it first, or correct the name")
     try:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:

@@ -189,8 +189,8 @@ def main() -> None:
     draw_grid(add_picture(page, LEFT, 30, 1, "One cell per object", notes, picture, cells), boxes, followed)
     notes = [
         "Anchors: typical box sizes (k-means). Each cell predicts one box",
-        "per anchor. Responsible is the anchor of best IoU, shared area /",
-        "joint area, drawn on one centre, because only shapes count.",
+        "per anchor. The anchor with the best IoU (intersection / union) is",
+        "responsible; all have one centre, because only shapes count.",
     ]
     axes = add_picture(page, RIGHT, 30, 2, "One of five anchors", notes, picture, cells, dim=0.5)
     draw_anchors(axes, boxes[followed].tolist(), anchors, overlaps)

@@ -353,9 +353,24 @@ def test_a_validation_set_without_objects_is_reported_and_the_last_checkpoint_be
     (folder / "ImageSets/Main/val.txt").write_text("c\n")
     set_training(monkeypatch, tmp_path, VAL_IMAGE_SETS=[("2026", "val")], EPOCHS=2)
     train.main()
-    assert capsys.readouterr().out.count("the validation set has no object that counts") == 1
+    assert capsys.readouterr().out.count("the validation set has no objects, or only difficult ones") == 1
     best = utils.load_checkpoint(tmp_path / "runs/yolov2_best.pt")
     assert best["epoch"] == 2 and math.isnan(best["best"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "tolerate"),
+    [
+        ({"a": annotation(difficult="1"), "b": annotation(difficult="1")}, []),
+        ({"a": annotation(name="Bolt"), "b": annotation(name="Bolt")}, ["other classes"]),
+        ({"a": "<annotation/>", "b": "<annotation/>"}, []),
+    ],
+)
+def test_training_images_without_objects_are_refused(labels, tolerate, tmp_path, monkeypatch):
+    write_devkit(tmp_path, labels)
+    set_training(monkeypatch, tmp_path, TOLERATE=tolerate)
+    with pytest.raises(ValueError, match="the training images have no objects, or only difficult ones"):
+        train.main()
 
 
 def test_hidden_class_folders_are_skipped_and_other_files_counted(tmp_path, capsys):
@@ -519,7 +534,7 @@ def damage(tensors: dict, kind: str) -> None:
         tensors[name][-1, -20:] = 0
 
 
-DAMAGES = {"nan": "not finite", "zeros": "kernel of zeros", "variance": "negative variance", "tail": "kernel of zeros"}
+DAMAGES = {"nan": "NaN, infinite or huge", "zeros": "kernel of zeros", "variance": "negative variance", "tail": "kernel of zeros"}
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
@@ -624,6 +639,9 @@ def test_an_unreadable_metrics_file_is_renamed_and_a_new_one_is_started(tmp_path
         ({"BATCH_SIZE": 10**30}, "BATCH_SIZE must be 1 or more"),
         ({"MAX_HOURS": -1.0}, "MAX_HOURS must be 0 or more"),
         ({"LR_DROPS": ["a"]}, "LR_DROPS must be a list of numbers"),
+        ({"LR_DROPS": 60}, "LR_DROPS must be a list of numbers"),
+        ({"LR_SCHEDULE": "steps", "LR_DROPS": [40000, 60000], "EPOCHS": 310}, r"LR_DROPS \[40000, 60000\] are epochs, all above"),
+        ({"MULTI_SCALE": range(320, 609, 32)}, "MULTI_SCALE must be a list of numbers"),
         ({"MULTI_SCALE": "x.txt"}, "MULTI_SCALE must be a list of numbers"),
         ({"ANCHORS": [("a", 1)]}, "ANCHORS must hold pairs"),
         ({"CHECKPOINT": ""}, "'' is not the name of a file"),
@@ -646,6 +664,44 @@ def test_invalid_settings_are_refused_by_name(setting, message, tmp_path, monkey
     with pytest.raises(ValueError, match=message):
         train.main()
     assert not list((tmp_path / "runs").glob("*"))  # nothing was written
+
+
+def test_settings_of_other_types_are_saved_as_text(tmp_path, monkeypatch):
+    """A checkpoint with a pickled Path would not load."""
+    write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
+    set_training(monkeypatch, tmp_path, DATA_DIR=tmp_path, TOLERATE={"other classes"})
+    train.main()
+    settings = utils.load_checkpoint(tmp_path / "runs/yolov2.pt")["settings"]
+    assert settings["DATA_DIR"] == str(tmp_path) and settings["TOLERATE"] == "{'other classes'}"
+    set_training(monkeypatch, tmp_path, DATA_DIR=tmp_path, TOLERATE={"other classes"}, RESUME=True, EPOCHS=2)
+    train.main()
+    assert utils.load_checkpoint(tmp_path / "runs/yolov2.pt")["epoch"] == 2
+
+
+def test_a_run_that_replaces_an_earlier_one_says_so(tmp_path, monkeypatch, capsys):
+    write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
+    for values, said in (({}, False), ({"RESUME": True}, False), ({}, True)):
+        set_training(monkeypatch, tmp_path, **values)
+        train.main()
+        assert (f"this run replaces {tmp_path / 'runs/yolov2.pt'}" in capsys.readouterr().out) == said
+        monkeypatch.setattr(train, "RESUME", False)
+
+
+def test_anchors_may_be_larger_than_the_grid_of_image_size_if_multi_scale_is(tmp_path, monkeypatch):
+    """Here up to 15 cells at 512 px; the readers of checkpoint and Darknet file take them back."""
+    anchors = [(1, 2), (15, 14.5)]
+    write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
+    set_training(monkeypatch, tmp_path, ANCHORS=anchors, MULTI_SCALE=[512])
+    train.main()
+    network, state = model.read_detector(tmp_path / "runs/yolov2.pt")
+    assert state["anchors"] == [[1, 2], [15, 14.5]] and state["image_size"] == 64
+    darknet_model.save_darknet_weights(network, tmp_path / "bolts.weights")
+    assert model.darknet_detector(tmp_path / "bolts.weights", ["bolt"], anchors)[1] == state["anchors"]
+
+
+def test_another_number_of_anchors_than_the_checkpoint_has_is_refused(checkpoint):
+    with pytest.raises(ValueError, match=r"bolts\.pt: has other anchors than ANCHORS"):
+        model.load_detector(checkpoint, [], [1, 2, 3, 4], torch.device("cpu"), "fp32")
 
 
 def test_anchors_may_be_the_flat_list_of_a_cfg():

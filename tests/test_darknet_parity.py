@@ -603,7 +603,8 @@ def cost_of(predictions, gradient):
 @pytest.fixture(scope="module")
 def trajectory(golden_file, tmp_path_factory):
     """Five optimiser steps of train.main() -> per step the movement of each tensor since the start, and the cost per sub-batch.
-    Darknet had random weights, batches of 4 in 2 sub-batches, learning rate 2e-5, burn-in 5, momentum .9 and weight decay 1."""
+    Darknet (a CPU copy that computes what its GPU version does) had random weights, batches of 4 in 2 sub-batches, learning rate
+    2e-5, burn-in 5, momentum .9 and weight decay 1."""
     model = YOLOv2()
     load_darknet_weights(model, golden_file)
     start = [tensor.detach().clone() for tensors in darknet_tensors(model) for tensor in tensors]

@@ -231,6 +231,13 @@ def test_data_parallel_refuses_a_device_setting_for_a_single_gpu(tmp_path, monke
         darknet_train_multigpu.main()
 
 
+def test_torchrun_refuses_a_device_setting_for_a_single_gpu(monkeypatch):
+    monkeypatch.setattr(utils, "pick_device", lambda name: torch.device("cuda:1"))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES"):
+        darknet_train_multigpu_distr.join_processes()
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

@@ -647,12 +647,12 @@ def darknet_distortion(image, shift, saturation, exposure):
 
 
 @pytest.mark.parametrize("exposure", [1.5, 1.2, 1 / 1.5])
-@pytest.mark.parametrize(("shift", "saturation"), [(0.0, 1.0), (0.1, 1 / 1.5), (-0.1, 1.0)])
+@pytest.mark.parametrize(("shift", "saturation"), [(0.0, 1.0), (0.1, 1 / 1.5), (-0.1, 1.0), (0.05, 1.5)])
 def test_colours_are_distorted_as_in_darknet(shift, saturation, exposure):
     image = np.random.default_rng(3).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     ours = dataset.DarknetColour(0.1, 1.5, 1.5).apply(image, shift=shift, factors=(saturation, exposure))
     error = np.abs(ours / 255.0 - darknet_distortion(image / 255.0, shift, saturation, exposure))
-    assert np.mean(error > 10 / 255) < 0.005  # 8-bit hue and saturation; clipping the value before RGB gives .07
+    assert np.mean(error > 10 / 255) < 0.03  # 8-bit hues and saturations: .022; clipping before RGB: value .07, saturation .1
 
 
 @pytest.mark.parametrize(("kind", "limit"), [("detector", 1.5), ("classifier", 1 / 0.75)])
@@ -812,7 +812,7 @@ def test_badly_fitting_anchors_are_reported(tmp_path, capsys):
 def test_anchors_of_416_px_are_reported_at_160_px(capsys):
     for size, reported in ((160, True), (416, False)):
         dataset.print_badly_fitting_anchors(VOCDataset(SAMPLE, [("2007", "train")], ANCHORS, size))
-        assert ("python dataset.py IMAGE_SIZE=160" in capsys.readouterr().out) == reported
+        assert ("dataset.py IMAGE_SIZE=160" in capsys.readouterr().out) == reported
 
 
 def test_kmeans_finds_the_clusters_of_the_boxes_by_rising_area():
@@ -980,6 +980,7 @@ def damage(table=None, **values):
         (damage("annotations", image_id=77), "annotation 501 has the image_id 77, which the file does not define"),
         (damage("annotations", category_id=77), "annotation 501 has the category_id 77, which the file does not define"),
         (damage("images", id=1), "two images have the id 1"),
+        (damage("categories", id=11), "two categories have the same id"),
         (damage("images", file_name=None), "entry 1 of images has no 'file_name'"),
         (damage("categories", name=None), "the file has no 'name'"),
         ({"images": [], "annotations": []}, "the file has no 'categories'"),

@@ -420,7 +420,7 @@ def test_a_loss_that_is_not_finite_in_any_accumulation_step_stops_the_run(script
 def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path):
     file = tmp_path / "run.pt"
     for number in (torch.nan, torch.inf):
-        with pytest.raises(ValueError, match="run.pt: the new weights are not finite or huge; it was not written"):
+        with pytest.raises(ValueError, match="run.pt: the new weights are NaN, infinite or huge; it was not written"):
             utils.save_checkpoint(file, model={"weight": torch.tensor([1.0, number])})
         assert not list(tmp_path.iterdir())
     utils.save_checkpoint(file, model={"weight": torch.ones(2), "count": torch.tensor(3)})

@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -594,9 +595,42 @@ def test_an_error_in_the_middle_of_a_video_leaves_the_older_file(squares, tmp_pa
 def test_a_video_that_cannot_be_written_is_an_error_that_names_it(squares, tmp_path, monkeypatch):
     write_clip(tmp_path / "wide.avi", frames=2, size=(8200, 48), codec="MJPG")  # MPEG-4 has at most 8191 columns
     monkeypatch.setattr(detect, "SOURCE", str(tmp_path / "wide.avi"))
-    with pytest.raises(OSError, match=r"wide\.mp4: could not be written \(0 of 2 frames of 8200 x 48 pixels\)"):
+    with pytest.raises(OSError, match=r"wide\.mp4: could not be written \(MPEG-4 has no frames of 8200 x 48 pixels\)"):
         detect.main()
     assert os.listdir(tmp_path / "out") == []
+
+
+def test_a_video_that_does_not_fit_on_the_disk_is_an_error(squares, tmp_path, monkeypatch):
+    """OpenCV's writer loses frames without an error then."""
+    write_clip(tmp_path / "clip.mp4", frames=3)
+    create = cv2.VideoWriter
+    writer = types.SimpleNamespace(isOpened=lambda: True, write=lambda frame: None)
+
+    def open_writer(*arguments):
+        writer.release = create(*arguments).release
+        return writer
+
+    monkeypatch.setattr(cv2, "VideoWriter", open_writer)
+    monkeypatch.setattr(detect, "SOURCE", str(tmp_path / "clip.mp4"))
+    with pytest.raises(OSError, match=r"clip\.mp4: could not be written \(0 of 3 frames\)"):
+        detect.main()
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_detecting(squares, tmp_path, monkeypatch):
+    write_clip(tmp_path / "clip.mp4", frames=1)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(detect, "SOURCE", str(tmp_path / "clip.mp4"))
+    monkeypatch.setattr(detect, "OUTPUT_DIR", str(tmp_path / "file"))
+    with pytest.raises(OSError, match="could not be written .*choose another place"):
+        detect.main()
+
+
+def test_a_folder_of_digits_is_no_camera(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("2024")
+    Image.new("RGB", (8, 8)).save("2024/a.png")
+    assert detect.find_sources("2024") == [os.path.join("2024", "a.png")] and detect.is_live("2025")
 
 
 @pytest.mark.parametrize("rate", [0.0, math.nan, -1.0, 90000.0])
@@ -847,6 +881,7 @@ def test_detect_txt_marks_difficult_objects_if_asked(trained, tmp_path, monkeypa
     detect_txt.main()  # the same images again
     stray = tmp_path / "groundtruths" / "street.txt"  # of a run over other images
     stray.write_text("cat 1 1 9 9\n")
+    monkeypatch.setattr(utils, "detect_dataset", None)  # refused before the detection
     with pytest.raises(ValueError, match="street.txt: left by a run over other images"):
         detect_txt.main()
     assert stray.read_text() == "cat 1 1 9 9\n"

@@ -238,22 +238,28 @@ def save_darknet_weights(model: nn.Module, file: str | os.PathLike, images_seen:
                 tensor.detach().float().cpu().contiguous().numpy().astype("<f4", copy=False).tofile(stream)
 
 
-def load_classifier(model: Darknet19, file: str | os.PathLike) -> None:
+def load_classifier(model: Darknet19, file: str | os.PathLike, names: list[str] | None = None) -> None:
     """Loads a Darknet19 from a checkpoint of darknet_train*.py (`.pt`), or from a Darknet file, which may contain only the first
-    convolutions.
+    convolutions. names: the classes of the new run; a checkpoint must have the same ones in the same order.
 
-    Raises FileNotFoundError or ValueError, naming the file, if it is missing, damaged or has another number of classes.
+    Raises FileNotFoundError or ValueError, naming the file, if it is missing, damaged or has other classes.
     """
     if not utils.is_torch_file(file):
-        load_darknet_weights(model, file)
+        if load_darknet_weights(model, file) == 19 and names:
+            print(
+                f"{file}: contains no class names, so its outputs are taken in the order of the class folders; those of Darknet's"
+            )
+            print("own darknet19.weights have another order (imagenet.labels.list): use only its backbone, a .conv.23 file")
         return
-    state, ours = utils.load_checkpoint(file, "cpu").get("model", {}), model.state_dict()
+    checkpoint, ours = utils.load_checkpoint(file, "cpu"), model.state_dict()
+    state = checkpoint.get("model", {})
     if state.keys() != ours.keys():
         raise ValueError(f"{file}: not a checkpoint of Darknet-19; make one with darknet_train.py")
     classes, expected = len(state["classifier.bias"]), len(ours["classifier.bias"])
-    if classes != expected:
+    if classes != expected or (names and checkpoint.get("classes", names) != names):
+        found = f"{classes} classes, not {expected}" if classes != expected else "other classes, or in another order"
         raise ValueError(
-            f"{file}: was trained on {classes} classes, not {expected}. To use only its backbone, write that to a Darknet file "
+            f"{file}: was trained on {found}. To use only its backbone, write that to a Darknet file "
             f'and start with RESUME_WEIGHTS=backbone.conv.23: python darknet_model.py "CHECKPOINT={file}" OUTPUT=backbone.conv.23'
         )
     try:

@@ -122,7 +122,7 @@ def main():
     darknet_model.add_identity(model, IDENTITY_INIT)
     model.to(device, memory_format=torch.channels_last)
     if RESUME_WEIGHTS and not RESUME:
-        darknet_model.load_classifier(model, RESUME_WEIGHTS)
+        darknet_model.load_classifier(model, RESUME_WEIGHTS, train_set.classes)
     network = model  # what the loop calls; shares the weights of model
     if COMPILE:
         network = torch.compile(network)
@@ -170,8 +170,8 @@ def main():
                 correct = (logits.argmax(dim=1) == labels).sum()
                 step_sums += torch.stack([loss.detach() * len(images), correct, torch.full_like(correct, len(images))])
 
-            gradients = [parameter.grad for parameter in model.parameters()]
-            norm = get_total_norm([] if scaler.is_enabled() else gradients)  # in fp16, the scaler checks the gradient
+            # in fp16, the scaler checks the gradient
+            norm = get_total_norm([] if scaler.is_enabled() else [parameter.grad for parameter in model.parameters()])
             if problem := utils.problem_of_step(("cross-entropy",), step_sums[:1], norm, scaler):
                 files = files_of_step(train_set.samples, batches_from(state["step"]), SUBDIVISIONS)
                 raise ValueError(utils.divergence_message(problem, state, files, CHECKPOINT))

@@ -74,7 +74,7 @@ def check_settings():
     utils.announce_replacement(CHECKPOINT, RESUME)
     # DataParallel: every GPU gets an equal share of each batch; copies of a compiled model would run the code of the first GPU
     device, gpus = utils.pick_device(DEVICE), torch.cuda.device_count()
-    if device.index:
+    if device.index is not None and gpus > 1:
         raise ValueError(f"DEVICE={DEVICE}: DataParallel uses all visible GPUs; choose them with CUDA_VISIBLE_DEVICES")
     if device.type == "cuda" and BATCH_SIZE // SUBDIVISIONS % gpus:
         raise ValueError(f"{BATCH_SIZE // SUBDIVISIONS} images (BATCH_SIZE / SUBDIVISIONS) cannot be split evenly over {gpus} GPUs")
@@ -134,7 +134,7 @@ def main():
     darknet_model.add_identity(model, IDENTITY_INIT)
     model.to(device, memory_format=torch.channels_last)
     if RESUME_WEIGHTS and not RESUME:
-        darknet_model.load_classifier(model, RESUME_WEIGHTS)
+        darknet_model.load_classifier(model, RESUME_WEIGHTS, train_set.classes)
     network = model  # what the loop calls; shares the weights of model
     # DataParallel: batch norm sees one GPU's share of the batch, and the running statistics are those of the first GPU. The wrapper
     # uses every GPU that PyTorch sees, so DEVICE=cpu leaves it out; without GPUs it only calls the model.
@@ -186,8 +186,8 @@ def main():
                 correct = (logits.argmax(dim=1) == labels).sum()
                 step_sums += torch.stack([loss.detach() * len(images), correct, torch.full_like(correct, len(images))])
 
-            gradients = [parameter.grad for parameter in model.parameters()]
-            norm = get_total_norm([] if scaler.is_enabled() else gradients)  # in fp16, the scaler checks the gradient
+            # in fp16, the scaler checks the gradient
+            norm = get_total_norm([] if scaler.is_enabled() else [parameter.grad for parameter in model.parameters()])
             if problem := utils.problem_of_step(("cross-entropy",), step_sums[:1], norm, scaler):
                 files = files_of_step(train_set.samples, batches_from(state["step"]), SUBDIVISIONS)
                 raise ValueError(utils.divergence_message(problem, state, files, CHECKPOINT))

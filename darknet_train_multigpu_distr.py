@@ -11,7 +11,6 @@ is nccl on GPUs, gloo on CPUs. Only the first process prints and writes. It writ
 checkpoints are interchangeable. MAX_HOURS counts from each (re)start.
 """
 
-import atexit
 import contextlib
 import functools
 import io
@@ -132,8 +131,8 @@ def join_processes() -> torch.device:
             # in it, new processes would wait for dead ones.
             store, rank, world = next(rendezvous("env://"))
             store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
-        atexit.register(dist.destroy_process_group)
+        nccl = device.type == "cuda" and dist.is_nccl_available()  # Windows has no NCCL
+        dist.init_process_group("nccl" if nccl else "gloo", store=store, rank=rank, world_size=world)
     return device
 
 
@@ -141,9 +140,10 @@ def any_process(stop, device) -> bool:
     """Whether any process was asked to stop. A signal may reach only one of them, but all must stop at the same step."""
     asked = torch.tensor(float(utils.should_stop(stop)), device=device)
     dist.all_reduce(asked, dist.ReduceOp.MAX)
+    asked = bool(asked)  # once: every look waits for the GPU
     if asked and not stop.reason:
         stop.reason = "another process"
-    return bool(asked)
+    return asked
 
 
 def is_own_checkpoint(launcher: str) -> bool:
@@ -203,7 +203,7 @@ def main():
     darknet_model.add_identity(model, IDENTITY_INIT)
     model.to(device, memory_format=torch.channels_last)
     if RESUME_WEIGHTS and not RESUME:
-        darknet_model.load_classifier(model, RESUME_WEIGHTS)
+        darknet_model.load_classifier(model, RESUME_WEIGHTS, train_set.classes)
     network = model  # what the loop calls; shares the weights of model
     # DDP: averages the gradients of all processes during backward
     if SYNC_BATCH_NORM:
@@ -276,8 +276,8 @@ def main():
 
             # DDP: sums over all processes, so that all check the same loss
             dist.all_reduce(step_sums)
-            gradients = [parameter.grad for parameter in model.parameters()]
-            norm = get_total_norm([] if scaler.is_enabled() else gradients)  # in fp16, the scaler checks the gradient
+            # in fp16, the scaler checks the gradient
+            norm = get_total_norm([] if scaler.is_enabled() else [parameter.grad for parameter in model.parameters()])
             if problem := utils.problem_of_step(("cross-entropy",), step_sums[:1], norm, scaler):
                 files = files_of_step(train_set.samples, batches_from(state["step"]), SUBDIVISIONS)
                 raise ValueError(utils.divergence_message(problem, state, files, CHECKPOINT))
@@ -336,3 +336,5 @@ if __name__ == "__main__":
     utils.override_globals(globals(), sys.argv[1:])
     with utils.plain_errors():
         main()
+    # DDP: not after an error, when NCCL would wait for the other processes
+    dist.destroy_process_group()

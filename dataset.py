@@ -244,7 +244,8 @@ def read_coco_list(root: str, file: str) -> list[tuple[str, str]]:
     folders = list(dict.fromkeys(map(os.path.normpath, folders)))
     samples = []
     for image_id, image in read_coco(file)[0].items():
-        paths = (join_path(folder, image["file_name"]) for folder in folders)
+        names = [image["file_name"], image["file_name"].replace("\\", "/")]  # a file made on Windows may have backslashes
+        paths = [os.path.join(folder, name) for folder in folders for name in names] + names[:1]
         path = next(filter(os.path.isfile, paths), None)
         if path is None:
             places = ", ".join(folders)
@@ -664,7 +665,9 @@ def suspicion_about(label_file: str, labels: np.ndarray, declared: tuple[int, in
 
 
 def print_suspicious_labels(dataset: VOCDataset) -> None:
-    """Prints how many label files of a data set are probably wrong, and why the first of them is."""
+    """Prints how many images of a data set are listed twice, how many label files are probably wrong, and why the first one is."""
+    if twice := [file for file, count in Counter(os.path.realpath(file) for file, _ in dataset.samples).items() if count > 1]:
+        print(f"{len(twice)} images are listed more than once, {utils.printable(twice[0])} first")
     doubts = []
     for (image_file, label_file), labels, declared in zip(dataset.samples, dataset.labels, dataset.declared_sizes, strict=True):
         with contextlib.suppress(OSError, ValueError):  # an unreadable image is reported when it is used
@@ -868,7 +871,7 @@ def kmeans_anchors(box_sizes, k: int, seeds: int = 5) -> Tensor:
 
 def check_dataset(samples: list[tuple[str, str]], classes, tolerate=()) -> tuple[list[str], list[np.ndarray], np.ndarray]:
     """Reads every file of a data set -> problems (one sentence each, naming the file), labels per image, box sizes in fractions."""
-    problems = [f"{image}: listed {count} times" for (image, _), count in Counter(samples).items() if count > 1]
+    problems = [f"{image}: listed {count} times" for image, count in Counter(image for image, _ in samples).items() if count > 1]
     all_labels, sizes = [], [np.empty((0, 2))]
     for image_file, label_file in tqdm(samples, desc="reading", unit="image", leave=False, disable=None):
         labels = image = None

@@ -115,14 +115,15 @@ def draw_video(source: str, output: str, detector: tuple) -> tuple[int, Counter,
     if not more:
         raise ValueError(f"{source}: no video frame could be read; replace the file, or check the camera or the address")
     rate, expected = video.get(cv2.CAP_PROP_FPS), video.get(cv2.CAP_PROP_FRAME_COUNT)
-    rate = rate if 0 < rate < 1000 else 25.0  # cameras report 0 or NaN, files without a constant rate 1000 or 90000
+    # cameras report 0 or NaN, files without a constant rate 1000 or 90000; MPEG-4 has 16 bits for the denominator of the rate
+    rate = round(rate, 1 if rate > 65 else 3) if 0 < rate < 1000 else 25.0
     bar = tqdm(total=int(expected) if expected > 0 else None, unit="frame", leave=False, disable=None)
     frames, boxes, stopped = 0, Counter(), False
     with utils.atomic_write(output, ".mp4") as temporary, bar:
         file, size = os.fsencode(temporary), frame.shape[1::-1]  # the writer cuts off an odd last column or row
         writer = cv2.VideoWriter(file, cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
         if not writer.isOpened():
-            raise OSError(f"MPEG-4 has no frames of {size[0]} x {size[1]} pixels")
+            raise OSError(f"MPEG-4 has no frames of {size[0]} x {size[1]} pixels, or no rate of {rate}")
         try:
             while more:
                 picture, names, _ = draw_detections(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), *detector)
@@ -154,8 +155,11 @@ def main():
     for name, count in Counter(outputs).items():
         if count > 1:
             raise ValueError(f"{name}: would be the drawing of {count} files of {SOURCE}; draw them one folder or suffix at a time")
-    if overwritten := {os.path.realpath(file) for file in files} & {os.path.realpath(output) for output in outputs}:
-        raise ValueError(f"{min(overwritten)}: the drawing would replace its own source; set another OUTPUT_DIR")
+    identities = [
+        {os.stat(file)[1:3]: file for file in group if os.path.exists(file)} for group in (files, outputs)
+    ]  # inode, device
+    if overwritten := identities[0].keys() & identities[1].keys():  # also IMG.JPG by IMG.jpg where they are the same file
+        raise ValueError(f"{identities[0][min(overwritten)]}: a drawing would replace this source; set another OUTPUT_DIR")
     unreadable, stopped = 0, False
     for file, output in zip(files, outputs, strict=True):
         start = time.perf_counter()
@@ -165,7 +169,8 @@ def main():
                 duration = f"{frames} frames and {time.perf_counter() - start:.1f} s"
             else:
                 picture, names, milliseconds = draw_detections(read_image(file), *detector)
-                picture.save(output, quality=92)
+                with utils.atomic_write(output, ".jpg") as temporary:
+                    picture.save(temporary, quality=92)
                 duration = f"{milliseconds:.0f} ms"
         except (FileNotFoundError, ValueError) as error:  # an output that cannot be written (OSError) ends the run
             if len(files) == 1:

@@ -100,6 +100,8 @@ def main():
     if len(set(ids)) < len(ids):
         twice = next(name for name in ids if ids.count(name) > 1)
         raise ValueError(f"{twice}: two images of {DATA_DIR} have this name and would share their files; rename one")
+    if spaced := [name for name in ids if " " in name]:
+        print(f"{len(spaced)} image ids contain spaces, {spaced[0]!r} first: the devkit cannot read their lines in comp4 files")
     frames = coco_image_info(dataset.samples, classes)
     names = [name.replace(" ", "_") for name in classes]  # toolkits split lines at blanks
 

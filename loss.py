@@ -64,9 +64,9 @@ class YoloLoss(nn.Module):
 
         # ---- The responsible slots, what they predict, and their objects (ground truth)
         has_object = targets[..., 0] > 0  # (N, A, S_h, S_w)
-        image_index, anchor, row, column = has_object.nonzero(as_tuple=True)  # (K,) each
-        t_xy, t_wh, t_o, class_logits = predictions[has_object].split([2, 2, 1, channels - 5], dim=-1)  # (K, 2 or 1 or C)
-        _, xy, wh, label = targets[has_object].split([1, 2, 2, 1], dim=-1)  # offset in the cell; size in grid cells
+        slots = image_index, anchor, row, column = has_object.nonzero(as_tuple=True)  # (K,) each
+        t_xy, t_wh, t_o, class_logits = predictions[slots].split([2, 2, 1, channels - 5], dim=-1)  # (K, 2 or 1 or C)
+        _, xy, wh, label = targets[slots].split([1, 2, 2, 1], dim=-1)  # offset in the cell; size in grid cells
         label = label[:, 0].long()  # (K,)
         c_xy = torch.stack([column, row], dim=-1)  # (K, 2) the cell's corner
         p_wh = anchors[anchor]  # (K, 2) the anchor's size

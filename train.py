@@ -121,11 +121,10 @@ def read_data_sets(anchors, broken_list):
         paths = [{os.path.realpath(file) for file, _ in data.samples} for data in (train_set, val_set)]
         if shared := paths[0] & paths[1]:
             print(f"{len(shared)} images are in both the training and the validation set, {utils.printable(min(shared))} first")
-        if not any((labels[:, 1] == 0).any() for labels in val_set.labels):
-            print(
-                "the validation set has no objects, or only difficult ones: val_map will be nan, the best checkpoint the last one"
-            )
         print_suspicious_labels(val_set)
+    for name, eval_set in eval_sets.items():
+        if not any((labels[:, 1] == 0).any() for labels in eval_set.labels):
+            print(f"{name} will be nan, because its images have no objects, or only difficult ones")
     print_suspicious_labels(train_set)
     print_badly_fitting_anchors(train_set)
     if min(BATCH_SIZE // SUBDIVISIONS, len(train_set) * REPEAT) == 1 and min(MULTI_SCALE or [IMAGE_SIZE]) == 32:
@@ -228,9 +227,9 @@ def main():
                 state["images_seen"] += len(images)
 
             scaler.unscale_(optimizer)
-            gradients = [parameter.grad for parameter in model.parameters()]
             # the norm is for clipping and for finding NaN and inf; in fp16 the scaler finds them
-            norm = get_total_norm([] if scaler.is_enabled() and CLIP_NORM == 0 else gradients)
+            needed = CLIP_NORM > 0 or not scaler.is_enabled()
+            norm = get_total_norm([parameter.grad for parameter in model.parameters()] if needed else [])
             if CLIP_NORM > 0:
                 clip_grads_with_norm_(model.parameters(), CLIP_NORM, norm)
             if problem := utils.problem_of_step(LOSS_TERMS, step_sums, norm, scaler):

@@ -117,7 +117,7 @@ def check_at_most(most: float, **settings: float) -> None:
 def check_numbers(**settings: list) -> None:
     """Raises ValueError for the first setting, passed as NAME=value, that is not a list of numbers of 0 or more."""
     for name, values in settings.items():
-        if not isinstance(values, (list, tuple)) or not all(isinstance(value, (int, float)) and value >= 0 for value in values):
+        if not isinstance(values, (list, tuple)) or not all(type(value) in (int, float) and value >= 0 for value in values):
             raise ValueError(f"{name} must be a list of numbers of 0 or more, not {values!r:.80}")
 
 
@@ -141,7 +141,7 @@ def announce_replacement(file: str, resumed: bool) -> None:
     """Prints that a run will replace the checkpoint of an earlier one (under torchrun: once, and not after a restart)."""
     first = all(os.environ.get(name, "0") == "0" for name in ("RANK", "TORCHELASTIC_RESTART_COUNT"))
     if first and not resumed and os.path.isfile(file):
-        print(f"this run replaces {file} of an earlier run; to continue that one, stop now and add RESUME=True")
+        print(f"this run replaces {file} and the other files of an earlier run; to continue that one, stop now and add RESUME=True")
 
 
 def check_classes(source: str, classes: list[str]) -> list[str]:
@@ -160,7 +160,7 @@ def check_classes(source: str, classes: list[str]) -> list[str]:
         if file in files:
             raise ValueError(f"{source}: the classes {files[file]!r} and {name!r} would share a file of detections; rename one")
         files[file] = name
-    return classes
+    return [str(name) for name in classes]  # not numpy's str_, which a checkpoint must not contain
 
 
 def printable(text: str) -> str:
@@ -209,7 +209,7 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(f"cuda:{name}" if str(name).isdigit() else name)
     except RuntimeError:
         device = torch.device("meta")  # refused below
-    if device.type not in ("cpu", "cuda", "mps") or (device.type == "mps" and not torch.backends.mps.is_available()):
+    if device.type not in ("cpu", "cuda"):  # mps has no float64, which the sums need
         raise ValueError(f'DEVICE={name}: no such device here; use "auto", "cpu", "cuda" or "cuda:1"')
     if device.type == "cuda":
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -227,8 +227,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def pick_precision(name: str, device: torch.device, resumed: str = "") -> torch.dtype:
     """The autocast dtype for "fp32", "bf16", "fp16" or "auto": bfloat16 if native, else float16 on a GPU and float32 on a CPU.
 
-    "auto" keeps the type of the run in the checkpoint `resumed`. On a CPU with native bfloat16, it measures which type is faster:
-    some Intel processors without AMX have the instructions, but lose time with them.
+    "auto" keeps the type of the run in the checkpoint `resumed`, if the device has it. On a CPU with native bfloat16, it measures
+    which type is faster: some Intel processors without AMX have the instructions, but lose time with them.
     """
     check_one_of(("auto", *DTYPES), PRECISION=name)
     if name != "auto":
@@ -236,7 +236,9 @@ def pick_precision(name: str, device: torch.device, resumed: str = "") -> torch.
     if os.path.isfile(resumed):
         with contextlib.suppress(Exception):  # resume() says what is wrong with the file
             saved = torch.load(resumed, map_location="cpu", weights_only=True, mmap=True)["settings"]["PRECISION"]
-            return {str(dtype): dtype for dtype in DTYPES.values()}[saved]
+            native = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+            if native or saved != str(torch.bfloat16):
+                return {str(dtype): dtype for dtype in DTYPES.values()}[saved]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type != "cpu" or not (torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()):
@@ -896,7 +898,8 @@ def draw_charts(metrics_file: str | os.PathLike, chart_file: str | os.PathLike) 
 def advance(bar, images: int, start: float, loss: Tensor) -> None:
     """Moves the progress bar by one step and shows the images per second since `start` (time.monotonic()) and the step's loss."""
     if not bar.disable:
-        bar.set_postfix_str(f"{images / (time.monotonic() - start):.1f} images/s, loss {float(loss):.3g}", refresh=False)
+        if time.time() - bar.last_print_t >= bar.mininterval:  # reading the loss waits for the GPU
+            bar.set_postfix_str(f"{images / (time.monotonic() - start):.1f} images/s, loss {float(loss):.3g}", refresh=False)
         bar.update()
 
 

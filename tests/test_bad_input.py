@@ -353,7 +353,7 @@ def test_a_validation_set_without_objects_is_reported_and_the_last_checkpoint_be
     (folder / "ImageSets/Main/val.txt").write_text("c\n")
     set_training(monkeypatch, tmp_path, VAL_IMAGE_SETS=[("2026", "val")], EPOCHS=2)
     train.main()
-    assert capsys.readouterr().out.count("the validation set has no objects, or only difficult ones") == 1
+    assert capsys.readouterr().out.count("val_map will be nan, because its images have no objects") == 1
     best = utils.load_checkpoint(tmp_path / "runs/yolov2_best.pt")
     assert best["epoch"] == 2 and math.isnan(best["best"])
 
@@ -371,6 +371,24 @@ def test_training_images_without_objects_are_refused(labels, tolerate, tmp_path,
     set_training(monkeypatch, tmp_path, TOLERATE=tolerate)
     with pytest.raises(ValueError, match="the training images have no objects, or only difficult ones"):
         train.main()
+
+
+def test_first_training_images_without_objects_are_reported(tmp_path, monkeypatch, capsys):
+    write_devkit(tmp_path, {"a": annotation(difficult="1"), "b": annotation()})
+    for count, reported in ((1, True), (2, False)):
+        set_training(monkeypatch, tmp_path, EVAL_TRAIN_IMAGES=count)
+        train.main()
+        assert ("train_map will be nan, because its images have no objects" in capsys.readouterr().out) == reported
+
+
+def test_images_that_are_listed_twice_are_reported(tmp_path, monkeypatch, capsys):
+    write_csv(tmp_path, "0 0.5 0.5 0.2 0.2\n")
+    (tmp_path / "b.txt").write_text("0 0.2 0.2 0.2 0.2\n")
+    (tmp_path / "train.csv").write_text("a.png,a.txt\na.png,b.txt\n")
+    dataset.print_suspicious_labels(read(tmp_path, ["train.csv"]))
+    assert "1 images are listed more than once" in (out := capsys.readouterr().out) and "a.png first" in out
+    problems, *_ = dataset.check_dataset(dataset.list_samples(tmp_path, ["train.csv"]), ["bolt"])
+    assert len(problems) == 1 and problems[0].endswith("a.png: listed 2 times")
 
 
 def test_hidden_class_folders_are_skipped_and_other_files_counted(tmp_path, capsys):
@@ -413,7 +431,13 @@ def test_detect_refuses_to_overwrite_a_source_image(tmp_path, monkeypatch, check
     values = {"SOURCE": str(tmp_path / "data"), "OUTPUT_DIR": str(tmp_path / "data"), "CHECKPOINT": str(checkpoint)}
     for name, value in values.items():
         monkeypatch.setattr(detect, name, value)
-    with pytest.raises(ValueError, match=r"street\.jpg: the drawing would replace its own source"):
+    with pytest.raises(ValueError, match=r"street\.jpg: a drawing would replace this source"):
+        detect.main()
+    assert (tmp_path / "data/street.jpg").read_bytes() == before
+    (tmp_path / "out").mkdir()
+    os.link(tmp_path / "data/street.jpg", tmp_path / "out/street.jpg")  # like IMG.JPG and IMG.jpg on macOS: two names, one file
+    monkeypatch.setattr(detect, "OUTPUT_DIR", str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"street\.jpg: a drawing would replace this source"):
         detect.main()
     assert (tmp_path / "data/street.jpg").read_bytes() == before
 
@@ -640,6 +664,7 @@ def test_an_unreadable_metrics_file_is_renamed_and_a_new_one_is_started(tmp_path
         ({"MAX_HOURS": -1.0}, "MAX_HOURS must be 0 or more"),
         ({"LR_DROPS": ["a"]}, "LR_DROPS must be a list of numbers"),
         ({"LR_DROPS": 60}, "LR_DROPS must be a list of numbers"),
+        ({"LR_DROPS": [np.float64(60)]}, "LR_DROPS must be a list of numbers"),
         ({"LR_SCHEDULE": "steps", "LR_DROPS": [40000, 60000], "EPOCHS": 310}, r"LR_DROPS \[40000, 60000\] are epochs, all above"),
         ({"MULTI_SCALE": range(320, 609, 32)}, "MULTI_SCALE must be a list of numbers"),
         ({"MULTI_SCALE": "x.txt"}, "MULTI_SCALE must be a list of numbers"),
@@ -669,7 +694,7 @@ def test_invalid_settings_are_refused_by_name(setting, message, tmp_path, monkey
 def test_settings_of_other_types_are_saved_as_text(tmp_path, monkeypatch):
     """A checkpoint with a pickled Path would not load."""
     write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
-    set_training(monkeypatch, tmp_path, DATA_DIR=tmp_path, TOLERATE={"other classes"})
+    set_training(monkeypatch, tmp_path, DATA_DIR=tmp_path, TOLERATE={"other classes"}, CLASSES=list(np.array(["bolt"])))
     train.main()
     settings = utils.load_checkpoint(tmp_path / "runs/yolov2.pt")["settings"]
     assert settings["DATA_DIR"] == str(tmp_path) and settings["TOLERATE"] == "{'other classes'}"

@@ -223,9 +223,11 @@ def test_a_broken_validation_image_is_not_counted(tmp_path, monkeypatch, no_char
     assert broken.name in (tmp_path / "darknet19_broken.txt").read_text()
 
 
-def test_data_parallel_refuses_a_device_setting_for_a_single_gpu(tmp_path, monkeypatch):
+@pytest.mark.parametrize("index", [0, 1])
+def test_data_parallel_refuses_a_device_setting_for_a_single_gpu(index, tmp_path, monkeypatch):
     set_small(monkeypatch, darknet_train_multigpu, tmp_path)
-    monkeypatch.setattr(utils, "pick_device", lambda name: torch.device("cuda:1"))
+    monkeypatch.setattr(utils, "pick_device", lambda name: torch.device("cuda", index))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *arguments, **options: self)
     with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES"):
         darknet_train_multigpu.main()
@@ -310,6 +312,12 @@ def test_bad_folders_and_checkpoints_are_refused_by_name(tmp_path, monkeypatch, 
     utils.save_checkpoint(tmp_path / "three.pt", model=darknet_model.Darknet19(3).state_dict())
     set_small(monkeypatch, darknet_train, tmp_path, RESUME_WEIGHTS=str(tmp_path / "three.pt"))
     with pytest.raises(ValueError, match="three.pt.*3 classes, not 5") as error:
+        darknet_train.main()
+    classes = darknet_train.imagenet_dataset(darknet_train.DATA_DIR, "train", 32, augment=False).classes
+    state = {"model": darknet_model.Darknet19(5).state_dict(), "classes": classes[::-1]}
+    utils.save_checkpoint(tmp_path / "reversed.pt", **state)
+    set_small(monkeypatch, darknet_train, tmp_path, RESUME_WEIGHTS=str(tmp_path / "reversed.pt"))
+    with pytest.raises(ValueError, match="reversed.pt: was trained on other classes, or in another order"):
         darknet_train.main()
     command = shlex.split(str(error.value).partition("conv.23: ")[2])  # the command in the message exports the backbone
     assert command[:2] == ["python", "darknet_model.py"]

@@ -560,7 +560,7 @@ def test_a_video_never_replaces_its_source(squares, tmp_path, monkeypatch):
     write_clip(tmp_path / "out" / "clip.mp4", frames=2)
     before = (tmp_path / "out" / "clip.mp4").read_bytes()
     monkeypatch.setattr(detect, "SOURCE", str(tmp_path / "out"))
-    with pytest.raises(ValueError, match=r"clip\.mp4: the drawing would replace its own source"):
+    with pytest.raises(ValueError, match=r"clip\.mp4: a drawing would replace this source"):
         detect.main()
     assert (tmp_path / "out" / "clip.mp4").read_bytes() == before
 
@@ -595,7 +595,9 @@ def test_an_error_in_the_middle_of_a_video_leaves_the_older_file(squares, tmp_pa
 def test_a_video_that_cannot_be_written_is_an_error_that_names_it(squares, tmp_path, monkeypatch):
     write_clip(tmp_path / "wide.avi", frames=2, size=(8200, 48), codec="MJPG")  # MPEG-4 has at most 8191 columns
     monkeypatch.setattr(detect, "SOURCE", str(tmp_path / "wide.avi"))
-    with pytest.raises(OSError, match=r"wide\.mp4: could not be written \(MPEG-4 has no frames of 8200 x 48 pixels\)"):
+    with pytest.raises(
+        OSError, match=r"wide\.mp4: could not be written \(MPEG-4 has no frames of 8200 x 48 pixels, or no rate of 25.0\)"
+    ):
         detect.main()
     assert os.listdir(tmp_path / "out") == []
 
@@ -615,6 +617,15 @@ def test_a_video_that_does_not_fit_on_the_disk_is_an_error(squares, tmp_path, mo
     with pytest.raises(OSError, match=r"clip\.mp4: could not be written \(0 of 3 frames\)"):
         detect.main()
     assert os.listdir(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("rate", [23.976, 29.97, 119.763, 239.76])
+def test_every_frame_rate_becomes_one_that_mpeg_4_has(rate, squares, tmp_path, monkeypatch):
+    write_clip(tmp_path / "clip.avi", frames=3, rate=rate, codec="MJPG")
+    monkeypatch.setattr(detect, "SOURCE", str(tmp_path / "clip.avi"))
+    detect.main()
+    frames, written_rate = read_clip(tmp_path / "out" / "clip.mp4")
+    assert len(frames) == 3 and written_rate == pytest.approx(rate, abs=0.05)
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_detecting(squares, tmp_path, monkeypatch):

@@ -882,7 +882,7 @@ def draw_charts(metrics_file: str | os.PathLike, chart_file: str | os.PathLike) 
                     break
             axis.set_ylim(0, 1.02)
             if axis.lines:
-                axis.legend(loc="lower right", fontsize=8)
+                axis.legend(loc="best", fontsize=8)
         elif title != "learning_rate" and values and 0 < 20 * min(values) < max(values):
             axis.set_yscale("log")
         else:

@@ -596,7 +596,7 @@ def test_a_video_that_cannot_be_written_is_an_error_that_names_it(squares, tmp_p
     write_clip(tmp_path / "wide.avi", frames=2, size=(8200, 48), codec="MJPG")  # MPEG-4 has at most 8191 columns
     monkeypatch.setattr(detect, "SOURCE", str(tmp_path / "wide.avi"))
     with pytest.raises(
-        OSError, match=r"wide\.mp4: could not be written \(MPEG-4 has no frames of 8200 x 48 pixels, or no rate of 25.0\)"
+        OSError, match=r"wide\.mp4: could not be written \(MPEG-4 has no frames of 8200 x 48 pixels, or no rate of 12.5\)"
     ):
         detect.main()
     assert os.listdir(tmp_path / "out") == []

@@ -246,10 +246,10 @@ def load_classifier(model: Darknet19, file: str | os.PathLike, names: list[str] 
     """
     if not utils.is_torch_file(file):
         if load_darknet_weights(model, file) == 19 and names:
-            print(
-                f"{file}: contains no class names, so its outputs are taken in the order of the class folders; those of Darknet's"
+            order = (
+                "that of the class folders; darknet19.weights has another (imagenet.labels.list): use only its backbone, a .conv.23"
             )
-            print("own darknet19.weights have another order (imagenet.labels.list): use only its backbone, a .conv.23 file")
+            print(f"{file}: contains no class names; their order is taken to be {order}")
         return
     checkpoint, ours = utils.load_checkpoint(file, "cpu"), model.state_dict()
     state = checkpoint.get("model", {})

@@ -155,10 +155,9 @@ def main():
     for name, count in Counter(outputs).items():
         if count > 1:
             raise ValueError(f"{name}: would be the drawing of {count} files of {SOURCE}; draw them one folder or suffix at a time")
-    identities = [
-        {os.stat(file)[1:3]: file for file in group if os.path.exists(file)} for group in (files, outputs)
-    ]  # inode, device
-    if overwritten := identities[0].keys() & identities[1].keys():  # also IMG.JPG by IMG.jpg where they are the same file
+    # by inode and device, because IMG.JPG and IMG.jpg may be one file
+    identities = [{os.stat(file)[1:3]: file for file in group if os.path.exists(file)} for group in (files, outputs)]
+    if overwritten := identities[0].keys() & identities[1].keys():
         raise ValueError(f"{identities[0][min(overwritten)]}: a drawing would replace this source; set another OUTPUT_DIR")
     unreadable, stopped = 0, False
     for file, output in zip(files, outputs, strict=True):

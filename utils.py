@@ -49,15 +49,8 @@ def script_settings(script_globals: dict) -> dict:
         with open(file, encoding="utf-8") as stream:
             names &= set(re.findall(r"^(\w+)\s*=", stream.read().split("\ndef ")[0], re.MULTILINE))
     names -= {"VOC_CLASSES", "COCO_CLASSES", "IMAGE_SUFFIXES"}  # constants of dataset.py
-    plain = (
-        str,
-        int,
-        float,
-        bool,
-        list,
-        tuple,
-        type(None),
-    )  # others, such as a Path, become text: a checkpoint must not contain them
+    # values of other types, such as a Path, become text: a checkpoint must not contain them
+    plain = (str, int, float, bool, list, tuple, type(None))
     settings = {name: value for name, value in script_globals.items() if name in names}
     return {name: value if type(value) in plain else str(value) for name, value in settings.items()}
 

@@ -222,7 +222,7 @@ def read_csv_list(file: str) -> list[tuple[str, str]]:
         if len(row) != 2 or not row[1].lower().endswith((".xml", ".txt")) or utils.printable(line) != line:
             found = utils.printable(line[:80])
             raise ValueError(f"{file}, line {number}: expected image,label with a .xml or .txt label, found {found!r}")
-        samples.append(tuple(join_path(os.path.dirname(file), cell) for cell in row))
+        samples.append(tuple(join_path([os.path.dirname(file)], cell) for cell in row))
     return samples
 
 
@@ -231,7 +231,7 @@ def read_darknet_list(file: str) -> list[tuple[str, str]]:
     path becomes `labels` (ours: only the last such folder) and the suffix `.txt`."""
     samples = []
     for line in filter(None, map(str.strip, read_text(file, "no such list of images").splitlines())):
-        image = join_path(os.path.dirname(file), line)
+        image = join_path([os.path.dirname(file)], line)
         label = re.sub(r"(^|.*[\\/])(JPEGImages|images)([\\/])", r"\1labels\3", image, count=1)
         samples.append((image, os.path.splitext(label)[0] + ".txt"))
     return samples
@@ -244,10 +244,8 @@ def read_coco_list(root: str, file: str) -> list[tuple[str, str]]:
     folders = list(dict.fromkeys(map(os.path.normpath, folders)))
     samples = []
     for image_id, image in read_coco(file)[0].items():
-        names = [image["file_name"], image["file_name"].replace("\\", "/")]  # a file made on Windows may have backslashes
-        paths = [os.path.join(folder, name) for folder in folders for name in names] + names[:1]
-        path = next(filter(os.path.isfile, paths), None)
-        if path is None:
+        path = join_path(folders, image["file_name"])
+        if not os.path.isfile(path):
             places = ", ".join(folders)
             raise FileNotFoundError(f"{file}: its image {image['file_name']!r} is in none of the folders {places}; set DATA_DIR")
         image["size"] = image["size"] or image_size(path)
@@ -255,11 +253,12 @@ def read_coco_list(root: str, file: str) -> list[tuple[str, str]]:
     return samples
 
 
-def join_path(folder: str, name: str) -> str:
-    """The path of a file that a list in `folder` names, relative to the folder or (as in Darknet) to the working directory; a list
+def join_path(folders: list[str], name: str) -> str:
+    """The path of a file that a list names, relative to one of the folders or else (as in Darknet) to the working directory; a list
     made on Windows may separate folders by backslashes."""
-    paths = [os.path.join(folder, name), os.path.join(folder, name.replace("\\", "/")), name]
-    return next(filter(os.path.exists, paths), paths[1])
+    names = (name, name.replace("\\", "/"))
+    paths = [os.path.join(folder, each) for folder in folders for each in names] + [name]
+    return next(filter(os.path.isfile, paths), paths[1])
 
 
 def read_labels(label_file: str, classes, tolerate=()) -> tuple[np.ndarray, tuple[int, int]]:

@@ -105,20 +105,21 @@ def main():
     frames = coco_image_info(dataset.samples, classes)
     names = [name.replace(" ", "_") for name in classes]  # toolkits split lines at blanks
 
-    written = {f"detections/{name}.txt" for name in ids} | {f"comp4_det_test_{name}.txt" for name in names}
+    detection_lines, truth_lines, class_lines = [[] for _ in ids], [[] for _ in ids], [[] for _ in names]  # filled below
+    files = {f"detections/{name}.txt": lines for name, lines in zip(ids, detection_lines, strict=True)}
     if labelled:
-        written |= {f"groundtruths/{name}.txt" for name in ids}
+        files |= {f"groundtruths/{name}.txt": lines for name, lines in zip(ids, truth_lines, strict=True)}
     else:
         print("none of the images has a label file: no ground truth is written")
+    files |= {f"comp4_det_test_{name}.txt": lines for name, lines in zip(names, class_lines, strict=True)}
     for folder, ending in (("detections", "*.txt"), ("groundtruths", "*.txt"), (".", "comp4_det_test_*.txt")):
         for other in sorted(Path(OUTPUT_DIR, folder).glob(ending)):
-            if other.relative_to(OUTPUT_DIR).as_posix() not in written:  # a toolkit would read it as part of this run
+            if other.relative_to(OUTPUT_DIR).as_posix() not in files:  # a toolkit would read it as part of this run
                 raise ValueError(
                     f"{other}: left by a run over other images or classes; empty {OUTPUT_DIR}, or set another OUTPUT_DIR"
                 )
 
     detections, truths, _ = utils.detect_dataset(model, dataset, BATCH_SIZE, NUM_WORKERS, CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD)
-    detection_lines, truth_lines, class_lines = [[] for _ in ids], [[] for _ in ids], [[] for _ in names]
     for index, label, confidence, *box in detections.tolist():
         index, label = int(index), int(label)
         corners = " ".join(str(round(value)) for value in box)
@@ -130,10 +131,6 @@ def main():
         corners = " ".join(str(round(value)) for value in box)
         truth_lines[int(index)].append(f"{names[int(label)]} {corners}" + (" difficult" if difficult else ""))
 
-    files = {f"detections/{name}.txt": lines for name, lines in zip(ids, detection_lines, strict=True)}
-    if labelled:
-        files |= {f"groundtruths/{name}.txt": lines for name, lines in zip(ids, truth_lines, strict=True)}
-    files |= {f"comp4_det_test_{name}.txt": lines for name, lines in zip(names, class_lines, strict=True)}
     files["coco_results.json"] = [json.dumps(coco_results(frames, detections))]
     for name, lines in files.items():
         with utils.atomic_write(os.path.join(OUTPUT_DIR, name)) as temporary, open(temporary, "w", encoding="utf-8") as stream:

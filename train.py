@@ -122,15 +122,16 @@ def read_data_sets(anchors, broken_list):
         if shared := paths[0] & paths[1]:
             print(f"{len(shared)} images are in both the training and the validation set, {utils.printable(min(shared))} first")
         print_suspicious_labels(val_set)
-    for name, eval_set in eval_sets.items():
-        if not any((labels[:, 1] == 0).any() for labels in eval_set.labels):
-            print(f"{name} will be nan, because its images have no objects, or only difficult ones")
+    sets = {"training": train_set, **eval_sets}
+    empty = [name for name, data in sets.items() if not any((labels[:, 1] == 0).any() for labels in data.labels)]
+    if "training" in empty:
+        raise ValueError("the training images have no objects, or only difficult ones; check the label files, CLASSES and TOLERATE")
+    for name in empty:
+        print(f"{name} will be nan, because its images have no objects, or only difficult ones")
     print_suspicious_labels(train_set)
     print_badly_fitting_anchors(train_set)
     if min(BATCH_SIZE // SUBDIVISIONS, len(train_set) * REPEAT) == 1 and min(MULTI_SCALE or [IMAGE_SIZE]) == 32:
         raise ValueError("batch norm needs two values per channel: set IMAGE_SIZE=64, or two images or more per batch")
-    if not any((labels[:, 1] == 0).any() for labels in train_set.labels):
-        raise ValueError("the training images have no objects, or only difficult ones; check the label files, CLASSES and TOLERATE")
     train_set.broken_list = broken_list
     for eval_set in eval_sets.values() if broken_list else ():
         drop_broken_images(eval_set, broken_list)

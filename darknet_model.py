@@ -154,10 +154,8 @@ def darknet_tensors(model: nn.Module) -> Iterator[list[Tensor]]:
             continue
         if isinstance(following, nn.BatchNorm2d):
             yield [following.bias, following.weight, following.running_mean, following.running_var, module.weight]
-        elif module.bias is not None:
-            yield [module.bias, module.weight]
         else:
-            raise ValueError("this model has a convolution with neither bias nor batch norm; a Darknet file cannot store it")
+            yield [module.bias, module.weight]
 
 
 def open_darknet_file(file: str | os.PathLike) -> tuple[np.ndarray, int]:
@@ -246,10 +244,9 @@ def load_classifier(model: Darknet19, file: str | os.PathLike, names: list[str] 
     """
     if not utils.is_torch_file(file):
         if load_darknet_weights(model, file) == 19 and names:
-            order = (
-                "that of the class folders; darknet19.weights has another (imagenet.labels.list): use only its backbone, a .conv.23"
-            )
-            print(f"{file}: contains no class names; their order is taken to be {order}")
+            print(f"{file}: contains no class names; their order is taken to be that of the class folders")
+            partial = "darknet partial darknet19.cfg darknet19.weights darknet19.conv.23 23"
+            print(f"darknet19.weights has another (imagenet.labels.list): use only its backbone, cut off by `{partial}`")
         return
     checkpoint, ours = utils.load_checkpoint(file, "cpu"), model.state_dict()
     state = checkpoint.get("model", {})

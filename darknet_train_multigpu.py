@@ -41,7 +41,7 @@ LABEL_SMOOTHING = 0.0  # none in darknet19.cfg
 EPOCHS = 4  # 160 in the paper, 10 in its second stage
 LR_SCHEDULE = "polynomial"  # "constant", "steps", "polynomial" or "cosine"
 LR_POWER = 4.0  # of "polynomial"; 4 in the paper
-LR_DROPS = [60, 90]  # for "steps": epochs in whose last step the rate falls to a tenth
+LR_DROPS = [60, 90]  # for "steps": epochs in whose last step the rate is divided by 10
 BURN_IN = 0  # optimiser steps with a rising rate; 1000 in darknet19.cfg
 # run
 CHECKPOINT = "runs/darknet19.pt"
@@ -50,7 +50,7 @@ SAVE_EVERY_MINUTES = 30.0  # minutes between saves within an epoch; 0 saves afte
 MAX_HOURS = 0.0  # save and stop after this time, for queues with a time limit; 0 for no limit
 RESUME_WEIGHTS = ""  # a checkpoint or Darknet file whose weights a new run starts from, as for the 448 px stage
 SEED = 0
-DEVICE = "auto"  # or "cuda", "cuda:1", "cpu"
+DEVICE = "auto"  # or "cuda", "cpu"; CUDA_VISIBLE_DEVICES=1,2 chooses GPUs
 PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device computes it faster
 COMPILE = False  # torch.compile: faster on a GPU, after minutes of start-up
 
@@ -71,7 +71,6 @@ def check_settings():
     if BATCH_SIZE == SUBDIVISIONS and IMAGE_SIZE < 64:
         raise ValueError("batch norm needs two values per channel: set IMAGE_SIZE=64, or BATCH_SIZE to twice SUBDIVISIONS or more")
     utils.check_writable(CHECKPOINT)
-    utils.announce_replacement(CHECKPOINT, RESUME)
     # DataParallel: every GPU gets an equal share of each batch; copies of a compiled model would run the code of the first GPU
     device, gpus = utils.pick_device(DEVICE), torch.cuda.device_count()
     if device.index is not None and gpus > 1:
@@ -127,6 +126,7 @@ def main():
     loading = {"num_workers": NUM_WORKERS, "pin_memory": device.type == "cuda", "worker_init_fn": utils.ignore_signals}
     val_loader = DataLoader(val_set, BATCH_SIZE // SUBDIVISIONS, **loading)
     steps = steps_per_epoch(len(train_set), BATCH_SIZE, SUBDIVISIONS)
+    utils.print_long_burn_in(BURN_IN, EPOCHS * steps)
     batches_from = functools.partial(training_batches, len(train_set), BATCH_SIZE, SUBDIVISIONS, [IMAGE_SIZE], SEED)
 
     # model, optimiser
@@ -153,6 +153,8 @@ def main():
     settings["training images"] = utils.fingerprint(train_set.samples)
     if RESUME:
         state = utils.resume(CHECKPOINT, model, optimizer, scaler, settings, FIXED)
+    else:
+        utils.keep_earlier_run(CHECKPOINT)
     metadata = {"classes": train_set.classes, "image_size": IMAGE_SIZE, "settings": settings}
 
     def save():

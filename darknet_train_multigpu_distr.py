@@ -51,7 +51,7 @@ LABEL_SMOOTHING = 0.0  # none in darknet19.cfg
 EPOCHS = 4  # 160 in the paper, 10 in its second stage
 LR_SCHEDULE = "polynomial"  # "constant", "steps", "polynomial" or "cosine"
 LR_POWER = 4.0  # of "polynomial"; 4 in the paper
-LR_DROPS = [60, 90]  # for "steps": epochs in whose last step the rate falls to a tenth
+LR_DROPS = [60, 90]  # for "steps": epochs in whose last step the rate is divided by 10
 BURN_IN = 0  # optimiser steps with a rising rate; 1000 in darknet19.cfg
 # run
 CHECKPOINT = "runs/darknet19.pt"
@@ -60,7 +60,7 @@ SAVE_EVERY_MINUTES = 30.0  # minutes between saves within an epoch; 0 saves afte
 MAX_HOURS = 0.0  # save and stop after this time, for queues with a time limit; 0 for no limit
 RESUME_WEIGHTS = ""  # a checkpoint or Darknet file whose weights a new run starts from, as for the 448 px stage
 SEED = 0
-DEVICE = "auto"  # or "cuda", "cuda:1", "cpu"
+DEVICE = "auto"  # or "cuda", "cpu"; CUDA_VISIBLE_DEVICES=1,2 chooses GPUs
 PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device computes it faster
 COMPILE = False  # torch.compile: faster on a GPU, after minutes of start-up
 SYNC_BATCH_NORM = False  # DDP: batch norm over the images of all processes instead of each process's own (GPUs only)
@@ -82,7 +82,6 @@ def check_settings():
     if BATCH_SIZE == SUBDIVISIONS and IMAGE_SIZE < 64:
         raise ValueError("batch norm needs two values per channel: set IMAGE_SIZE=64, or BATCH_SIZE to twice SUBDIVISIONS or more")
     utils.check_writable(CHECKPOINT)
-    utils.announce_replacement(CHECKPOINT, RESUME)
 
 
 # may not change on RESUME
@@ -142,7 +141,7 @@ def any_process(stop, device) -> bool:
     dist.all_reduce(asked, dist.ReduceOp.MAX)
     asked = bool(asked)  # once: every look waits for the GPU
     if asked and not stop.reason:
-        stop.reason = "another process"
+        stop.reason = "a request to another process"
     return asked
 
 
@@ -196,6 +195,7 @@ def main():
     steps = steps_per_epoch(len(train_set), BATCH_SIZE, SUBDIVISIONS)
     # DDP: an incomplete batch cannot be split evenly
     steps = steps_per_epoch(len(train_set), BATCH_SIZE, SUBDIVISIONS * world)
+    utils.print_long_burn_in(BURN_IN, EPOCHS * steps)
     batches_from = functools.partial(training_batches, len(train_set), BATCH_SIZE, SUBDIVISIONS, [IMAGE_SIZE], SEED)
 
     # model, optimiser
@@ -224,10 +224,16 @@ def main():
     settings["training images"] = utils.fingerprint(train_set.samples)
     # DDP: torchrun restarts all processes if one crashes (--max-restarts); they resume from the last checkpoint of this launch
     launcher = f"{os.environ.get('TORCHELASTIC_RUN_ID')} {socket.gethostname()} {os.getppid()}"
-    if not RESUME and is_own_checkpoint(launcher):
+    restarted = not RESUME and is_own_checkpoint(launcher)
+    if restarted:
         state = utils.resume(CHECKPOINT, model, optimizer, scaler, settings, FIXED)
     if RESUME:
         state = utils.resume(CHECKPOINT, model, optimizer, scaler, settings, FIXED)
+    # DDP: a restart renames nothing, and only the first process renames files
+    elif restarted or rank > 0:
+        pass
+    else:
+        utils.keep_earlier_run(CHECKPOINT)
     metadata = {"classes": train_set.classes, "image_size": IMAGE_SIZE, "settings": settings}
     # DDP: all processes must resume at the same step
     check_same_step(state["step"])

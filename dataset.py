@@ -493,7 +493,8 @@ class DarknetColour(albumentations.ImageOnlyTransform):
         hue, saturation, value = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL))
         hue += np.uint8(round(shift * 256) % 256)
         image = cv2.cvtColor(cv2.merge([hue, saturation, value]), cv2.COLOR_HSV2RGB_FULL)
-        # R, G and B are V (1 - S u) each; the factors make them v V (1 - s S u) = v s R + v (1 - s) V: Darknet clips only these
+        # Each channel is V (1 - S u), where u depends on the hue alone. The factors s of S and v of V make it v V (1 - s S u),
+        # which is v s times the channel plus v (1 - s) V: no second conversion, and only the result is clipped, as in Darknet.
         s, v = factors
         return cv2.addWeighted(image, v * s, cv2.merge([value, value, value]), v * (1 - s), 0)
 
@@ -543,7 +544,7 @@ def encode_targets(boxes, class_indices, anchors, grid_height: int, grid_width: 
     x, y, w, h = (boxes * [grid_width, grid_height, grid_width, grid_height]).T  # in grid cells
     column = np.clip(x.astype(int), 0, grid_width - 1)  # for a centre on the right or lower border
     row = np.clip(y.astype(int), 0, grid_height - 1)
-    anchor = shape_iou(np.stack([w, h], axis=1), anchors).argmax(dim=1).numpy() if len(boxes) else []
+    anchor = shape_iou(np.stack([w, h], axis=1), anchors).argmax(dim=1).numpy()
     values = np.stack([np.ones_like(x), x - column, y - row, w, h, np.asarray(class_indices, dtype=np.float64).reshape(-1)], axis=1)
     targets[anchor, row, column] = values  # numpy writes in order: the later object wins a shared slot
     return torch.from_numpy(targets)
@@ -617,7 +618,7 @@ class VOCDataset(Dataset):
         fractions = boxes_in_fractions(labels[:, 2:], self.samples[index][1], width, height)
         augmented = self.transforms[size](image=image, bboxes=np.column_stack([fractions, labels[:, 0]]))
         boxes = np.asarray(augmented["bboxes"], dtype=np.float64).reshape(-1, 5)  # (M, 5) xyxy, class
-        cxcywh = np.concatenate([(boxes[:, 0:2] + boxes[:, 2:4]) / 2, boxes[:, 2:4] - boxes[:, 0:2]], axis=1)
+        cxcywh = box_convert(torch.from_numpy(boxes[:, :4]), "xyxy", "cxcywh")
         return to_tensor(augmented["image"]), encode_targets(cxcywh, boxes[:, 4], self.anchors, size // 32, size // 32)
 
     def ground_truth(self, index: int, size: tuple[int, int] | None = None) -> tuple[Tensor, str]:
@@ -666,7 +667,7 @@ def suspicion_about(label_file: str, labels: np.ndarray, declared: tuple[int, in
 def print_suspicious_labels(dataset: VOCDataset) -> None:
     """Prints how many images of a data set are listed twice, how many label files are probably wrong, and why the first one is."""
     if twice := [file for file, count in Counter(os.path.realpath(file) for file, _ in dataset.samples).items() if count > 1]:
-        print(f"{len(twice)} images are listed more than once, {utils.printable(twice[0])} first")
+        print(f"images listed more than once: {len(twice)}, {utils.printable(twice[0])} first")
     doubts = []
     for (image_file, label_file), labels, declared in zip(dataset.samples, dataset.labels, dataset.declared_sizes, strict=True):
         with contextlib.suppress(OSError, ValueError):  # an unreadable image is reported when it is used
@@ -699,7 +700,7 @@ def training_batches(
         order = np.concatenate([rng.permutation(count) for _ in range(repeat)])
         seeds = rng.integers(2**31, size=len(order))
         for step in range(max(epoch * steps, first_step), (epoch + 1) * steps):
-            size = int(np.random.default_rng([seed, step // 10, 1]).choice(image_sizes))  # the 1: not the stream of [seed, epoch]
+            size = int(np.random.default_rng([seed, step // 10, 1]).choice(image_sizes))  # the 1: another stream than [seed, epoch]
             first = (step - epoch * steps) * batch_size
             for start in range(first, first + batch_size, part_size):
                 keys = zip(order[start : start + part_size], seeds[start : start + part_size], strict=True)
@@ -761,7 +762,7 @@ class ImageNetFolder(ImageFolder):
         return classes, {name: index for index, name in enumerate(classes)}
 
     def is_image(self, file: str) -> bool:
-        if "/." in f"/{os.path.relpath(file, self.root)}":  # .ipynb_checkpoints in a class folder
+        if any(part.startswith(".") for part in Path(file).relative_to(self.root).parts):  # .ipynb_checkpoints in a class folder
             return False
         if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES:
             return True
@@ -837,7 +838,7 @@ def print_badly_fitting_anchors(dataset: VOCDataset) -> None:
             sizes.append(boxes[:, 2:] - boxes[:, :2])
     cells, size = np.concatenate(sizes) * (dataset.image_size / 32), dataset.image_size
     if len(cells) and (fit := average_best_iou(cells, dataset.anchors)) < 0.5:
-        print(f"ANCHORS fit the boxes badly (average IoU {fit:.2f}); dataset.py IMAGE_SIZE={size} on this data prints others")
+        print(f"ANCHORS fit the boxes badly (average IoU {fit:.2f}); dataset.py IMAGE_SIZE={size} prints better ones for this data")
 
 
 def kmeans_anchors(box_sizes, k: int, seeds: int = 5) -> Tensor:
@@ -870,7 +871,11 @@ def kmeans_anchors(box_sizes, k: int, seeds: int = 5) -> Tensor:
 
 def check_dataset(samples: list[tuple[str, str]], classes, tolerate=()) -> tuple[list[str], list[np.ndarray], np.ndarray]:
     """Reads every file of a data set -> problems (one sentence each, naming the file), labels per image, box sizes in fractions."""
-    problems = [f"{image}: listed {count} times" for image, count in Counter(image for image, _ in samples).items() if count > 1]
+    problems = [
+        f"{image}: listed {count} times"
+        for image, count in Counter(os.path.realpath(image) for image, _ in samples).items()
+        if count > 1
+    ]
     all_labels, sizes = [], [np.empty((0, 2))]
     for image_file, label_file in tqdm(samples, desc="reading", unit="image", leave=False, disable=None):
         labels = image = None
@@ -944,6 +949,8 @@ def follow_object(sample: tuple[str, str], labels: np.ndarray, anchors, size: in
     targets = encode_targets([box], labels[largest, :1], anchors, cells, cells)
     anchor, row, column = targets[..., 0].nonzero()[0].tolist()
     p_w, p_h = anchors[anchor]
+    slot = targets[anchor, row, column].tolist()
+    in_loss = [x - column, y - row, math.log(w / p_w), math.log(h / p_h)]
     unit = f"pixels of {width} x {height}, from 1" if is_voc_xml(label_file) else "fractions of the image"
     return [
         ("label file", labels[largest, 2:].tolist(), f"x1, y1, x2, y2: {unit}"),
@@ -951,16 +958,8 @@ def follow_object(sample: tuple[str, str], labels: np.ndarray, anchors, size: in
         ("in grid cells", [x, y, w, h], f"times {cells}"),
         ("cell", [column, row], "column, row: x and y without decimals"),
         ("IoU with the anchors", overlaps, f"shapes only; best: anchor {anchor}, {p_w:.2f} x {p_h:.2f} cells"),
-        (
-            f"target[{anchor}, {row}, {column}]",
-            targets[anchor, row, column].tolist(),
-            "[anchor, row, column]: object, x, y, w, h, class",
-        ),
-        (
-            "in the loss",
-            [x - column, y - row, math.log(w / p_w), math.log(h / p_h)],
-            "for sigma(t_x), sigma(t_y); ln(w/p_w), ln(h/p_h)",
-        ),
+        (f"target[{anchor}, {row}, {column}]", slot, "[anchor, row, column]: object, x, y, w, h, class"),
+        ("in the loss", in_loss, "for sigma(t_x), sigma(t_y); ln(w/p_w), ln(h/p_h)"),
     ]
 
 
@@ -995,8 +994,9 @@ def main() -> None:
         print(f"average IoU of the default anchors: {average_best_iou(cells, ANCHORS):.3f}")
         if len(cells) >= len(ANCHORS):
             anchors = kmeans_anchors(cells, len(ANCHORS))
-            text = ", ".join(f"({w:.2f}, {h:.2f})" for w, h in anchors.tolist())
-            print(f"average IoU of k-means anchors:     {average_best_iou(cells, anchors):.3f}  {text} cells at {IMAGE_SIZE}")
+            text = ",".join(f"({w:.4g},{h:.4g})" for w, h in anchors.tolist())
+            print(f"average IoU of k-means anchors:     {average_best_iou(cells, anchors):.3f}")
+            print(f'  for train.py: IMAGE_SIZE={IMAGE_SIZE} "ANCHORS=[{text}]"')
     for problem in problems:
         print(utils.printable(f"problem: {problem}"))
     if problems:

@@ -10,6 +10,7 @@ prints what was found and how long it took. A camera or stream becomes `recordin
 run; the video keeps the frames written so far.
 """
 
+import glob
 import os
 import sys
 import time
@@ -42,7 +43,7 @@ NMS_IOU_THRESHOLD = 0.45  # of two boxes of one class with a larger IoU, only th
 OUTPUT_DIR = "runs/detections"
 DEVICE = "auto"  # or "cuda", "cuda:1", "cpu"
 PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device computes it faster
-COMPILE = False  # torch.compile with frozen weights; worth its start-up from a few thousand images on
+COMPILE = False  # torch.compile with frozen weights; pays off after a few thousand images
 
 
 def check_settings():
@@ -50,9 +51,7 @@ def check_settings():
     utils.check_at_most(1, CONFIDENCE_THRESHOLD=CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD=NMS_IOU_THRESHOLD)
     if IMAGE_SIZE is not None and (IMAGE_SIZE < 32 or IMAGE_SIZE % 32):
         raise ValueError(f"IMAGE_SIZE must be a multiple of 32 pixels or None, not {IMAGE_SIZE}")
-    if not OUTPUT_DIR:
-        raise ValueError("OUTPUT_DIR must name a folder")
-    utils.check_writable(os.path.join(OUTPUT_DIR, "any"))
+    utils.check_writable(OUTPUT_DIR, is_folder=True)
 
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp"}
@@ -67,13 +66,13 @@ def find_sources(pattern: str) -> list[str]:
     path = Path(pattern)
     if is_live(pattern) or path.is_file():
         return [pattern if is_live(pattern) else str(path)]
-    root = Path(path.anchor or ".")
-    found = sorted(path.iterdir()) if path.is_dir() else sorted(root.glob(os.path.relpath(pattern, root)))
+    found = path.iterdir() if path.is_dir() else map(Path, glob.glob(pattern, recursive=True))
+    found = sorted(file for file in found if file.is_file())  # no folder called frames.mp4
     suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
     files = [str(file) for file in found if file.suffix.lower() in suffixes]
     if not files:
         raise FileNotFoundError(f"{pattern}: no image or video file there; give an image, a video, a folder of them or a glob")
-    if others := [file.name for file in found if file.is_file() and file.suffix.lower() not in suffixes]:
+    if others := [file.name for file in found if file.suffix.lower() not in suffixes]:
         print(f"{pattern}: {len(others)} files skipped that are not images or videos, {utils.printable(others[0])} first")
     return files
 
@@ -106,7 +105,8 @@ def draw_video(source: str, output: str, detector: tuple) -> tuple[int, Counter,
     """Writes a video file, camera or stream with its detections as MPEG-4. detector: what draw_detections takes after the image.
 
     Returns the number of frames, the boxes per class over all frames, and whether Ctrl-C ended the video early. Raises ValueError,
-    naming the source, if no frame can be read, and OSError, naming the output, if it cannot be written; then no new file is left.
+    naming the source, if it cannot be read or stored as MPEG-4, and OSError, naming the output, if that cannot be written; then no
+    new file is left.
     """
     # absolute, because FFmpeg takes 10:30.mp4 for an address; bytes, because OpenCV crashes on names that are not UTF-8
     address = os.fsencode(source if is_live(source) else os.path.abspath(source))
@@ -123,7 +123,9 @@ def draw_video(source: str, output: str, detector: tuple) -> tuple[int, Counter,
         file, size = os.fsencode(temporary), frame.shape[1::-1]  # the writer cuts off an odd last column or row
         writer = cv2.VideoWriter(file, cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
         if not writer.isOpened():
-            raise OSError(f"MPEG-4 has no frames of {size[0]} x {size[1]} pixels, or no rate of {rate}")
+            raise ValueError(
+                f"{source}: MPEG-4 cannot store {size[0]} x {size[1]} pixels at {rate} frames per second; resize the video"
+            )
         try:
             while more:
                 picture, names, _ = draw_detections(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), *detector)

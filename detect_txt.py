@@ -39,7 +39,7 @@ OUTPUT_DIR = "runs/detect_txt"
 MARK_DIFFICULT = False  # True: write difficult objects with a sixth word, "difficult"; False: leave them out
 DEVICE = "auto"  # or "cuda", "cuda:1", "cpu"
 PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device computes it faster
-COMPILE = False  # torch.compile with frozen weights; worth its start-up from a few thousand images on
+COMPILE = False  # torch.compile with frozen weights; pays off after a few thousand images
 
 
 def check_settings():
@@ -47,7 +47,9 @@ def check_settings():
     utils.check_at_least(1, BATCH_SIZE=BATCH_SIZE)
     utils.check_at_least(0, NUM_WORKERS=NUM_WORKERS)
     utils.check_at_most(1, CONFIDENCE_THRESHOLD=CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD=NMS_IOU_THRESHOLD)
-    utils.check_writable(os.path.join(OUTPUT_DIR, "any"))
+    if IMAGE_SIZE is not None and (IMAGE_SIZE < 32 or IMAGE_SIZE % 32):
+        raise ValueError(f"IMAGE_SIZE must be a multiple of 32 pixels or None, not {IMAGE_SIZE}")
+    utils.check_writable(OUTPUT_DIR, is_folder=True)
 
 
 def coco_image_info(samples, classes):

@@ -24,7 +24,7 @@ class YoloLoss(nn.Module):
 
     anchors: A pairs of width and height in grid cells. The lambdas weight the terms; yolov2-voc.cfg has coord 1, object 5,
     no_object 1, class 1. ignore_threshold: boxes that overlap any object by more than this IoU are not penalised as background
-    (darknet only). equation: "darknet" (region layer of yolov2-voc.cfg, gradient for gradient) or "yolov1" (YOLOv1 sec. 2.2,
+    (darknet only). equation: "darknet" (region layer of yolov2-voc.cfg, with the same gradients) or "yolov1" (YOLOv1 sec. 2.2,
     eq. 3, with b_x, b_y, b_w, b_h of YOLO9000 Fig. 3). Raises ValueError for another equation.
     """
 
@@ -64,14 +64,18 @@ class YoloLoss(nn.Module):
 
         # ---- The responsible slots, what they predict, and their objects (ground truth)
         has_object = targets[..., 0] > 0  # (N, A, S_h, S_w)
-        slots = image_index, anchor, row, column = has_object.nonzero(as_tuple=True)  # (K,) each
+        slots = has_object.nonzero(as_tuple=True)
+        image_index, anchor, row, column = slots  # (K,) each
         t_xy, t_wh, t_o, class_logits = predictions[slots].split([2, 2, 1, channels - 5], dim=-1)  # (K, 2 or 1 or C)
-        _, xy, wh, label = targets[slots].split([1, 2, 2, 1], dim=-1)  # offset in the cell; size in grid cells
+        _, true_xy, true_wh, label = targets[slots].split([1, 2, 2, 1], dim=-1)  # offset in the cell; size in grid cells
         label = label[:, 0].long()  # (K,)
         c_xy = torch.stack([column, row], dim=-1)  # (K, 2) the cell's corner
         p_wh = anchors[anchor]  # (K, 2) the anchor's size
-        truth = torch.cat([xy + c_xy, wh], dim=-1)  # (K, 4)
+        truth = torch.cat([true_xy + c_xy, true_wh], dim=-1)  # (K, 4)
         box = torch.cat([torch.sigmoid(t_xy) + c_xy, p_wh * torch.exp(t_wh)], dim=-1)  # (K, 4) YOLO9000 Fig. 3
+
+        # the region layer's squares have the factor 1/2, so that their gradients are plain differences; YOLOv1 has none
+        scale = 0.5 if self.equation == "darknet" else 1.0
 
         # ---- The boxes that overlap any object by more than ignore_threshold: no_object leaves them out (no gradient here)
         all_t_xy, all_t_wh, all_t_o = predictions[..., 0:2], predictions[..., 2:4], predictions[..., 4]
@@ -81,7 +85,7 @@ class YoloLoss(nn.Module):
                 rows, columns = torch.arange(s_h, device=anchors.device), torch.arange(s_w, device=anchors.device)
                 all_c_xy = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)  # (S_h, S_w, 2)
                 all_boxes = torch.cat([torch.sigmoid(all_t_xy) + all_c_xy, anchors[:, None, None] * torch.exp(all_t_wh)], dim=-1)
-                # one copy of its image's boxes per object: (K, A, S_h, S_w, 4)
+                # each object with all boxes of its image (K, A, S_h, S_w, 4): the largest tensor of the loss
                 overlap = box_iou(all_boxes[image_index], truth[:, None, None, None]) > self.ignore_threshold  # (K, A, S_h, S_w)
                 overlapped = torch.zeros_like(all_t_o).index_add(0, image_index, overlap.to(all_t_o.dtype))  # objects per box
                 ignored = overlapped > 0
@@ -90,10 +94,9 @@ class YoloLoss(nn.Module):
             # ---- coord: 1/2 lambda_coord (2 - w h / (S_w S_h)) [(sigma(t_x) - x)^2 + (sigma(t_y) - y)^2
             #                                                     + (t_w - ln w/p_w)^2 + (t_h - ln h/p_h)^2]
             # w h / (S_w S_h) is the object's share of the image: small objects weigh up to twice as much as large ones.
-            share = wh.prod(dim=-1) / (s_h * s_w)  # (K,)
-            error = (torch.sigmoid(t_xy) - xy) ** 2 + (t_wh - torch.log(wh / p_wh)) ** 2  # (K, 2)
-            coord = 0.5 * self.lambda_coord * ((2 - share) * error.sum(dim=-1)).sum()
-            scale = 0.5  # the region layer's squares have the factor 1/2, so that their gradients are plain differences
+            share = true_wh.prod(dim=-1) / (s_h * s_w)  # (K,)
+            error = (torch.sigmoid(t_xy) - true_xy) ** 2 + (t_wh - torch.log(true_wh / p_wh)) ** 2  # (K, 2)
+            coord = scale * self.lambda_coord * ((2 - share) * error.sum(dim=-1)).sum()
 
             # ---- class: cross-entropy of the softmax over the classes
             class_loss = self.lambda_class * F.cross_entropy(class_logits, label, reduction="sum")
@@ -103,9 +106,8 @@ class YoloLoss(nn.Module):
             # w, h in fractions of the image, so row 2 weighs S times less). The responsible box is that of the anchor with the
             # best shape (YOLOv1: the predicted box with the best IoU).
             root = torch.sqrt(box[:, 2:].clamp(min=1e-12))  # the root's slope is infinite at 0
-            error = (torch.sigmoid(t_xy) - xy) ** 2 + (root - torch.sqrt(wh)) ** 2  # (K, 2)
-            coord = self.lambda_coord * error.sum()
-            scale = 1.0  # YOLOv1 has no factor 1/2
+            error = (torch.sigmoid(t_xy) - true_xy) ** 2 + (root - torch.sqrt(true_wh)) ** 2  # (K, 2)
+            coord = scale * self.lambda_coord * error.sum()
 
             # ---- class: lambda_class sum_c (p(c) - 1[c is the object's class])^2: row 5, per responsible slot instead of per
             # cell, because in YOLOv2 every box has its own classes.

@@ -55,6 +55,50 @@ STRIDE = 32  # pixels of the image per grid cell
 PASSTHROUGH = 16  # index in DARKNET19_LAYERS, pools counted, of the last convolution on the 26 x 26 map (13th convolution)
 
 
+def reorg(maps: Tensor, stride: int = 2) -> Tensor:
+    """Darknet's reorg layer: (N, C, H, W) -> (N, 4C, H/2, W/2) at stride 2 (src/reorg_layer.c, as its forward pass calls it).
+
+    It is not pixel_unshuffle: Darknet reads the (C, H, W) map as if it were (C/4, 2H, 2W), so an output channel mixes pixels of
+    several channels and rows. The official weights need exactly this order.
+    """
+    n, c, h, w = maps.shape
+    maps = maps.reshape(n, c // stride**2, h, stride, w, stride)  # (N, C/4, H, 2, W, 2): not the rows and columns of the input map
+    maps = maps.permute(0, 3, 5, 1, 2, 4)  # (N, 2, 2, C/4, H, W)
+    return maps.reshape(n, c * stride**2, h // stride, w // stride)  # the same numbers, read as (N, 4C, H/2, W/2)
+
+
+class YOLOv2(nn.Module):
+    """YOLOv2 as in yolov2-voc.cfg; its modules are registered in the order of the cfg file, which is that of a Darknet file."""
+
+    def __init__(self, num_classes: int = 20, num_anchors: int = 5):
+        super().__init__()
+        self.num_classes, self.num_anchors = num_classes, num_anchors
+        self.features = darknet19_features()  # named as in Darknet19, whose weights are loaded here
+        fine, coarse = DARKNET19_LAYERS[PASSTHROUGH][0], DARKNET19_LAYERS[-1][0]  # channels, 26 x 26 and 13 x 13 map: 512, 1024
+        self.head = nn.Sequential(convolution(coarse, coarse, 3), convolution(coarse, coarse, 3))  # before the concatenation
+        self.passthrough = convolution(fine, fine // 8, 1)  # 512 -> 64 as in the cfg; reorg makes them 256. Paper: reorg of all 512
+        self.merge = convolution(fine // 8 * 4 + coarse, coarse, 3)
+        self.output = nn.Conv2d(coarse, num_anchors * (5 + num_classes), kernel_size=1)  # no batch norm, no activation
+        initialise_kernels(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: (N, 3, H, W) RGB in 0..1, or uint8 -> raw outputs (N, A, S_h, S_w, 5 + C): t_x, t_y, t_w, t_h, t_o, class logits;
+        utils.decode_predictions turns them into boxes.
+
+        Raises ValueError if height or width is not a multiple of 32.
+        """
+        n, _, h, w = images.shape
+        if h % STRIDE or w % STRIDE:
+            raise ValueError(f"YOLOv2 takes images whose height and width are multiples of {STRIDE} pixels, not {h} x {w}")
+        images = as_input(images, self.output.weight.dtype)
+        fine = self.features[: PASSTHROUGH + 1](images)  # (N, 512, H/16, W/16)
+        coarse = self.head(self.features[PASSTHROUGH + 1 :](fine))  # (N, 1024, S_h, S_w)
+        passed = reorg(self.passthrough(fine))  # (N, 256, S_h, S_w)
+        maps = self.output(self.merge(torch.cat([passed, coarse], dim=1)))  # (N, A*(5+C), S_h, S_w)
+        maps = maps.reshape(n, self.num_anchors, 5 + self.num_classes, h // STRIDE, w // STRIDE)  # (N, A, 5+C, S_h, S_w)
+        return maps.permute(0, 1, 3, 4, 2)  # (N, A, S_h, S_w, 5+C)
+
+
 def read_anchors(anchors, image_sizes: list[int]) -> list[list[float]]:
     """anchors: pairs of width and height in grid cells, or the flat list of a cfg file -> a list of pairs. Raises ValueError for
     other forms, and for sides above 13 cells (or the largest grid, if that is larger), which are probably in pixels."""
@@ -69,49 +113,6 @@ def read_anchors(anchors, image_sizes: list[int]) -> list[list[float]]:
     if wrong := [side for pair in pairs for side in pair if not 0 < side <= grid]:
         raise ValueError(f"ANCHORS must be in grid cells, above 0 and at most {grid}, not {wrong[0]}; divide pixels by {STRIDE}")
     return pairs
-
-
-def reorg(maps: Tensor, stride: int = 2) -> Tensor:
-    """Darknet's reorg layer: (N, C, H, W) -> (N, 4C, H/2, W/2) at stride 2 (src/reorg_layer.c, as its forward pass calls it).
-
-    It is not pixel_unshuffle: Darknet reads the (C, H, W) map as if it were (C/4, 2H, 2W), so an output channel mixes pixels of
-    several channels and rows. The official weights need exactly this order.
-    """
-    n, c, h, w = maps.shape
-    maps = maps.reshape(n, c // stride**2, h, stride, w, stride)  # (N, C/4, H, 2, W, 2): these are not the map's own rows
-    maps = maps.permute(0, 3, 5, 1, 2, 4)  # (N, 2, 2, C/4, H, W)
-    return maps.reshape(n, c * stride**2, h // stride, w // stride)  # the same numbers, read as (N, 4C, H/2, W/2)
-
-
-class YOLOv2(nn.Module):
-    """YOLOv2 as in yolov2-voc.cfg; its modules are registered in the order of the cfg file, which is that of a Darknet file."""
-
-    def __init__(self, num_classes: int = 20, num_anchors: int = 5):
-        super().__init__()
-        self.num_classes, self.num_anchors = num_classes, num_anchors
-        self.features = darknet19_features()  # named as in Darknet19, whose weights are loaded here
-        fine, coarse = DARKNET19_LAYERS[PASSTHROUGH][0], DARKNET19_LAYERS[-1][0]  # channels, 26 x 26 and 13 x 13 map: 512, 1024
-        self.head = nn.Sequential(convolution(coarse, coarse, 3), convolution(coarse, coarse, 3))  # before the concatenation
-        self.passthrough = convolution(fine, fine // 8, 1)  # cfg: 512 -> 64, which reorg turns into 256 (paper: 512 -> 2048)
-        self.merge = convolution(fine // 8 * 4 + coarse, coarse, 3)
-        self.output = nn.Conv2d(coarse, num_anchors * (5 + num_classes), kernel_size=1)  # no batch norm, no activation
-        initialise_kernels(self)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """images: (N, 3, H, W) RGB in 0..1, or uint8 -> raw outputs (N, A, S_h, S_w, 5 + C): t_x, t_y, t_w, t_h, t_o, class logits.
-
-        Raises ValueError if height or width is not a multiple of 32.
-        """
-        n, _, h, w = images.shape
-        if h % STRIDE or w % STRIDE:
-            raise ValueError(f"YOLOv2 takes images whose height and width are multiples of {STRIDE} pixels, not {h} x {w}")
-        images = as_input(images, self.output.weight.dtype)
-        fine = self.features[: PASSTHROUGH + 1](images)  # (N, 512, H/16, W/16)
-        coarse = self.head(self.features[PASSTHROUGH + 1 :](fine))  # (N, 1024, S_h, S_w)
-        passed = reorg(self.passthrough(fine))  # (N, 256, S_h, S_w)
-        maps = self.output(self.merge(torch.cat([passed, coarse], dim=1)))  # (N, A*(5+C), S_h, S_w)
-        maps = maps.reshape(n, self.num_anchors, 5 + self.num_classes, h // STRIDE, w // STRIDE)  # (N, A, 5+C, S_h, S_w)
-        return maps.permute(0, 1, 3, 4, 2)  # (N, A, S_h, S_w, 5+C)
 
 
 def load_pretrained_backbone(model: YOLOv2, file: str | os.PathLike, classes: list[str] | None = None) -> int:
@@ -202,7 +203,7 @@ def darknet_detector(file: str | os.PathLike, classes, anchors) -> tuple[list[st
         )
     known_classes, known_anchors, image_size = KNOWN_DETECTORS.get(outputs, ((), (), 416))
     classes, anchors = classes or known_classes, anchors or known_anchors
-    classes, anchors = read_classes(classes) if classes else [], read_anchors(anchors, [10_000]) if anchors else []
+    classes, anchors = read_classes(classes) if classes else [], read_anchors(anchors, [608]) if anchors else []
     if len(anchors) * (5 + len(classes)) != outputs:
         fitting = [
             f"{outputs // count - 5} classes and {count} anchors"

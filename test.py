@@ -42,7 +42,7 @@ FIXED_THRESHOLD = 0.4  # confidence for precision, recall, F1 and errors, as in 
 OUTPUT = "runs/test"  # start of the three file names
 DEVICE = "auto"  # or "cuda", "cuda:1", "cpu"
 PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device computes it faster
-COMPILE = False  # torch.compile with frozen weights; worth its start-up from a few thousand images on
+COMPILE = False  # torch.compile with frozen weights; pays off after a few thousand images
 
 
 def check_settings():
@@ -56,7 +56,7 @@ def check_settings():
         raise ValueError(f"INPUT_SIZES must hold multiples of 32 pixels, not {INPUT_SIZES}")
     if CONFIDENCE_THRESHOLD > FIXED_THRESHOLD:
         raise ValueError(f"CONFIDENCE_THRESHOLD {CONFIDENCE_THRESHOLD} must be at most FIXED_THRESHOLD {FIXED_THRESHOLD}")
-    utils.check_writable(OUTPUT)
+    utils.check_writable(f"{OUTPUT}.csv")
 
 
 PAPER_MAP = {288: 69.0, 352: 73.7, 416: 76.8, 480: 77.8, 544: 78.6}  # VOC 2007 test, trained on 07+12; YOLO9000 Table 3
@@ -100,7 +100,7 @@ def error_kinds(detections, truths, num_classes, iou_threshold=0.5, least_iou=0.
     """What each detection (D, 7) is -> kinds (D,) text, confused_with (D,) class or -1, and missed (G,) of the truths (G, 7).
 
     The kinds of Hoiem et al. (ECCV 2012) and of the YOLO paper's Fig. 4, without their groups of similar classes. A detection is
-    assigned to the ground truth of its class with the largest IoU, as in utils.match_detections. Of these, the first that fits:
+    assigned to the ground truth of its class with the largest IoU, as in utils.assign_detections. Of these, the first that fits:
       correct       a true positive of the devkit
       ignored       its ground truth is difficult, and their IoU is at least iou_threshold: no error
       duplicate     IoU >= iou_threshold, but a more confident detection has taken its ground truth
@@ -191,13 +191,13 @@ def draw_worst(dataset, detections, truths, errors, file):
 def draw_curves(rows, curves, file):
     """Precision over recall, one panel per class with its AP in the title; at most 20 classes, those with the lowest AP."""
     lowest = sorted(range(len(rows)), key=lambda c: (math.isnan(rows[c]["ap_all"]), rows[c]["ap_all"]))[:20]
-    rows, curves = [[table[c] for c in sorted(lowest)] for table in (rows, curves)]
     from matplotlib import pyplot as plt
 
-    width = min(5, len(rows))
-    height = math.ceil(len(rows) / width)
+    width = min(5, len(lowest))
+    height = math.ceil(len(lowest) / width)
     figure, axes = plt.subplots(height, width, figsize=(2.6 * width, 2.4 * height), squeeze=False, layout="constrained")
-    for c, axis, row, (precisions, recalls) in zip(sorted(lowest), axes.flat, rows, curves, strict=False):
+    for axis, c in zip(axes.flat, sorted(lowest), strict=False):
+        row, (precisions, recalls) = rows[c], curves[c]
         axis.plot([0, *recalls], [*precisions[:1], *precisions] or [0], drawstyle="steps-pre")
         score = "no truths" if math.isnan(row["ap_all"]) else f"{row['ap_all']:.3f}"
         title, font = utils.drawable(f"{row['class']}: {score}", f"class {c}: {score}")
@@ -205,7 +205,7 @@ def draw_curves(rows, curves, file):
         axis.set(xlim=(0, 1.02), ylim=(0, 1.05))
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
-    for axis in axes.flat[len(rows) :]:
+    for axis in axes.flat[len(lowest) :]:
         axis.set_visible(False)
     figure.supxlabel("recall", fontsize=9)
     figure.supylabel("precision", fontsize=9)

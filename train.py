@@ -50,7 +50,7 @@ MULTI_SCALE = []  # image sizes, a new one every 10 steps; the paper: multiples 
 ANCHORS = yolov2_model.ANCHORS  # width and height in cells of 32 pixels, made for 416 px; python dataset.py computes others
 PRETRAINED = ""  # a checkpoint of darknet_train*.py or train.py, or a Darknet file (.conv.23, .weights); "" from scratch
 # loss
-EQUATION = "darknet"  # yolov2-voc.cfg; or "yolov1", the YOLOv1 paper's, worse here (lambdas for it: tests/MEASUREMENTS.md)
+EQUATION = "darknet"  # yolov2-voc.cfg; or "yolov1", the YOLOv1 paper's (lambdas 5, 1, .5, 1), worse here: tests/MEASUREMENTS.md
 LAMBDA_COORD = 1.0  # yolov2-voc.cfg: coord_scale
 LAMBDA_OBJECT = 5.0  # object_scale
 LAMBDA_NO_OBJECT = 1.0  # noobject_scale
@@ -67,7 +67,10 @@ CLIP_NORM = 10.0  # largest norm of the gradient (ours); 0 for none, as in Darkn
 # schedule
 EPOCHS = 12  # 160 in the paper
 LR_SCHEDULE = "cosine"  # "constant", "steps", "polynomial" or "cosine"
-LR_DROPS = [60, 90]  # for "steps": epochs in whose last step the rate falls to a tenth; YOLO9000 sec. 3
+LR_DROPS = [
+    60,
+    90,
+]  # for "steps": epochs in whose last step the rate is divided by 10; YOLO9000 sec. 3
 LR_POWER = 4.0  # of "polynomial"
 BURN_IN = 10  # optimiser steps with a rising rate; 1000 in yolov2-voc.cfg
 # run
@@ -102,7 +105,6 @@ def check_settings():
     if BATCH_SIZE % SUBDIVISIONS:
         raise ValueError(f"BATCH_SIZE {BATCH_SIZE} must be a multiple of SUBDIVISIONS {SUBDIVISIONS}")
     utils.check_writable(CHECKPOINT)
-    utils.announce_replacement(CHECKPOINT, RESUME)
 
 
 # may not change on RESUME
@@ -120,7 +122,7 @@ def read_data_sets(anchors, broken_list):
         val_set = eval_sets["val_map"] = VOCDataset(DATA_DIR, VAL_IMAGE_SETS, **common)
         paths = [{os.path.realpath(file) for file, _ in data.samples} for data in (train_set, val_set)]
         if shared := paths[0] & paths[1]:
-            print(f"{len(shared)} images are in both the training and the validation set, {utils.printable(min(shared))} first")
+            print(f"images in both the training and the validation set: {len(shared)}, {utils.printable(min(shared))} first")
         print_suspicious_labels(val_set)
     sets = {"training": train_set, **eval_sets}
     empty = [name for name, data in sets.items() if not any((labels[:, 1] == 0).any() for labels in data.labels)]
@@ -139,8 +141,8 @@ def read_data_sets(anchors, broken_list):
 
 
 def evaluate(model, eval_set, device, dtype, stop):
-    """mAP at IoU .5 (all points) of the detections from EVAL_THRESHOLD on; incomplete if a stop was requested meanwhile. Draws the
-    first eight images; val_map is computed last, so its picture is the one that stays."""
+    """mAP at IoU .5 (all points) of detections with confidence >= EVAL_THRESHOLD; incomplete if a stop was requested meanwhile.
+    Draws the first eight images; val_map is computed last, so its picture is the one that stays."""
     settings = (BATCH_SIZE // SUBDIVISIONS, NUM_WORKERS, EVAL_THRESHOLD)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         # found (D, 7), truths (G, 7), as in utils.average_precision
@@ -169,6 +171,7 @@ def main():
     train_set, eval_sets = read_data_sets(anchors, broken_list)
     classes = train_set.classes
     steps = steps_per_epoch(len(train_set) * REPEAT, BATCH_SIZE, SUBDIVISIONS)
+    utils.print_long_burn_in(BURN_IN, EPOCHS * steps)
     sampling = (len(train_set), BATCH_SIZE, SUBDIVISIONS, MULTI_SCALE or [IMAGE_SIZE], SEED)
     batches_from = functools.partial(training_batches, *sampling, repeat=REPEAT)  # batches_from(first_step)
 
@@ -194,6 +197,8 @@ def main():
     settings["training images"] = utils.fingerprint(train_set.samples)
     if RESUME:
         state = utils.resume(CHECKPOINT, model, optimizer, scaler, settings, FIXED)
+    else:
+        utils.keep_earlier_run(CHECKPOINT)
     metadata = {"classes": classes, "anchors": anchors, "image_size": IMAGE_SIZE, "settings": settings}
 
     def save():
@@ -266,7 +271,7 @@ def main():
         state["epoch"] += 1
         state["sums"].zero_()
         score = row["val_map"] if VAL_IMAGE_SETS else row["train_map"]
-        if score != "" and not score < state["best"]:  # also where it is NaN
+        if score != "" and not score < state["best"]:  # if it is NaN (no objects), the last network is the best
             state["best"] = score
             utils.save_checkpoint(f"{stem}_best.pt", model=model.state_dict(), **state, **metadata)
         bar.clear()

@@ -39,235 +39,6 @@ from torchvision.ops import batched_nms, box_convert
 
 os.environ["MPLBACKEND"] = "Agg"  # figures go to files; a notebook's MPLBACKEND may not be available in a script
 
-# ---------------------------------------------------------------- settings of a script
-
-
-def script_settings(script_globals: dict) -> dict:
-    """The settings of a script: the UPPER_CASE globals that it assigns itself, above its first function."""
-    names = {name for name in script_globals if name.isupper() and len(name) > 1 and name[0] != "_"}
-    if os.path.isfile(file := script_globals.get("__file__", "")):
-        with open(file, encoding="utf-8") as stream:
-            names &= set(re.findall(r"^(\w+)\s*=", stream.read().split("\ndef ")[0], re.MULTILINE))
-    names -= {"VOC_CLASSES", "COCO_CLASSES", "IMAGE_SUFFIXES"}  # constants of dataset.py
-    # values of other types, such as a Path, become text: a checkpoint must not contain them
-    plain = (str, int, float, bool, list, tuple, type(None))
-    settings = {name: value for name, value in script_globals.items() if name in names}
-    return {name: value if type(value) in plain else str(value) for name, value in settings.items()}
-
-
-def override_globals(script_globals: dict, words: list[str]) -> None:
-    """Sets a script's settings from the NAME=value arguments of its command line; `--help` prints them and exits.
-
-    Values are Python literals; text needs no quotes. A value must have the type of its default, except that an int is accepted for
-    a float; where the default is None, it must be an int or None. Other values end the script with a one-line message.
-    """
-    known = script_settings(script_globals)
-    script = os.path.basename(script_globals.get("__file__", "script"))
-    if "--help" in words or "-h" in words:
-        print((script_globals.get("__doc__") or "").strip())
-        print("\nSettings (edit them in the file, or pass NAME=value):")
-        for name, value in known.items():
-            print(f"  {name} = {value!r}")
-        sys.exit(0)
-    for word in words:
-        name, equals, text = word.partition("=")
-        if not equals:
-            sys.exit(f"{script}: {word!r} is not of the form NAME=value; --help lists the names")
-        if name not in known:
-            sys.exit(f"{script}: there is no global {name!r}; the known ones are {', '.join(known)}")
-        default = known[name]
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            value = text  # a path or a name without quotes
-        if isinstance(default, float) and type(value) is int and abs(value) < 2**60:
-            value = float(value)
-        if isinstance(default, str) and value is not None and not isinstance(value, str):
-            value = text  # CHECKPOINT=7
-        fits = type(value) is type(default) or (default is None and type(value) is int)
-        if isinstance(default, (list, tuple)):  # also takes the name of a file that holds the list
-            fits |= isinstance(value, (list, tuple)) or str(value).endswith((".csv", ".txt", ".json", ".names"))
-        if not fits:
-            kind = "an int or None" if default is None else f"{type(default).__name__}, like its default {default!r}"
-            sys.exit(f"{script}: {name} must be {kind}, not {text[:80]!r}")
-        script_globals[name] = value
-
-
-def check_at_least(least: float, **settings: float) -> None:
-    """Raises ValueError for the first setting, passed as NAME=value, that is less than `least` or an integer of absurd size."""
-    for name, value in settings.items():
-        if not isinstance(value, (int, float)) or not value >= least or (type(value) is int and value >= 2**40):
-            raise ValueError(f"{name} must be {least} or more, not {value!r:.40}")
-
-
-def check_at_most(most: float, **settings: float) -> None:
-    """Raises ValueError for the first setting, passed as NAME=value, that is negative or more than `most`."""
-    for name, value in settings.items():
-        if not isinstance(value, (int, float)) or not 0 <= value <= most:
-            raise ValueError(f"{name} must be between 0 and {most}, not {value!r:.40}")
-
-
-def check_numbers(**settings: list) -> None:
-    """Raises ValueError for the first setting, passed as NAME=value, that is not a list of numbers of 0 or more."""
-    for name, values in settings.items():
-        if not isinstance(values, (list, tuple)) or not all(type(value) in (int, float) and value >= 0 for value in values):
-            raise ValueError(f"{name} must be a list of numbers of 0 or more, not {values!r:.80}")
-
-
-def check_one_of(choices: tuple[str, ...], **settings: str) -> None:
-    """Raises ValueError for the first setting, passed as NAME=value, that is not one of the choices."""
-    for name, value in settings.items():
-        if value not in choices:
-            quoted = [f'"{choice}"' for choice in choices]
-            raise ValueError(f"{name} must be {', '.join(quoted[:-1])} or {quoted[-1]}, not {value!r}")
-
-
-def check_schedule(schedule: str, drops: list, epochs: int) -> None:
-    """Raises ValueError for an unknown LR_SCHEDULE, for LR_DROPS that are no list of numbers, and if "steps" would never drop."""
-    check_one_of(LR_SCHEDULES, LR_SCHEDULE=schedule)
-    check_numbers(LR_DROPS=drops)
-    if schedule == "steps" and drops and min(drops) > epochs:
-        raise ValueError(f"LR_DROPS {drops} are epochs, all above EPOCHS {epochs}: the rate would never drop; change one of them")
-
-
-def announce_replacement(file: str, resumed: bool) -> None:
-    """Prints that a run will replace the checkpoint of an earlier one (under torchrun: once, and not after a restart)."""
-    first = all(os.environ.get(name, "0") == "0" for name in ("RANK", "TORCHELASTIC_RESTART_COUNT"))
-    if first and not resumed and os.path.isfile(file):
-        print(f"this run replaces {file} and the other files of an earlier run; to continue that one, stop now and add RESUME=True")
-
-
-def check_classes(source: str, classes: list[str]) -> list[str]:
-    """Returns the class names; raises ValueError, naming their source, if one cannot be part of a file name or two would clash."""
-    if not classes:
-        raise ValueError(f"{source}: contains no class names")
-    files = {}
-    for name in classes:
-        if not isinstance(name, str) or not name or name != name.strip():
-            raise ValueError(f"{source}: {name!r} is not a class name; use text without spaces around it")
-        if any(c.isspace() and c != " " for c in name):
-            raise ValueError(f"{source}: {name!r} has an unusual space; use plain ones")
-        if printable(name) != name or "/" in name or "\\" in name or name in (".", ".."):
-            raise ValueError(f"{source}: {name!r} cannot be part of a file name; remove slashes and control characters")
-        file = name.replace(" ", "_")
-        if file in files:
-            raise ValueError(f"{source}: the classes {files[file]!r} and {name!r} would share a file of detections; rename one")
-        files[file] = name
-    return [str(name) for name in classes]  # not numpy's str_, which a checkpoint must not contain
-
-
-def printable(text: str) -> str:
-    """Text with backslash escapes for control characters and undecodable bytes, so that any terminal can print it."""
-    special = {c for c in text if unicodedata.category(c) in ("Cc", "Cs")}
-    return "".join(c.encode("unicode_escape", "surrogatepass").decode() if c in special else c for c in text)
-
-
-@contextlib.contextmanager
-def plain_errors():
-    """Around a script's main(): bad input ends with a one-line message and exit status 1 instead of a traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # escape what the terminal cannot print instead of failing
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (OSError, ValueError) as error:  # an error from a DataLoader worker contains its traceback: keep the last line
-        last = (str(error).strip().splitlines() or [""])[-1]
-        sys.exit(f"error: {printable(re.sub(r'^[A-Za-z]+Error: ', '', last))}")
-    except RuntimeError as error:
-        signs = ("killed by signal", "No space left on device", "shared memory", "unable to mmap")
-        for line in str(error).splitlines():
-            if any(sign in line for sign in signs):
-                advice = "set NUM_WORKERS=0, or enlarge /dev/shm (docker run --shm-size=8g)"
-                sys.exit(f"error: a DataLoader worker ran out of memory ({line}); {advice}")
-        raise
-
-
-def set_seed(seed: int) -> None:
-    """Seeds Python, numpy and torch (all devices)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries that still use the global state
-    torch.manual_seed(seed)
-
-
-# ---------------------------------------------------------------- device and precision
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """The device for "auto" (the first GPU, or the CPU if there is none), a GPU number or a PyTorch device name."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(f"cuda:{name}" if str(name).isdigit() else name)
-    except RuntimeError:
-        device = torch.device("meta")  # refused below
-    if device.type not in ("cpu", "cuda"):  # mps has no float64, which the sums need
-        raise ValueError(f'DEVICE={name}: no such device here; use "auto", "cpu", "cuda" or "cuda:1"')
-    if device.type == "cuda":
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= gpus:
-            raise ValueError(f"DEVICE={name}: PyTorch sees {gpus} GPUs; choose another device, or check PyTorch and the GPU driver")
-        if device.index is not None:
-            torch.cuda.set_device(device)  # for functions that ask for the current device
-    torch.backends.cudnn.benchmark = True  # chooses the fastest convolutions for each image size
-    return device
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def pick_precision(name: str, device: torch.device, resumed: str = "") -> torch.dtype:
-    """The autocast dtype for "fp32", "bf16", "fp16" or "auto": bfloat16 if native, else float16 on a GPU and float32 on a CPU.
-
-    "auto" keeps the type of the run in the checkpoint `resumed`, if the device has it. On a CPU with native bfloat16, it measures
-    which type is faster: some Intel processors without AMX have the instructions, but lose time with them.
-    """
-    check_one_of(("auto", *DTYPES), PRECISION=name)
-    if name != "auto":
-        return DTYPES[name]
-    if os.path.isfile(resumed):
-        with contextlib.suppress(Exception):  # resume() says what is wrong with the file
-            saved = torch.load(resumed, map_location="cpu", weights_only=True, mmap=True)["settings"]["PRECISION"]
-            native = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-            if native or saved != str(torch.bfloat16):
-                return {str(dtype): dtype for dtype in DTYPES.values()}[saved]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type != "cpu" or not (torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()):
-        return torch.float32
-    full, half = time_convolution()
-    faster = torch.bfloat16 if half < full else torch.float32
-    print(f"PRECISION auto chose {faster}: a 3x3 convolution takes {full:.1f} ms in float32, {half:.1f} ms in bfloat16")
-    return faster
-
-
-@torch.no_grad()
-def time_convolution() -> list[float]:
-    """Milliseconds that a convolution of the backbone (256 to 512 channels at 26 x 26) takes on the CPU in float32 and bfloat16."""
-    layers = []
-    for dtype in (torch.float32, torch.bfloat16):  # ones: random numbers would change the initial weights of the run
-        maps, kernel = torch.ones(1, 256, 26, 26, dtype=dtype), torch.ones(512, 256, 3, 3, dtype=dtype)
-        layers.append((maps.to(memory_format=torch.channels_last), kernel.to(memory_format=torch.channels_last)))
-    seconds = [[], []]
-    for _ in range(5):  # in turns, and only the fastest counts: the machine may be busy
-        for (maps, kernel), times in zip(layers, seconds, strict=True):
-            start = time.perf_counter()
-            nn.functional.conv2d(maps, kernel, padding=1)
-            times.append(time.perf_counter() - start)
-    return [1000 * min(times) for times in seconds]
-
-
-def keep_freed_memory() -> None:
-    """Keeps glibc from returning the feature maps of each layer to the kernel: on a CPU, faulting their pages in again would take
-    up to half of the time. The process keeps its peak memory. Linux only."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation through mmap
-            libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
-
-
 # ---------------------------------------------------------------- boxes: overlap, decoding, non-maximum suppression
 
 
@@ -310,12 +81,11 @@ def postprocess(predictions: Tensor, anchors, confidence_threshold: float, nms_i
     """
     boxes, objectness, probabilities = (tensor.cpu() for tensor in decode_predictions(predictions, anchors))
     boxes = box_convert(boxes, "cxcywh", "xyxy")  # (N, M, 4)
+    confidences = objectness[..., None] * probabilities  # (N, M, C)
     detections = []
-    for image in range(len(boxes)):
-        candidate = (objectness[image] > confidence_threshold).nonzero().squeeze(1)  # confidence never exceeds objectness
-        confidence = objectness[image][candidate, None] * probabilities[image][candidate]  # (candidates, C)
+    for box, confidence in zip(boxes, confidences, strict=True):  # (M, 4), (M, C)
         row, label = (confidence > confidence_threshold).nonzero(as_tuple=True)
-        box, score = boxes[image][candidate[row]], confidence[row, label]
+        box, score = box[row], confidence[row, label]
         # batched_nms offsets each class by the largest coordinate: one huge box would cost the others their precision
         keep = batched_nms(box.clamp(-10, 10), score, label, nms_iou_threshold)
         detections.append(torch.cat([box[keep].clamp(0, 1), score[keep, None], label[keep, None].float()], dim=1))  # (K, 6)
@@ -408,9 +178,13 @@ def largest_overlaps(
 def assign_detections(
     detections: np.ndarray, truths: np.ndarray, num_classes: int, iou_threshold: float = 0.5
 ) -> tuple[np.ndarray, ...]:
-    """Assigns each detection to a ground truth by the rules of match_detections; tables as there, in any order.
+    """Assigns each detection to a ground truth by the rules of the VOC devkit (VOCevaldet.m); tables as in average_precision.
 
     -> best_iou (D,) and best_truth (D,) of largest_overlaps, is_true_positive (D,), is_ignored (D,).
+
+    By descending confidence (stable for ties), each detection is assigned to the ground truth of its image and class with the
+    largest IoU, taken or not. At or above the threshold, it is a true positive if that ground truth is free, a false positive if
+    it is taken, and ignored if it is difficult.
     """
     best_iou, best_truth = largest_overlaps(detections, truths, num_classes)
     matched = (best_iou >= iou_threshold) & (best_truth >= 0)
@@ -424,68 +198,48 @@ def assign_detections(
     return best_iou, best_truth, is_true_positive, is_ignored
 
 
-def match_detections(detections, ground_truths, num_classes: int, iou_threshold: float = 0.5) -> tuple[np.ndarray, ...]:
-    """Decides which detections are true positives, by the rules of the VOC devkit (VOCevaldet.m).
-
-    Arguments as in average_precision. -> classes (D',), confidences (D',), is_true_positive (D',) of the detections that count,
-    sorted by class and descending confidence, and the number of ground truths per class that are not difficult (num_classes,).
-
-    By descending confidence (stable for ties), each detection is assigned to the ground truth of its image and class with the
-    largest IoU, taken or not. At or above the threshold, it is a true positive if that ground truth is free, a false positive if
-    it is taken, and ignored if it is difficult.
-    """
+def precision_recall(detections, ground_truths, num_classes: int, iou_threshold: float = 0.5) -> list[tuple[np.ndarray, ...]]:
+    """(confidences, precisions, recalls) of each class after each detection that is not ignored, by descending confidence;
+    arguments as in average_precision. Recall is NaN for a class without ground truth."""
     detections = np.asarray(detections, dtype=np.float64).reshape(-1, 7)
     truths = np.asarray(ground_truths, dtype=np.float64).reshape(-1, 7)
     for name, table in (("detections", detections), ("ground_truths", truths)):
         if len(table) and not (table[:, 1].min() >= 0 and table[:, 1].max() < num_classes):
             raise ValueError(f"{name}: a class is outside 0..{num_classes - 1}")
-    detections = detections[np.lexsort((-detections[:, 2], detections[:, 1]))]  # by class and descending confidence; stable
+    detections = detections[np.argsort(-detections[:, 2], kind="stable")]
     _, _, is_true_positive, is_ignored = assign_detections(detections, truths, num_classes, iou_threshold)
-    counts = ~is_ignored
-    truths_per_class = np.bincount(truths[truths[:, 2] == 0, 1].astype(int), minlength=num_classes)
-    return detections[counts, 1].astype(int), detections[counts, 2], is_true_positive[counts], truths_per_class
-
-
-def precision_recall(detections, ground_truths, num_classes: int, iou_threshold: float = 0.5) -> list[tuple[np.ndarray, ...]]:
-    """(confidences, precisions, recalls) of each class after each detection by descending confidence; arguments as in
-    average_precision. Recall is NaN for a class without ground truth."""
-    classes, confidences, is_true_positive, truths = match_detections(detections, ground_truths, num_classes, iou_threshold)
-    ends = np.searchsorted(classes, np.arange(num_classes + 1))
     curves = []
     for c in range(num_classes):
-        true_positives = is_true_positive[ends[c] : ends[c + 1]].cumsum()
-        with np.errstate(invalid="ignore", divide="ignore"):
-            recall = np.where(truths[c] > 0, true_positives / truths[c], np.nan)
+        counts = (detections[:, 1] == c) & ~is_ignored
+        true_positives = is_true_positive[counts].cumsum()
+        truth_count = ((truths[:, 1] == c) & (truths[:, 2] == 0)).sum()
         precision = true_positives / np.arange(1, len(true_positives) + 1)
-        curves.append((confidences[ends[c] : ends[c + 1]], precision, recall))
+        curves.append((detections[counts, 2], precision, true_positives / (truth_count or np.nan)))
     return curves
-
-
-def area_under_curve(precision: np.ndarray, recall: np.ndarray, metric: str = "all_points") -> float:
-    """AP of one class. "voc2007": mean over the recall levels 0, .1, .2 .. 1 of the best precision at that recall or above.
-    "all_points": area under the curve after making precision monotonically decreasing (VOC 2010 and later, Padilla et al.)."""
-    if metric == "voc2007":
-        return float(np.mean([precision[recall >= level].max(initial=0) for level in np.arange(11) / 10]))
-    if metric != "all_points":
-        raise ValueError(f'metric must be "voc2007" or "all_points", not {metric!r}')
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]  # the best precision at this recall or above
-    return float((np.diff(recall, prepend=0) * envelope).sum())
 
 
 def average_precision(
     detections, ground_truths, num_classes: int, iou_threshold: float = 0.5, metric: str = "all_points"
 ) -> Tensor:
-    """Average precision of each class by the rules of the VOC devkit (see match_detections) -> (num_classes,) float64.
+    """Average precision of each class by the rules of the VOC devkit (see assign_detections) -> (num_classes,) float64.
 
     detections: (D, 7) image index, class, confidence, x1, y1, x2, y2; ground_truths: (G, 7) image index, class, difficult, x1,
-    y1, x2, y2; pixels, both end pixels belong to a box. metric: "all_points" or "voc2007" (see area_under_curve). NaN for a class
-    without ground truth (difficult ones do not count). Raises ValueError for another metric or a class out of range.
+    y1, x2, y2; pixels, both end pixels belong to a box. metric: "voc2007" (11 points) or "all_points" (VOC 2010 and later, Padilla
+    et al.). NaN for a class without ground truth (difficult ones do not count). Raises ValueError for another metric or a class
+    out of range.
     """
+    check_one_of(("voc2007", "all_points"), metric=metric)
     curves = precision_recall(detections, ground_truths, num_classes, iou_threshold)
     truths = np.asarray(ground_truths, dtype=np.float64).reshape(-1, 7)
-    known = np.bincount(truths[truths[:, 2] == 0, 1].astype(int), minlength=num_classes) > 0
-    areas = [area_under_curve(precision, recall, metric) for _, precision, recall in curves]
-    return torch.from_numpy(np.where(known, areas, np.nan))
+    areas = np.full(num_classes, np.nan)
+    for c in np.unique(truths[truths[:, 2] == 0, 1]).astype(int):
+        _, precision, recall = curves[c]
+        if metric == "voc2007":  # mean over the recall levels 0, .1 .. 1 of the best precision at that recall or above
+            areas[c] = np.mean([precision[recall >= level].max(initial=0) for level in np.arange(11) / 10])
+        else:  # area under the curve after making precision monotonically decreasing
+            envelope = np.maximum.accumulate(precision[::-1])[::-1]  # the best precision at this recall or above
+            areas[c] = (np.diff(recall, prepend=0) * envelope).sum()
+    return torch.from_numpy(areas)
 
 
 def mean_average_precision(average_precisions: Tensor) -> float:
@@ -541,6 +295,85 @@ def learning_rate_at(
     if schedule == "polynomial":
         return learning_rate * (1 - update / total_steps) ** power
     return learning_rate * (1 + math.cos(math.pi * step / total_steps)) / 2
+
+
+# ---------------------------------------------------------------- device and precision
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device for "auto" (the first GPU, or the CPU if there is none), a GPU number or a PyTorch device name."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(f"cuda:{name}" if str(name).isdigit() else name)
+    except RuntimeError:
+        device = torch.device("meta")  # refused below
+    if device.type not in ("cpu", "cuda"):  # mps has no float64, which the sums need
+        raise ValueError(f'DEVICE={name}: not a device that works here; use "auto", "cpu", "cuda" or "cuda:1"')
+    if device.type == "cuda":
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= gpus:
+            raise ValueError(f"DEVICE={name}: PyTorch sees {gpus} GPUs; choose another device, or check PyTorch and the GPU driver")
+        if device.index is not None:
+            torch.cuda.set_device(device)  # for functions that ask for the current device
+    torch.backends.cudnn.benchmark = True  # chooses the fastest convolutions for each image size
+    return device
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_precision(name: str, device: torch.device, resumed: str = "") -> torch.dtype:
+    """The autocast dtype for "fp32", "bf16", "fp16" or "auto": bfloat16 if native, else float16 on a GPU and float32 on a CPU.
+
+    "auto" keeps the type of the run in the checkpoint `resumed`, except bfloat16 on a GPU without it. On a CPU with native
+    bfloat16, it measures which type is faster: some Intel processors without AMX have the instructions, but lose time with them.
+    """
+    check_one_of(("auto", *DTYPES), PRECISION=name)
+    if name != "auto":
+        return DTYPES[name]
+    if os.path.isfile(resumed):
+        with contextlib.suppress(Exception):  # resume() says what is wrong with the file
+            saved = torch.load(resumed, map_location="cpu", weights_only=True, mmap=True)["settings"]["PRECISION"]
+            native = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+            if native or saved != str(torch.bfloat16):
+                dtype = {str(dtype): dtype for dtype in DTYPES.values()}[saved]
+                print(f"PRECISION auto keeps {saved}, the type of the run in {resumed}")
+                return dtype
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type != "cpu" or not (torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()):
+        return torch.float32
+    full, half = time_convolution()
+    faster = torch.bfloat16 if half < full else torch.float32
+    print(f"PRECISION auto chose {faster}: a 3x3 convolution takes {full:.1f} ms in float32, {half:.1f} ms in bfloat16")
+    return faster
+
+
+@torch.no_grad()
+def time_convolution() -> list[float]:
+    """Milliseconds that a convolution of the backbone (256 to 512 channels at 26 x 26) takes on the CPU in float32 and bfloat16."""
+    layers = []
+    for dtype in (torch.float32, torch.bfloat16):  # ones: random numbers would change the initial weights of the run
+        maps, kernel = torch.ones(1, 256, 26, 26, dtype=dtype), torch.ones(512, 256, 3, 3, dtype=dtype)
+        layers.append((maps.to(memory_format=torch.channels_last), kernel.to(memory_format=torch.channels_last)))
+    seconds = [[], []]
+    for _ in range(5):  # in turns, and only the fastest counts: the machine may be busy
+        for (maps, kernel), times in zip(layers, seconds, strict=True):
+            start = time.perf_counter()
+            nn.functional.conv2d(maps, kernel, padding=1)
+            times.append(time.perf_counter() - start)
+    return [1000 * min(times) for times in seconds]
+
+
+def keep_freed_memory() -> None:
+    """Keeps glibc from returning the feature maps of each layer to the kernel: on a CPU, faulting their pages in again would take
+    up to half of the time. The process keeps its peak memory. Linux only."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation through mmap
+            libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
 
 
 # ---------------------------------------------------------------- stopping a run
@@ -650,13 +483,14 @@ def atomic_write(file: str | os.PathLike, suffix: str = ""):
             os.remove(temporary)
 
 
-def check_writable(file: str | os.PathLike) -> None:
-    """Raises OSError or ValueError, naming the file, if atomic_write would fail: better before training than after an epoch."""
-    if not os.path.basename(file):
-        raise ValueError(f"{os.fspath(file)!r} is not the name of a file; set CHECKPOINT, OUTPUT or OUTPUT_DIR")
-    folder = os.path.dirname(os.path.realpath(file))
+def check_writable(file: str | os.PathLike, is_folder: bool = False) -> None:
+    """Raises OSError or ValueError, naming the file, if atomic_write would fail: better before training than after an epoch.
+    is_folder: `file` is the folder of the files that will be written."""
+    if not (file if is_folder else os.path.basename(file)):
+        raise ValueError(f"{os.fspath(file)!r} is not the name of a file or folder; set CHECKPOINT, OUTPUT or OUTPUT_DIR")
+    folder = os.path.realpath(file) if is_folder else os.path.dirname(os.path.realpath(file))
     try:
-        if os.path.isdir(file):
+        if os.path.isdir(file) and not is_folder:
             raise IsADirectoryError("it is a folder")
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -786,10 +620,7 @@ def resume(file: str | os.PathLike, model: nn.Module, optimizer, scaler, setting
         raise ValueError(f"{file}: damaged, or a checkpoint of another script (its settings lack {', '.join(missing)})")
     changed = [name for name in settings if name in old and json.dumps(old[name], default=repr) != json.dumps(settings[name])]
 
-    def shown(value):
-        return repr(value) if len(repr(value)) <= 200 else f"{value!r:.200}... ({len(value)} in all)"
-
-    if refused := [f"{name} was {shown(old[name])} and is {shown(settings[name])}" for name in changed if name in fixed]:
+    if refused := [f"{name} was {old[name]!r:.200} and is {settings[name]!r:.200}" for name in changed if name in fixed]:
         advice = "set it back, or start a new run from its weights (RESUME_WEIGHTS, PRETRAINED)"
         raise ValueError(f"{file}: cannot resume with changed settings: {'; '.join(refused)}; {advice}")
     for name in changed:
@@ -921,6 +752,173 @@ def log_epoch(stem: str, row: dict, left: str) -> None:
         print(f"{stem}_metrics.csv or {stem}_charts.png could not be written: {first_line(error)}")
     shown = [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items() if value != ""]
     print("  ".join([*shown, left] if left else shown), flush=True)
+
+
+# ---------------------------------------------------------------- settings of a script
+
+
+def script_settings(script_globals: dict) -> dict:
+    """The settings of a script: the UPPER_CASE globals that it assigns itself, above its first function."""
+    names = {name for name in script_globals if name.isupper() and len(name) > 1 and name[0] != "_"}
+    if os.path.isfile(file := script_globals.get("__file__", "")):
+        with open(file, encoding="utf-8") as stream:
+            names &= set(re.findall(r"^(\w+)\s*=", stream.read().split("\ndef ")[0], re.MULTILINE))
+    names -= {"VOC_CLASSES", "COCO_CLASSES", "IMAGE_SUFFIXES"}  # constants of dataset.py
+    # values of other types, such as a Path, become text: a checkpoint must not contain them
+    plain = (str, int, float, bool, list, tuple, type(None))
+    settings = {name: value for name, value in script_globals.items() if name in names}
+    return {name: value if type(value) in plain else str(value) for name, value in settings.items()}
+
+
+def override_globals(script_globals: dict, words: list[str]) -> None:
+    """Sets a script's settings from the NAME=value arguments of its command line; `--help` prints them and exits.
+
+    Values are Python literals; text needs no quotes. A value must have the type of its default, except that an int is accepted for
+    a float; where the default is None, it must be an int or None. Other values end the script with a one-line message.
+    """
+    known = script_settings(script_globals)
+    script = os.path.basename(script_globals.get("__file__", "script"))
+    if "--help" in words or "-h" in words:
+        print((script_globals.get("__doc__") or "").strip())
+        print("\nSettings (edit them in the file, or pass NAME=value):")
+        for name, value in known.items():
+            print(f"  {name} = {value!r}")
+        sys.exit(0)
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals:
+            sys.exit(f"{script}: {word!r} is not of the form NAME=value; --help lists the names")
+        if name not in known:
+            sys.exit(f"{script}: there is no global {name!r}; the known ones are {', '.join(known)}")
+        default = known[name]
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            value = text  # a path or a name without quotes
+        if isinstance(default, float) and type(value) is int and abs(value) < 2**60:
+            value = float(value)
+        if isinstance(default, str) and value is not None and not isinstance(value, str):
+            value = text  # CHECKPOINT=7
+        fits = type(value) is type(default) or (default is None and type(value) is int)
+        if isinstance(default, (list, tuple)):  # also takes the name of a file that holds the list
+            fits |= isinstance(value, (list, tuple)) or str(value).endswith((".csv", ".txt", ".json", ".names"))
+        if not fits:
+            kind = "an int or None" if default is None else f"{type(default).__name__}, like its default {default!r}"
+            sys.exit(f"{script}: {name} must be {kind}, not {text[:80]!r}")
+        script_globals[name] = value
+
+
+def check_at_least(least: float, **settings: float) -> None:
+    """Raises ValueError for the first setting, passed as NAME=value, that is less than `least` or an integer of absurd size."""
+    for name, value in settings.items():
+        if not isinstance(value, (int, float)) or not value >= least or (type(value) is int and value >= 2**40):
+            raise ValueError(f"{name} must be {least} or more, not {value!r:.40}")
+
+
+def check_at_most(most: float, **settings: float) -> None:
+    """Raises ValueError for the first setting, passed as NAME=value, that is negative or more than `most`."""
+    for name, value in settings.items():
+        if not isinstance(value, (int, float)) or not 0 <= value <= most:
+            raise ValueError(f"{name} must be between 0 and {most}, not {value!r:.40}")
+
+
+def check_numbers(**settings: list) -> None:
+    """Raises ValueError for the first setting, passed as NAME=value, that is not a list of non-negative numbers."""
+    for name, values in settings.items():
+        if not isinstance(values, (list, tuple)) or not all(type(value) in (int, float) and value >= 0 for value in values):
+            raise ValueError(f"{name} must be a list of non-negative numbers, not {values!r:.80}")
+
+
+def check_one_of(choices: tuple[str, ...], **settings: str) -> None:
+    """Raises ValueError for the first setting, passed as NAME=value, that is not one of the choices."""
+    for name, value in settings.items():
+        if value not in choices:
+            quoted = [f'"{choice}"' for choice in choices]
+            raise ValueError(f"{name} must be {', '.join(quoted[:-1])} or {quoted[-1]}, not {value!r}")
+
+
+def check_schedule(schedule: str, drops: list, epochs: int) -> None:
+    """Raises ValueError for an unknown LR_SCHEDULE, for LR_DROPS that are no list of numbers, and if "steps" would never drop."""
+    check_one_of(LR_SCHEDULES, LR_SCHEDULE=schedule)
+    check_numbers(LR_DROPS=drops)
+    if schedule == "steps" and drops and min(drops) < 1:
+        raise ValueError(f"LR_DROPS {drops} are epochs, counted from 1")
+    if schedule == "steps" and drops and min(drops) > epochs:
+        raise ValueError(f"LR_DROPS {drops} are epochs, all above EPOCHS {epochs}: the rate would never drop; change one of them")
+
+
+def print_long_burn_in(burn_in: int, total_steps: int) -> None:
+    """Prints a hint if a run is too short for its burn-in."""
+    if burn_in > total_steps:
+        print(
+            f"BURN_IN {burn_in} is longer than the run ({total_steps} steps): the rate never reaches LEARNING_RATE; lower BURN_IN"
+        )
+
+
+def keep_earlier_run(checkpoint: str) -> None:
+    """Renames the checkpoints of an earlier run to `<file>.old`, so that a new run does not destroy them, and says so."""
+    files = (checkpoint, f"{checkpoint.removesuffix('.pt')}_best.pt")
+    if kept := [file for file in files if os.path.isfile(file)]:
+        for file in kept:
+            os.replace(file, f"{file}.old")
+        advice = "to continue it instead, stop, rename them back and add RESUME=True"
+        print(f"new run; {' and '.join(kept)} of an earlier one now end in .old: {advice}", flush=True)
+
+
+def check_classes(source: str, classes: list[str]) -> list[str]:
+    """Returns the class names; raises ValueError, naming their source, if one cannot be part of a file name or two would clash."""
+    if not classes:
+        raise ValueError(f"{source}: contains no class names")
+    files = {}
+    for name in classes:
+        if not isinstance(name, str) or not name or name != name.strip():
+            raise ValueError(f"{source}: {name!r} is not a class name; use text without spaces around it")
+        if any(c.isspace() and c != " " for c in name):
+            raise ValueError(f"{source}: {name!r} has an unusual space; use plain ones")
+        if printable(name) != name or "/" in name or "\\" in name or name in (".", ".."):
+            raise ValueError(f"{source}: {name!r} cannot be part of a file name; remove slashes and control characters")
+        file = name.replace(" ", "_")
+        if file in files:
+            raise ValueError(f"{source}: the classes {files[file]!r} and {name!r} would share a file of detections; rename one")
+        files[file] = name
+    return [str(name) for name in classes]  # not numpy's str_, which a checkpoint must not contain
+
+
+def printable(text: str) -> str:
+    """Text with backslash escapes for control characters and undecodable bytes, so that any terminal can print it."""
+    special = {c for c in text if unicodedata.category(c) in ("Cc", "Cs")}
+    return "".join(c.encode("unicode_escape", "surrogatepass").decode() if c in special else c for c in text)
+
+
+@contextlib.contextmanager
+def plain_errors():
+    """Around a script's main(): bad input ends with a one-line message and exit status 1 instead of a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # escape what the terminal cannot print instead of failing
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (OSError, ValueError) as error:  # an error from a DataLoader worker contains its traceback: keep the last line
+        last = (str(error).strip().splitlines() or [""])[-1]
+        sys.exit(f"error: {printable(re.sub(r'^[A-Za-z]+Error: ', '', last))}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: the GPU ran out of memory; lower BATCH_SIZE or the image size, or double SUBDIVISIONS in a new training")
+    except RuntimeError as error:
+        signs = ("killed by signal", "No space left on device", "shared memory", "unable to mmap")
+        for line in str(error).splitlines():
+            if any(sign in line for sign in signs):
+                advice = "set NUM_WORKERS=0, or enlarge /dev/shm (docker run --shm-size=8g)"
+                sys.exit(f"error: a DataLoader worker ran out of memory ({line}); {advice}")
+        raise
+
+
+def set_seed(seed: int) -> None:
+    """Seeds Python, numpy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries that still use the global state
+    torch.manual_seed(seed)
 
 
 # ---------------------------------------------------------------- drawing

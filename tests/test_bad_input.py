@@ -105,7 +105,7 @@ def test_images_in_both_the_training_and_the_validation_set_are_counted(tmp_path
     set_training(monkeypatch, tmp_path, VAL_IMAGE_SETS=[("2026", "val")])
     train.main()
     out = capsys.readouterr().out
-    assert out.count("1 images are in both the training and the validation set") == 1 and "b.jpg first" in out
+    assert out.count("images in both the training and the validation set: 1,") == 1 and "b.jpg first" in out
 
 
 # ---------------------------------------------------------------- labels that do not fit their image
@@ -386,7 +386,7 @@ def test_images_that_are_listed_twice_are_reported(tmp_path, monkeypatch, capsys
     (tmp_path / "b.txt").write_text("0 0.2 0.2 0.2 0.2\n")
     (tmp_path / "train.csv").write_text("a.png,a.txt\na.png,b.txt\n")
     dataset.print_suspicious_labels(read(tmp_path, ["train.csv"]))
-    assert "1 images are listed more than once" in (out := capsys.readouterr().out) and "a.png first" in out
+    assert "images listed more than once: 1," in (out := capsys.readouterr().out) and "a.png first" in out
     problems, *_ = dataset.check_dataset(dataset.list_samples(tmp_path, ["train.csv"]), ["bolt"])
     assert len(problems) == 1 and problems[0].endswith("a.png: listed 2 times")
 
@@ -662,15 +662,16 @@ def test_an_unreadable_metrics_file_is_renamed_and_a_new_one_is_started(tmp_path
         ({"EVAL_THRESHOLD": 40.0}, "EVAL_THRESHOLD must be between 0 and 1"),
         ({"BATCH_SIZE": 10**30}, "BATCH_SIZE must be 1 or more"),
         ({"MAX_HOURS": -1.0}, "MAX_HOURS must be 0 or more"),
-        ({"LR_DROPS": ["a"]}, "LR_DROPS must be a list of numbers"),
-        ({"LR_DROPS": 60}, "LR_DROPS must be a list of numbers"),
-        ({"LR_DROPS": [np.float64(60)]}, "LR_DROPS must be a list of numbers"),
+        ({"LR_DROPS": ["a"]}, "LR_DROPS must be a list of non-negative numbers"),
+        ({"LR_DROPS": 60}, "LR_DROPS must be a list of non-negative numbers"),
+        ({"LR_DROPS": [np.float64(60)]}, "LR_DROPS must be a list of non-negative numbers"),
+        ({"LR_SCHEDULE": "steps", "LR_DROPS": [0, 60]}, r"LR_DROPS \[0, 60\] are epochs, counted from 1"),
         ({"LR_SCHEDULE": "steps", "LR_DROPS": [40000, 60000], "EPOCHS": 310}, r"LR_DROPS \[40000, 60000\] are epochs, all above"),
-        ({"MULTI_SCALE": range(320, 609, 32)}, "MULTI_SCALE must be a list of numbers"),
-        ({"MULTI_SCALE": "x.txt"}, "MULTI_SCALE must be a list of numbers"),
+        ({"MULTI_SCALE": range(320, 609, 32)}, "MULTI_SCALE must be a list of non-negative numbers"),
+        ({"MULTI_SCALE": "x.txt"}, "MULTI_SCALE must be a list of non-negative numbers"),
         ({"ANCHORS": [("a", 1)]}, "ANCHORS must hold pairs"),
-        ({"CHECKPOINT": ""}, "'' is not the name of a file"),
-        ({"DEVICE": "meta"}, "DEVICE=meta: no such device"),
+        ({"CHECKPOINT": ""}, "'' is not the name of a file or folder"),
+        ({"DEVICE": "meta"}, "DEVICE=meta: not a device that works here"),
         ({"WEIGHT_DECAY": -1.0}, "WEIGHT_DECAY must be 0 or more"),
         ({"BURN_IN": -1}, "BURN_IN must be 0 or more"),
         ({"SEED": -1}, "SEED must be 0 or more"),
@@ -679,7 +680,7 @@ def test_an_unreadable_metrics_file_is_renamed_and_a_new_one_is_started(tmp_path
         ({"ANCHORS": [(1, 2, 3), (4, 5, 6)]}, "ANCHORS must hold pairs"),
         ({"ANCHORS": [(42, 55), (359, 320)]}, "ANCHORS must be in grid cells"),
         ({"IMAGE_SIZE": 32, "BATCH_SIZE": 1}, "batch norm needs two values"),
-        ({"DEVICE": "gpu"}, "DEVICE=gpu: no such device"),
+        ({"DEVICE": "gpu"}, "DEVICE=gpu: not a device that works here"),
         ({"DEVICE": "99"}, "DEVICE=99: PyTorch sees"),
     ],
 )
@@ -703,13 +704,39 @@ def test_settings_of_other_types_are_saved_as_text(tmp_path, monkeypatch):
     assert utils.load_checkpoint(tmp_path / "runs/yolov2.pt")["epoch"] == 2
 
 
-def test_a_run_that_replaces_an_earlier_one_says_so(tmp_path, monkeypatch, capsys):
+def test_a_new_run_keeps_the_checkpoints_of_an_earlier_one(tmp_path, monkeypatch, capsys):
+    """Otherwise, forgetting RESUME=True would cost the weights of a long run, even if the new one is stopped at once."""
     write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
-    for values, said in (({}, False), ({"RESUME": True}, False), ({}, True)):
-        set_training(monkeypatch, tmp_path, **values)
+    last, best = tmp_path / "runs/yolov2.pt", tmp_path / "runs/yolov2_best.pt"
+    kept = [last.with_name("yolov2.pt.old"), best.with_name("yolov2_best.pt.old")]
+    set_training(monkeypatch, tmp_path)
+    train.main()
+    monkeypatch.setattr(train, "RESUME", True)
+    train.main()
+    assert "of an earlier one" not in capsys.readouterr().out and not any(file.exists() for file in kept)
+    contents = [last.read_bytes(), best.read_bytes()]
+    monkeypatch.setattr(train, "RESUME", False)
+    monkeypatch.setattr(train, "SEED", 1)
+    monkeypatch.setattr(train, "MAX_HOURS", 1e-9)  # stops after the first step
+    train.main()
+    assert [file.read_bytes() for file in kept] == contents
+    assert f"{last} and {best} of an earlier one now end in .old" in capsys.readouterr().out
+    assert utils.load_checkpoint(last)["settings"]["SEED"] == 1 and not best.exists()
+
+
+def test_a_burn_in_longer_than_the_run_is_named(tmp_path, monkeypatch, capsys):
+    write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
+    for burn_in, said in ((1, False), (2, True)):
+        set_training(monkeypatch, tmp_path, BURN_IN=burn_in, BATCH_SIZE=2, EPOCHS=1, REPEAT=1)
         train.main()
-        assert (f"this run replaces {tmp_path / 'runs/yolov2.pt'}" in capsys.readouterr().out) == said
-        monkeypatch.setattr(train, "RESUME", False)
+        assert ("BURN_IN 2 is longer than the run (1 steps)" in capsys.readouterr().out) == said
+
+
+def test_pixel_anchors_of_a_darknet_file_are_refused(tmp_path):
+    darknet_model.save_darknet_weights(YOLOv2(1), tmp_path / "bolt.weights")
+    pixels = [10, 14, 23, 27, 37, 58, 81, 82, 135, 169]
+    with pytest.raises(ValueError, match="ANCHORS must be in grid cells.* divide pixels by 32"):
+        model.load_detector(tmp_path / "bolt.weights", ["bolt"], pixels, torch.device("cpu"))
 
 
 def test_anchors_may_be_larger_than_the_grid_of_image_size_if_multi_scale_is(tmp_path, monkeypatch):
@@ -756,6 +783,11 @@ def test_a_killed_dataloader_worker_is_reported_as_out_of_memory(tmp_path):
         raise error
     with pytest.raises(SystemExit, match=r"ran out of memory .*Bus error.*NUM_WORKERS=0.*shm"), utils.plain_errors():
         raise error
+
+
+def test_a_full_gpu_ends_with_the_setting_that_helps():
+    with pytest.raises(SystemExit, match="the GPU ran out of memory; lower BATCH_SIZE .* SUBDIVISIONS"), utils.plain_errors():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
 def test_curves_are_drawn_for_dollar_signs_in_class_names_and_for_40_classes(tmp_path):

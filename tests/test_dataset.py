@@ -1121,6 +1121,9 @@ def test_the_check_prints_counts_and_average_ious_and_draws_a_label_sheet(monkey
     in_use = float(re.search(r"average IoU of the default anchors: (0\.\d+)", printed)[1])
     new = float(re.search(r"average IoU of k-means anchors: +(0\.\d+)", printed)[1])
     assert 0.2 < in_use < new < 1
+    argument = re.search(r'for train.py: IMAGE_SIZE=64 "(ANCHORS=.*)"', printed)[1]
+    utils.override_globals(pasted := {"ANCHORS": [(1.0, 1.0)]}, [argument])
+    assert np.shape(pasted["ANCHORS"]) == (5, 2)
     with Image.open(sheet) as picture:
         picture.load()
         assert picture.format == "PNG" and min(picture.size) > 200

@@ -696,7 +696,10 @@ def two_uninterrupted(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("how", "reason", "step"),
-    [({"MAX_HOURS": 1e-9}, "MAX_HOURS", 1), ({"stop_rank_1_in": 2}, "another process", 2)],  # rank 0 prints why it stopped
+    [
+        ({"MAX_HOURS": 1e-9}, "MAX_HOURS", 1),
+        ({"stop_rank_1_in": 2}, "a request to another process", 2),
+    ],  # rank 0 prints why it stopped
     ids=["time limit", "a signal to one of them"],
 )
 def test_two_processes_stop_at_the_same_step_and_resume_bit_identically(how, reason, step, two_uninterrupted, tmp_path):

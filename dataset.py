@@ -1,7 +1,8 @@
 """Data sets: Pascal VOC in the devkit's layout, lists of files, COCO JSON, ImageNet; augmentation, targets and k-means anchors.
 
-`python dataset.py DATA_DIR=... IMAGE_SETS=...` checks a data set before a long run. It prints the objects per class, every unusable
-file with the reason, and how well the anchors fit, and draws augmented samples with their boxes to `runs/label_sheet.png`.
+What the network is trained on comes first, then the readers of images, lists and labels, and last the checks of
+`python dataset.py DATA_DIR=... IMAGE_SETS=...`. Run it before a long training: it prints the objects per class, every unusable file
+with the reason, and how well the anchors fit, and draws augmented samples with their boxes to `runs/label_sheet.png`.
 
 Letters: G objects in a label file, difficult ones included, M boxes of a training sample, A anchors (5), S_h x S_w grid cells
 (13 x 13 at 416 x 416). Rows are y, columns are x. Devkit pixels: the first pixel is 1, and boxes include both end pixels.
@@ -75,6 +76,344 @@ SHEET = "runs/label_sheet.png"  # augmented samples with boxes
 SHEET_IMAGES = 20  # samples on the sheet
 SEED = 0
 
+# ---------------------------------------------------------------- augmentation
+
+
+class DarknetColour(albumentations.ImageOnlyTransform):
+    """Darknet's random_distort_image (src/image.c): in HSV, shifts the hue by up to `hue` of the circle, and multiplies saturation
+    and value by random factors of up to `saturation` and `exposure`, or their inverses. Albumentations' own colour jitters add
+    instead, or blend with grey."""
+
+    def __init__(self, hue: float, saturation: float, exposure: float):
+        super().__init__(p=1.0)
+        self.hue, self.saturation, self.exposure = hue, saturation, exposure
+
+    def get_params(self) -> dict:
+        def factor(limit):
+            scale = self.py_random.uniform(1, limit)
+            return scale if self.py_random.random() < 0.5 else 1 / scale
+
+        shift = self.py_random.uniform(-self.hue, self.hue)
+        return {"shift": shift, "factors": (factor(self.saturation), factor(self.exposure))}
+
+    def apply(self, image: np.ndarray, shift: float, factors: tuple, **params) -> np.ndarray:
+        # FULL: a full circle of hues is 256 steps, so uint8 arithmetic wraps around correctly
+        hue, saturation, value = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL))
+        hue += np.uint8(round(shift * 256) % 256)
+        image = cv2.cvtColor(cv2.merge([hue, saturation, value]), cv2.COLOR_HSV2RGB_FULL)
+        # Each channel is V (1 - S u), where u depends on the hue alone. The factors s of S and v of V make it v V (1 - s S u),
+        # which is v s times the channel plus v (1 - s) V: no second conversion, and only the result is clipped, as in Darknet.
+        s, v = factors
+        return cv2.addWeighted(image, v * s, cv2.merge([value, value, value]), v * (1 - s), 0)
+
+
+def train_transform(image_size: int) -> albumentations.Compose:
+    """Augmentation to a square of image_size pixels: moves each side in or out by up to a fifth of the image, repeating the border,
+    flips, and distorts the colours (load_data_detection and crop_image in Darknet when the paper was written). Boxes (M, 5): xyxy
+    in fractions, class; those with less than a tenth of their area left are dropped."""
+    transforms = [
+        # percent is drawn for each side; negative values crop
+        albumentations.CropAndPad(percent=(-0.2, 0.2), keep_size=False, border_mode=cv2.BORDER_REPLICATE),
+        albumentations.Resize(image_size, image_size, interpolation=cv2.INTER_LINEAR),
+        albumentations.HorizontalFlip(p=0.5),
+        DarknetColour(hue=0.1, saturation=1.5, exposure=1.5),
+    ]
+    boxes = albumentations.BboxParams(  # checking the boxes once, at the end, gives the same result in less time
+        format="albumentations", min_visibility=0.1, clip=True, filter_invalid_bboxes=True, check_each_transform=False
+    )
+    return albumentations.Compose(transforms, bbox_params=boxes)
+
+
+def plain_transform(image_size: int) -> albumentations.Compose:
+    """Stretches the whole image to a square of image_size pixels, with its boxes (M, 5): xyxy in fractions, class."""
+    resize = albumentations.Resize(image_size, image_size, interpolation=cv2.INTER_LINEAR)
+    boxes = albumentations.BboxParams(format="albumentations", clip=True, filter_invalid_bboxes=True)
+    return albumentations.Compose([resize], bbox_params=boxes)
+
+
+def to_tensor(image: np.ndarray) -> Tensor:
+    """(H, W, 3) -> (3, H, W), both uint8: a quarter of float32's bytes on the way to the device; the network divides by 255."""
+    return torch.from_numpy(image).permute(2, 0, 1)
+
+
+# ---------------------------------------------------------------- targets
+
+
+def encode_targets(boxes, class_indices, anchors, grid_height: int, grid_width: int) -> Tensor:
+    """boxes: (M, 4) cxcywh in fractions of the image; class_indices: (M,); anchors: A pairs in grid cells -> (A, S_h, S_w, 6)
+    float32: object (1 or 0), x, y (offset in the cell, 0..1), w, h (in grid cells), class; zeros where there is no object.
+
+    An object belongs to the cell of its centre and to the anchor with the best IoU of shapes. If two objects claim the same slot,
+    the later one gets it (forward_region_layer in Darknet's src/region_layer.c, which sees an image's objects in random order).
+    """
+    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+    anchors = np.asarray(anchors, dtype=np.float64)
+    targets = np.zeros((len(anchors), grid_height, grid_width, 6), dtype=np.float32)
+    x, y, w, h = (boxes * [grid_width, grid_height, grid_width, grid_height]).T  # in grid cells
+    column = np.clip(x.astype(int), 0, grid_width - 1)  # for a centre on the right or lower border
+    row = np.clip(y.astype(int), 0, grid_height - 1)
+    anchor = shape_iou(np.stack([w, h], axis=1), anchors).argmax(dim=1).numpy()
+    values = np.stack([np.ones_like(x), x - column, y - row, w, h, np.asarray(class_indices, dtype=np.float64).reshape(-1)], axis=1)
+    targets[anchor, row, column] = values  # numpy writes in order: the later object wins a shared slot
+    return torch.from_numpy(targets)
+
+
+def shape_iou(sizes, anchors) -> Tensor:
+    """IoU of shapes alone, all boxes at the same centre: sizes (M, 2), anchors (A, 2) of the same unit -> (M, A) float64."""
+    boxes = F.pad(torch.as_tensor(sizes, dtype=torch.float64), (2, 0))  # (M, 4) cxcywh with centres at 0
+    anchor_boxes = F.pad(torch.as_tensor(anchors, dtype=torch.float64), (2, 0))  # (A, 4)
+    return utils.box_iou(boxes[:, None], anchor_boxes)
+
+
+# ---------------------------------------------------------------- the data set
+
+
+class VOCDataset(Dataset):
+    """Images and encoded targets of VOC image sets or of lists of files (see list_samples).
+
+    anchors: A pairs in grid cells; image_size: pixels, a multiple of 32; limit: use only the first `limit` images; tolerate: see
+    read_labels. All labels are read at once, so that errors show before training. Difficult objects are ground truth but not
+    targets, as in Darknet's voc_label.py. Raises FileNotFoundError or ValueError, naming the file.
+    """
+
+    def __init__(self, root, image_sets, anchors, image_size=416, classes=VOC_CLASSES, augment=False, limit=None, tolerate=()):
+        if image_size % 32 or not 32 <= image_size < 10_000:
+            raise ValueError(f"IMAGE_SIZE must be a multiple of 32 pixels, not {image_size}")
+        if unknown := set(tolerate) - {"other classes", "missing labels"}:
+            raise ValueError(f'TOLERATE takes "other classes" and "missing labels", not {unknown.pop()!r}')
+        self.anchors, self.image_size, self.classes, self.augment = anchors, image_size, read_classes(classes), augment
+        self.samples = list_samples(root, image_sets)[:limit]
+        read = [read_labels(label_file, self.classes, tolerate) for _, label_file in self.samples]
+        self.labels = [labels for labels, _ in read]  # (G, 6) each, in the units of read_labels
+        self.declared_sizes = [size for _, size in read]  # (width, height) of each image according to its label file
+        self.transforms = {}  # one per image size
+        self.broken_list = ""  # see read_or_next
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: int | tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        """key: an index, or (index, image size, seed of the augmentation) -> image (3, H, W) uint8, targets (A, S_h, S_w, 6).
+        Size and seed are part of the key because a worker process does not see later changes of the data set."""
+        index, size, seed = key if isinstance(key, tuple) else (key, self.image_size, None)
+        if size not in self.transforms:
+            self.transforms[size] = train_transform(size) if self.augment else plain_transform(size)
+        if self.augment and seed is not None:
+            # one generator for all: set_random_seed would give each transform the same numbers, and correlate flip and hue
+            self.transforms[size].set_random_state(np.random.default_rng(seed), random.Random(seed))
+        image, index = read_or_next(self.samples, index, self.broken_list)
+        height, width = image.shape[:2]
+        labels = self.labels[index][self.labels[index][:, 1] == 0]  # without difficult objects
+        fractions = boxes_in_fractions(labels[:, 2:], self.samples[index][1], width, height)
+        augmented = self.transforms[size](image=image, bboxes=np.column_stack([fractions, labels[:, 0]]))
+        boxes = np.asarray(augmented["bboxes"], dtype=np.float64).reshape(-1, 5)  # (M, 5) xyxy, class
+        cxcywh = box_convert(torch.from_numpy(boxes[:, :4]), "xyxy", "cxcywh")
+        return to_tensor(augmented["image"]), encode_targets(cxcywh, boxes[:, 4], self.anchors, size // 32, size // 32)
+
+    def ground_truth(self, index: int, size: tuple[int, int] | None = None) -> tuple[Tensor, str]:
+        """-> (G, 6) float64: class, difficult, x1, y1, x2, y2 in devkit pixels of the original image; and the image id.
+        size: width and height of the image, if they are already known."""
+        image_file, label_file = self.samples[index]
+        labels = self.labels[index].copy()
+        if not is_voc_xml(label_file):
+            labels[:, 2:] = utils.to_devkit_pixels(labels[:, 2:], *(size or image_size(image_file)))
+        return torch.from_numpy(labels), Path(image_file).stem
+
+    def images_and_sizes(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """For utils.detect_dataset: a batch without augmentation (N, 3, H, W) uint8, and the original widths and heights (N, 2)."""
+        transform, images, sizes = plain_transform(self.image_size), [], []
+        for index in indices:
+            image = read_image(self.samples[index][0])
+            images.append(to_tensor(transform(image=image, bboxes=np.empty((0, 5)))["image"]))
+            sizes.append(image.shape[1::-1])
+        batch = torch.stack(images)
+        if get_worker_info():
+            batch.share_memory_()  # in a worker: if /dev/shm is full, fail here, where the main process gets the error
+        return batch, torch.tensor(sizes)
+
+
+# ---------------------------------------------------------------- batches
+
+
+def steps_per_epoch(count: int, batch_size: int, subdivisions: int = 1) -> int:
+    """Optimiser steps per epoch of `count` images: the number of full batches, or 1 if the images do not fill one."""
+    if count < batch_size and subdivisions > 1:
+        raise ValueError(
+            f"{count} images per epoch do not fill a batch of {batch_size}; lower BATCH_SIZE, or set SUBDIVISIONS=1 in one process"
+        )
+    return max(1, count // batch_size)
+
+
+def training_batches(
+    count: int, batch_size: int, subdivisions: int, image_sizes: list[int], seed: int, first_step: int = 0, repeat: int = 1
+) -> Iterator[list[tuple[int, int, int]]]:
+    """Yields endlessly, from optimiser step first_step on, lists of batch_size / subdivisions VOCDataset keys: the images of one
+    forward pass. `subdivisions` of these lists make one step (gradient accumulation).
+
+    An epoch is `repeat` permutations of the `count` images, without a last partial batch unless it is the only one. A new size is
+    drawn every 10 steps (YOLO9000 sec. 2, multi-scale training). All of it depends on seed and step alone, so a resumed run
+    sees the same batches as an uninterrupted one.
+    """
+    steps = steps_per_epoch(count * repeat, batch_size, subdivisions)
+    part_size = batch_size // subdivisions  # images per forward pass
+    for epoch in itertools.count(first_step // steps):
+        rng = np.random.default_rng([seed, epoch])
+        order = np.concatenate([rng.permutation(count) for _ in range(repeat)])
+        seeds = rng.integers(2**31, size=len(order))
+        for step in range(max(epoch * steps, first_step), (epoch + 1) * steps):
+            size = int(np.random.default_rng([seed, step // 10, 1]).choice(image_sizes))  # the 1: another stream than [seed, epoch]
+            first = (step - epoch * steps) * batch_size
+            for start in range(first, first + batch_size, part_size):
+                keys = zip(order[start : start + part_size], seeds[start : start + part_size], strict=True)
+                yield [(int(index), size, int(augmentation_seed)) for index, augmentation_seed in keys]
+
+
+def files_of_step(samples: list[tuple], batches: Iterator, subdivisions: int) -> list[str]:
+    """The image files of the next optimiser step; `batches` comes from training_batches."""
+    return [samples[index][0] for batch in itertools.islice(batches, subdivisions) for index, _, _ in batch]
+
+
+# ---------------------------------------------------------------- ImageNet
+
+
+class DarknetCrop(albumentations.ImageOnlyTransform):
+    """Darknet's random_augment_image in one resampling: stretches the image by an aspect ratio between 3/4 and 4/3, scales it to a
+    short side in the range `sides`, rotates it by up to 7 degrees and crops a square of `size` at random (darknet19.cfg).
+
+    Ours: `sides` limits the short side of the stretched image. Darknet computes it with the inverse aspect.
+    """
+
+    def __init__(self, size: int, sides: tuple[float, float]):
+        super().__init__(p=1.0)
+        self.size, self.sides = size, sides
+
+    def get_params_dependent_on_data(self, params: dict, data: dict) -> dict:
+        height, width = params["shape"][:2]
+        aspect = self.py_random.uniform(0.75, 1)
+        aspect = aspect if self.py_random.random() < 0.5 else 1 / aspect
+        scale = self.py_random.uniform(*self.sides) / min(height, width * aspect)
+        scale_x, scale_y = scale * aspect, scale
+        # largest offset of the square's centre from the image's centre, in pixels of the scaled image
+        max_dx, max_dy = abs(width * scale_x - self.size) / 2, abs(height * scale_y - self.size) / 2
+        dx, dy = self.py_random.uniform(-max_dx, max_dx), self.py_random.uniform(-max_dy, max_dy)
+        angle = math.radians(self.py_random.uniform(-7.0, 7.0))
+        rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        matrix = rotation @ np.diag([scale_x, scale_y])
+        shift = np.array([self.size / 2 + dx, self.size / 2 + dy]) - matrix @ np.array([width / 2, height / 2])
+        return {"matrix": np.column_stack([matrix, shift])}
+
+    def apply(self, image: np.ndarray, matrix: np.ndarray, **params) -> np.ndarray:
+        return cv2.warpAffine(image, matrix, (self.size, self.size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
+class ImageNetFolder(ImageFolder):
+    """torchvision's ImageFolder, indexed like VOCDataset: -> image (3, size, size) uint8, class index. If `broken_list` is set,
+    training replaces an unreadable image by the next one, and validation gives it the label -100."""
+
+    def __init__(self, folder: str, image_size: int, augment: bool, crop_scale: tuple[float, float]):
+        self.skipped = []
+        super().__init__(folder, is_valid_file=self.is_image)
+        self.image_size, self.augment, self.crop_scale, self.transforms = image_size, augment, crop_scale, {}
+        self.broken_list = ""  # see read_or_next
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        """As in torchvision, but without hidden folders such as .ipynb_checkpoints."""
+        classes, _ = super().find_classes(directory)
+        classes = utils.check_classes(directory, [name for name in classes if not name.startswith(".")])
+        return classes, {name: index for index, name in enumerate(classes)}
+
+    def is_image(self, file: str) -> bool:
+        if any(part.startswith(".") for part in Path(file).relative_to(self.root).parts):  # .ipynb_checkpoints in a class folder
+            return False
+        if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES:
+            return True
+        self.skipped.append(file)
+        return False
+
+    def __getitem__(self, key: int | tuple[int, int, int]) -> tuple[Tensor, int]:
+        index, size, seed = key if isinstance(key, tuple) else (key, self.image_size, None)
+        if size not in self.transforms:
+            if self.augment:
+                crop = DarknetCrop(size, (size * self.crop_scale[0], size * self.crop_scale[1]))
+                transforms = [
+                    crop,
+                    albumentations.HorizontalFlip(p=0.5),
+                    DarknetColour(hue=0.1, saturation=4 / 3, exposure=4 / 3),  # cfg: .75, so 3/4 to 4/3
+                ]
+            else:
+                transforms = [albumentations.SmallestMaxSize(size), albumentations.CenterCrop(size, size)]
+            self.transforms[size] = albumentations.Compose(transforms)
+        if self.augment and seed is not None:
+            # one generator for all transforms, as in VOCDataset
+            self.transforms[size].set_random_state(np.random.default_rng(seed), random.Random(seed))
+        image, read_index = read_or_next(self.samples, index, self.broken_list)
+        label = self.samples[read_index][1] if self.augment or read_index == index else -100  # validation counts no image twice
+        return to_tensor(self.transforms[size](image=image)["image"]), label
+
+
+def imagenet_dataset(root, split: str, image_size: int, augment: bool, crop_scale=(0.5, 1.75), classes=None) -> ImageNetFolder:
+    """The images of root/split/<wnid>/, ImageNet's usual layout; classes are the sorted wnids.
+
+    augment: the crops, rotations, flips and colours of darknet19.cfg; otherwise the centre square. crop_scale: smallest and largest
+    short side of the scaled image, relative to the crop (Darknet's min_crop and max_crop over its input: 128 and 448 over 256 in
+    darknet19.cfg, 448 and 512 over 448 in darknet19_448.cfg). classes: the wnids that must be there. Raises FileNotFoundError or
+    ValueError, naming the folder.
+    """
+    if not (len(crop_scale) == 2 and 0 < crop_scale[0] <= crop_scale[1]):
+        raise ValueError(f"CROP_SCALE {crop_scale} must be two rising numbers above 0, such as (0.5, 1.75)")
+    folder = os.path.join(root, split)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{folder}: no such folder; DATA_DIR must hold train/ and val/ with one folder per class")
+    if not any(entry.is_dir() for entry in os.scandir(folder)):
+        raise ValueError(
+            f"{folder}: its images are not in class folders; move each to {split}/<wnid>/. For ImageNet's flat val/, line n of the "
+            f"devkit's ILSVRC2012_validation_ground_truth.txt is the ILSVRC2012_ID of image n, and meta.mat gives its wnid"
+        )
+    try:
+        dataset = ImageNetFolder(folder, image_size, augment, crop_scale)
+    except FileNotFoundError as error:  # torchvision's error for class folders without images
+        raise ValueError(f"{folder}: {utils.first_line(error)}") from None
+    if dataset.skipped:
+        print(f"{folder}: {len(dataset.skipped)} files skipped that are not images, {dataset.skipped[0]} first")
+    if classes is not None and dataset.classes != classes:
+        unshared = sorted(set(dataset.classes) ^ set(classes))
+        raise ValueError(f"{root}: train/ and val/ have different class folders ({', '.join(unshared[:5])}); both need all of them")
+    return dataset
+
+
+# ---------------------------------------------------------------- anchors
+
+
+def average_best_iou(box_sizes, anchors) -> float:
+    """Mean IoU of shapes between each box and its best anchor (YOLO9000 Table 1); sizes and anchors in the same unit."""
+    return float(shape_iou(box_sizes, anchors).amax(dim=1).mean())
+
+
+def kmeans_anchors(box_sizes, k: int, seeds: int = 5) -> Tensor:
+    """k-means with the distance 1 - IoU (YOLO9000 sec. 2, dimension clusters), the best of `seeds` starts. box_sizes: (B, 2) widths
+    and heights -> anchors (k, 2) in the same unit, by rising area. Raises ValueError if B < k.
+
+    Ours: medians instead of means, because they fit better (tests/MEASUREMENTS.md, Anchors).
+    """
+    box_sizes = torch.as_tensor(np.asarray(box_sizes), dtype=torch.float64)
+    if len(box_sizes) < k:
+        raise ValueError(f"{len(box_sizes)} boxes are too few for {k} anchors")
+    best, best_iou = None, -1.0
+    for seed in range(seeds):
+        anchors = box_sizes[np.random.default_rng(seed).choice(len(box_sizes), k, replace=False)]
+        for _ in range(300):
+            previous = anchors.clone()
+            nearest = shape_iou(box_sizes, anchors).argmax(dim=1)  # the largest IoU is the smallest distance
+            for cluster in range(k):
+                if (nearest == cluster).any():
+                    anchors[cluster] = box_sizes[nearest == cluster].median(dim=0).values
+            if torch.equal(anchors, previous):
+                break
+        if (iou := average_best_iou(box_sizes, anchors)) > best_iou:
+            best, best_iou = anchors, iou
+    return best[best.prod(dim=1).argsort()]
+
+
 # ---------------------------------------------------------------- reading images
 
 
@@ -122,6 +461,25 @@ def image_size(file: str | os.PathLike) -> tuple[int, int]:
             rotated = orientation in (5, 6, 7, 8)  # by 90 degrees
             return (image.height, image.width) if rotated else (image.width, image.height)
     return read_image(file).shape[1::-1]  # some versions of Pillow rotate TIFF images on opening
+
+
+def read_or_next(samples: list[tuple], index: int, broken_list: str) -> tuple[np.ndarray, int]:
+    """The image of samples[index] and its index. Raises FileNotFoundError or ValueError for an unreadable image; but if broken_list
+    names a file, lists the image there and returns the next readable one, so that one bad file does not end a long run."""
+    for _ in range(len(samples)):
+        try:
+            return read_image(samples[index][0]), index
+        except (OSError, ValueError) as error:
+            if not broken_list:
+                raise
+            os.makedirs(os.path.dirname(os.path.abspath(broken_list)), exist_ok=True)
+            # the loader's workers share the file; a file name need not be UTF-8
+            with open(broken_list, "a+", encoding="utf-8", errors="surrogateescape") as stream:
+                stream.seek(0)
+                if f"{error}\n" not in stream:
+                    stream.write(f"{error}\n")
+            index = (index + 1) % len(samples)
+    raise ValueError(f"none of the {len(samples)} images can be read; {broken_list} lists them")
 
 
 # ---------------------------------------------------------------- reading lists and labels
@@ -468,179 +826,7 @@ def read_coco_labels(label_file: str, classes, tolerate=()) -> tuple[list[list[f
     return labels, image["size"]
 
 
-# ---------------------------------------------------------------- augmentation
-
-
-class DarknetColour(albumentations.ImageOnlyTransform):
-    """Darknet's random_distort_image (src/image.c): in HSV, shifts the hue by up to `hue` of the circle, and multiplies saturation
-    and value by random factors of up to `saturation` and `exposure`, or their inverses. Albumentations' own colour jitters add
-    instead, or blend with grey."""
-
-    def __init__(self, hue: float, saturation: float, exposure: float):
-        super().__init__(p=1.0)
-        self.hue, self.saturation, self.exposure = hue, saturation, exposure
-
-    def get_params(self) -> dict:
-        def factor(limit):
-            scale = self.py_random.uniform(1, limit)
-            return scale if self.py_random.random() < 0.5 else 1 / scale
-
-        shift = self.py_random.uniform(-self.hue, self.hue)
-        return {"shift": shift, "factors": (factor(self.saturation), factor(self.exposure))}
-
-    def apply(self, image: np.ndarray, shift: float, factors: tuple, **params) -> np.ndarray:
-        # FULL: a full circle of hues is 256 steps, so uint8 arithmetic wraps around correctly
-        hue, saturation, value = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL))
-        hue += np.uint8(round(shift * 256) % 256)
-        image = cv2.cvtColor(cv2.merge([hue, saturation, value]), cv2.COLOR_HSV2RGB_FULL)
-        # Each channel is V (1 - S u), where u depends on the hue alone. The factors s of S and v of V make it v V (1 - s S u),
-        # which is v s times the channel plus v (1 - s) V: no second conversion, and only the result is clipped, as in Darknet.
-        s, v = factors
-        return cv2.addWeighted(image, v * s, cv2.merge([value, value, value]), v * (1 - s), 0)
-
-
-def train_transform(image_size: int) -> albumentations.Compose:
-    """Augmentation to a square of image_size pixels: moves each side in or out by up to a fifth of the image, repeating the border,
-    flips, and distorts the colours (load_data_detection and crop_image in Darknet when the paper was written). Boxes (M, 5): xyxy
-    in fractions, class; those with less than a tenth of their area left are dropped."""
-    transforms = [
-        # percent is drawn for each side; negative values crop
-        albumentations.CropAndPad(percent=(-0.2, 0.2), keep_size=False, border_mode=cv2.BORDER_REPLICATE),
-        albumentations.Resize(image_size, image_size, interpolation=cv2.INTER_LINEAR),
-        albumentations.HorizontalFlip(p=0.5),
-        DarknetColour(hue=0.1, saturation=1.5, exposure=1.5),
-    ]
-    boxes = albumentations.BboxParams(  # checking the boxes once, at the end, gives the same result in less time
-        format="albumentations", min_visibility=0.1, clip=True, filter_invalid_bboxes=True, check_each_transform=False
-    )
-    return albumentations.Compose(transforms, bbox_params=boxes)
-
-
-def plain_transform(image_size: int) -> albumentations.Compose:
-    """Stretches the whole image to a square of image_size pixels, with its boxes (M, 5): xyxy in fractions, class."""
-    resize = albumentations.Resize(image_size, image_size, interpolation=cv2.INTER_LINEAR)
-    boxes = albumentations.BboxParams(format="albumentations", clip=True, filter_invalid_bboxes=True)
-    return albumentations.Compose([resize], bbox_params=boxes)
-
-
-def to_tensor(image: np.ndarray) -> Tensor:
-    """(H, W, 3) -> (3, H, W), both uint8: a quarter of float32's bytes on the way to the device; the network divides by 255."""
-    return torch.from_numpy(image).permute(2, 0, 1)
-
-
-# ---------------------------------------------------------------- targets
-
-
-def encode_targets(boxes, class_indices, anchors, grid_height: int, grid_width: int) -> Tensor:
-    """boxes: (M, 4) cxcywh in fractions of the image; class_indices: (M,); anchors: A pairs in grid cells -> (A, S_h, S_w, 6)
-    float32: object (1 or 0), x, y (offset in the cell, 0..1), w, h (in grid cells), class; zeros where there is no object.
-
-    An object belongs to the cell of its centre and to the anchor with the best IoU of shapes. If two objects claim the same slot,
-    the later one gets it (forward_region_layer in Darknet's src/region_layer.c, which sees an image's objects in random order).
-    """
-    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
-    anchors = np.asarray(anchors, dtype=np.float64)
-    targets = np.zeros((len(anchors), grid_height, grid_width, 6), dtype=np.float32)
-    x, y, w, h = (boxes * [grid_width, grid_height, grid_width, grid_height]).T  # in grid cells
-    column = np.clip(x.astype(int), 0, grid_width - 1)  # for a centre on the right or lower border
-    row = np.clip(y.astype(int), 0, grid_height - 1)
-    anchor = shape_iou(np.stack([w, h], axis=1), anchors).argmax(dim=1).numpy()
-    values = np.stack([np.ones_like(x), x - column, y - row, w, h, np.asarray(class_indices, dtype=np.float64).reshape(-1)], axis=1)
-    targets[anchor, row, column] = values  # numpy writes in order: the later object wins a shared slot
-    return torch.from_numpy(targets)
-
-
-def shape_iou(sizes, anchors) -> Tensor:
-    """IoU of shapes alone, all boxes at the same centre: sizes (M, 2), anchors (A, 2) of the same unit -> (M, A) float64."""
-    boxes = F.pad(torch.as_tensor(sizes, dtype=torch.float64), (2, 0))  # (M, 4) cxcywh with centres at 0
-    anchor_boxes = F.pad(torch.as_tensor(anchors, dtype=torch.float64), (2, 0))  # (A, 4)
-    return utils.box_iou(boxes[:, None], anchor_boxes)
-
-
-# ---------------------------------------------------------------- the data set
-
-
-def read_or_next(samples: list[tuple], index: int, broken_list: str) -> tuple[np.ndarray, int]:
-    """The image of samples[index] and its index. Raises FileNotFoundError or ValueError for an unreadable image; but if broken_list
-    names a file, lists the image there and returns the next readable one, so that one bad file does not end a long run."""
-    for _ in range(len(samples)):
-        try:
-            return read_image(samples[index][0]), index
-        except (OSError, ValueError) as error:
-            if not broken_list:
-                raise
-            os.makedirs(os.path.dirname(os.path.abspath(broken_list)), exist_ok=True)
-            # the loader's workers share the file; a file name need not be UTF-8
-            with open(broken_list, "a+", encoding="utf-8", errors="surrogateescape") as stream:
-                stream.seek(0)
-                if f"{error}\n" not in stream:
-                    stream.write(f"{error}\n")
-            index = (index + 1) % len(samples)
-    raise ValueError(f"none of the {len(samples)} images can be read; {broken_list} lists them")
-
-
-class VOCDataset(Dataset):
-    """Images and encoded targets of VOC image sets or of lists of files (see list_samples).
-
-    anchors: A pairs in grid cells; image_size: pixels, a multiple of 32; limit: use only the first `limit` images; tolerate: see
-    read_labels. All labels are read at once, so that errors show before training. Difficult objects are ground truth but not
-    targets, as in Darknet's voc_label.py. Raises FileNotFoundError or ValueError, naming the file.
-    """
-
-    def __init__(self, root, image_sets, anchors, image_size=416, classes=VOC_CLASSES, augment=False, limit=None, tolerate=()):
-        if image_size % 32 or not 32 <= image_size < 10_000:
-            raise ValueError(f"IMAGE_SIZE must be a multiple of 32 pixels, not {image_size}")
-        if unknown := set(tolerate) - {"other classes", "missing labels"}:
-            raise ValueError(f'TOLERATE takes "other classes" and "missing labels", not {unknown.pop()!r}')
-        self.anchors, self.image_size, self.classes, self.augment = anchors, image_size, read_classes(classes), augment
-        self.samples = list_samples(root, image_sets)[:limit]
-        read = [read_labels(label_file, self.classes, tolerate) for _, label_file in self.samples]
-        self.labels = [labels for labels, _ in read]  # (G, 6) each, in the units of read_labels
-        self.declared_sizes = [size for _, size in read]  # (width, height) of each image according to its label file
-        self.transforms = {}  # one per image size
-        self.broken_list = ""  # see read_or_next
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, key: int | tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        """key: an index, or (index, image size, seed of the augmentation) -> image (3, H, W) uint8, targets (A, S_h, S_w, 6).
-        Size and seed are part of the key because a worker process does not see later changes of the data set."""
-        index, size, seed = key if isinstance(key, tuple) else (key, self.image_size, None)
-        if size not in self.transforms:
-            self.transforms[size] = train_transform(size) if self.augment else plain_transform(size)
-        if self.augment and seed is not None:
-            # one generator for all: set_random_seed would give each transform the same numbers, and correlate flip and hue
-            self.transforms[size].set_random_state(np.random.default_rng(seed), random.Random(seed))
-        image, index = read_or_next(self.samples, index, self.broken_list)
-        height, width = image.shape[:2]
-        labels = self.labels[index][self.labels[index][:, 1] == 0]  # without difficult objects
-        fractions = boxes_in_fractions(labels[:, 2:], self.samples[index][1], width, height)
-        augmented = self.transforms[size](image=image, bboxes=np.column_stack([fractions, labels[:, 0]]))
-        boxes = np.asarray(augmented["bboxes"], dtype=np.float64).reshape(-1, 5)  # (M, 5) xyxy, class
-        cxcywh = box_convert(torch.from_numpy(boxes[:, :4]), "xyxy", "cxcywh")
-        return to_tensor(augmented["image"]), encode_targets(cxcywh, boxes[:, 4], self.anchors, size // 32, size // 32)
-
-    def ground_truth(self, index: int, size: tuple[int, int] | None = None) -> tuple[Tensor, str]:
-        """-> (G, 6) float64: class, difficult, x1, y1, x2, y2 in devkit pixels of the original image; and the image id.
-        size: width and height of the image, if they are already known."""
-        image_file, label_file = self.samples[index]
-        labels = self.labels[index].copy()
-        if not is_voc_xml(label_file):
-            labels[:, 2:] = utils.to_devkit_pixels(labels[:, 2:], *(size or image_size(image_file)))
-        return torch.from_numpy(labels), Path(image_file).stem
-
-    def images_and_sizes(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """For utils.detect_dataset: a batch without augmentation (N, 3, H, W) uint8, and the original widths and heights (N, 2)."""
-        transform, images, sizes = plain_transform(self.image_size), [], []
-        for index in indices:
-            image = read_image(self.samples[index][0])
-            images.append(to_tensor(transform(image=image, bboxes=np.empty((0, 5)))["image"]))
-            sizes.append(image.shape[1::-1])
-        batch = torch.stack(images)
-        if get_worker_info():
-            batch.share_memory_()  # in a worker: if /dev/shm is full, fail here, where the main process gets the error
-        return batch, torch.tensor(sizes)
+# ---------------------------------------------------------------- checking a data set
 
 
 def drop_broken_images(dataset: VOCDataset, broken_list: str) -> None:
@@ -676,158 +862,6 @@ def print_suspicious_labels(dataset: VOCDataset) -> None:
         print(f"{len(doubts)} of {len(dataset)} label files look wrong (python dataset.py lists them), the first: {doubts[0]}")
 
 
-def steps_per_epoch(count: int, batch_size: int, subdivisions: int = 1) -> int:
-    """Optimiser steps per epoch of `count` images: the number of full batches, or 1 if the images do not fill one."""
-    if count < batch_size and subdivisions > 1:
-        raise ValueError(f"{count} images per epoch do not fill a batch of {batch_size}; lower BATCH_SIZE, or set SUBDIVISIONS=1")
-    return max(1, count // batch_size)
-
-
-def training_batches(
-    count: int, batch_size: int, subdivisions: int, image_sizes: list[int], seed: int, first_step: int = 0, repeat: int = 1
-) -> Iterator[list[tuple[int, int, int]]]:
-    """Yields endlessly, from optimiser step first_step on, lists of batch_size / subdivisions VOCDataset keys: the images of one
-    forward pass. `subdivisions` of these lists make one step (gradient accumulation).
-
-    An epoch is `repeat` permutations of the `count` images, without a last partial batch unless it is the only one. A new size is
-    drawn every 10 steps (YOLO9000 sec. 2, multi-scale training). All of it depends on seed and step alone, so a resumed run
-    sees the same batches as an uninterrupted one.
-    """
-    steps = steps_per_epoch(count * repeat, batch_size, subdivisions)
-    part_size = batch_size // subdivisions  # images per forward pass
-    for epoch in itertools.count(first_step // steps):
-        rng = np.random.default_rng([seed, epoch])
-        order = np.concatenate([rng.permutation(count) for _ in range(repeat)])
-        seeds = rng.integers(2**31, size=len(order))
-        for step in range(max(epoch * steps, first_step), (epoch + 1) * steps):
-            size = int(np.random.default_rng([seed, step // 10, 1]).choice(image_sizes))  # the 1: another stream than [seed, epoch]
-            first = (step - epoch * steps) * batch_size
-            for start in range(first, first + batch_size, part_size):
-                keys = zip(order[start : start + part_size], seeds[start : start + part_size], strict=True)
-                yield [(int(index), size, int(augmentation_seed)) for index, augmentation_seed in keys]
-
-
-def files_of_step(samples: list[tuple], batches: Iterator, subdivisions: int) -> list[str]:
-    """The image files of the next optimiser step; `batches` comes from training_batches."""
-    return [samples[index][0] for batch in itertools.islice(batches, subdivisions) for index, _, _ in batch]
-
-
-# ---------------------------------------------------------------- ImageNet
-
-
-class DarknetCrop(albumentations.ImageOnlyTransform):
-    """Darknet's random_augment_image in one resampling: stretches the image by an aspect ratio between 3/4 and 4/3, scales it to a
-    short side in the range `sides`, rotates it by up to 7 degrees and crops a square of `size` at random (darknet19.cfg).
-
-    Ours: `sides` limits the short side of the stretched image. Darknet computes it with the inverse aspect.
-    """
-
-    def __init__(self, size: int, sides: tuple[float, float]):
-        super().__init__(p=1.0)
-        self.size, self.sides = size, sides
-
-    def get_params_dependent_on_data(self, params: dict, data: dict) -> dict:
-        height, width = params["shape"][:2]
-        aspect = self.py_random.uniform(0.75, 1)
-        aspect = aspect if self.py_random.random() < 0.5 else 1 / aspect
-        scale = self.py_random.uniform(*self.sides) / min(height, width * aspect)
-        scale_x, scale_y = scale * aspect, scale
-        # largest offset of the square's centre from the image's centre, in pixels of the scaled image
-        max_dx, max_dy = abs(width * scale_x - self.size) / 2, abs(height * scale_y - self.size) / 2
-        dx, dy = self.py_random.uniform(-max_dx, max_dx), self.py_random.uniform(-max_dy, max_dy)
-        angle = math.radians(self.py_random.uniform(-7.0, 7.0))
-        rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-        matrix = rotation @ np.diag([scale_x, scale_y])
-        shift = np.array([self.size / 2 + dx, self.size / 2 + dy]) - matrix @ np.array([width / 2, height / 2])
-        return {"matrix": np.column_stack([matrix, shift])}
-
-    def apply(self, image: np.ndarray, matrix: np.ndarray, **params) -> np.ndarray:
-        return cv2.warpAffine(image, matrix, (self.size, self.size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-
-
-class ImageNetFolder(ImageFolder):
-    """torchvision's ImageFolder, indexed like VOCDataset: -> image (3, size, size) uint8, class index. If `broken_list` is set,
-    training replaces an unreadable image by the next one, and validation gives it the label -100."""
-
-    def __init__(self, folder: str, image_size: int, augment: bool, crop_scale: tuple[float, float]):
-        self.skipped = []
-        super().__init__(folder, is_valid_file=self.is_image)
-        self.image_size, self.augment, self.crop_scale, self.transforms = image_size, augment, crop_scale, {}
-        self.broken_list = ""  # see read_or_next
-
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        """As in torchvision, but without hidden folders such as .ipynb_checkpoints."""
-        classes, _ = super().find_classes(directory)
-        classes = utils.check_classes(directory, [name for name in classes if not name.startswith(".")])
-        return classes, {name: index for index, name in enumerate(classes)}
-
-    def is_image(self, file: str) -> bool:
-        if any(part.startswith(".") for part in Path(file).relative_to(self.root).parts):  # .ipynb_checkpoints in a class folder
-            return False
-        if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES:
-            return True
-        self.skipped.append(file)
-        return False
-
-    def __getitem__(self, key: int | tuple[int, int, int]) -> tuple[Tensor, int]:
-        index, size, seed = key if isinstance(key, tuple) else (key, self.image_size, None)
-        if size not in self.transforms:
-            if self.augment:
-                crop = DarknetCrop(size, (size * self.crop_scale[0], size * self.crop_scale[1]))
-                transforms = [
-                    crop,
-                    albumentations.HorizontalFlip(p=0.5),
-                    DarknetColour(hue=0.1, saturation=4 / 3, exposure=4 / 3),  # cfg: .75, so 3/4 to 4/3
-                ]
-            else:
-                transforms = [albumentations.SmallestMaxSize(size), albumentations.CenterCrop(size, size)]
-            self.transforms[size] = albumentations.Compose(transforms)
-        if self.augment and seed is not None:
-            # one generator for all transforms, as in VOCDataset
-            self.transforms[size].set_random_state(np.random.default_rng(seed), random.Random(seed))
-        image, read_index = read_or_next(self.samples, index, self.broken_list)
-        label = self.samples[read_index][1] if self.augment or read_index == index else -100  # validation counts no image twice
-        return to_tensor(self.transforms[size](image=image)["image"]), label
-
-
-def imagenet_dataset(root, split: str, image_size: int, augment: bool, crop_scale=(0.5, 1.75), classes=None) -> ImageNetFolder:
-    """The images of root/split/<wnid>/, ImageNet's usual layout; classes are the sorted wnids.
-
-    augment: the crops, rotations, flips and colours of darknet19.cfg; otherwise the centre square. crop_scale: smallest and largest
-    short side of the scaled image, relative to the crop (Darknet's min_crop and max_crop over its input: 128 and 448 over 256 in
-    darknet19.cfg, 448 and 512 over 448 in darknet19_448.cfg). classes: the wnids that must be there. Raises FileNotFoundError or
-    ValueError, naming the folder.
-    """
-    if not (len(crop_scale) == 2 and 0 < crop_scale[0] <= crop_scale[1]):
-        raise ValueError(f"CROP_SCALE {crop_scale} must be two rising numbers above 0, such as (0.5, 1.75)")
-    folder = os.path.join(root, split)
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{folder}: no such folder; DATA_DIR must hold train/ and val/ with one folder per class")
-    if not any(entry.is_dir() for entry in os.scandir(folder)):
-        raise ValueError(
-            f"{folder}: its images are not in class folders; move each to {split}/<wnid>/. For ImageNet's flat val/, line n of the "
-            f"devkit's ILSVRC2012_validation_ground_truth.txt is the ILSVRC2012_ID of image n, and meta.mat gives its wnid"
-        )
-    try:
-        dataset = ImageNetFolder(folder, image_size, augment, crop_scale)
-    except FileNotFoundError as error:  # torchvision's error for class folders without images
-        raise ValueError(f"{folder}: {utils.first_line(error)}") from None
-    if dataset.skipped:
-        print(f"{folder}: {len(dataset.skipped)} files skipped that are not images, {dataset.skipped[0]} first")
-    if classes is not None and dataset.classes != classes:
-        unshared = sorted(set(dataset.classes) ^ set(classes))
-        raise ValueError(f"{root}: train/ and val/ have different class folders ({', '.join(unshared[:5])}); both need all of them")
-    return dataset
-
-
-# ---------------------------------------------------------------- anchors
-
-
-def average_best_iou(box_sizes, anchors) -> float:
-    """Mean IoU of shapes between each box and its best anchor (YOLO9000 Table 1); sizes and anchors in the same unit."""
-    return float(shape_iou(box_sizes, anchors).amax(dim=1).mean())
-
-
 def print_badly_fitting_anchors(dataset: VOCDataset) -> None:
     """Prints a hint if the average IoU of the objects and their best anchors is below 0.5, for example with the anchors
     of 416 pixels at 224."""
@@ -839,34 +873,6 @@ def print_badly_fitting_anchors(dataset: VOCDataset) -> None:
     cells, size = np.concatenate(sizes) * (dataset.image_size / 32), dataset.image_size
     if len(cells) and (fit := average_best_iou(cells, dataset.anchors)) < 0.5:
         print(f"ANCHORS fit the boxes badly (average IoU {fit:.2f}); dataset.py IMAGE_SIZE={size} prints better ones for this data")
-
-
-def kmeans_anchors(box_sizes, k: int, seeds: int = 5) -> Tensor:
-    """k-means with the distance 1 - IoU (YOLO9000 sec. 2, dimension clusters), the best of `seeds` starts. box_sizes: (B, 2) widths
-    and heights -> anchors (k, 2) in the same unit, by rising area. Raises ValueError if B < k.
-
-    Ours: medians instead of means, because they fit better (tests/MEASUREMENTS.md, Anchors).
-    """
-    box_sizes = torch.as_tensor(np.asarray(box_sizes), dtype=torch.float64)
-    if len(box_sizes) < k:
-        raise ValueError(f"{len(box_sizes)} boxes are too few for {k} anchors")
-    best, best_iou = None, -1.0
-    for seed in range(seeds):
-        anchors = box_sizes[np.random.default_rng(seed).choice(len(box_sizes), k, replace=False)]
-        for _ in range(300):
-            previous = anchors.clone()
-            nearest = shape_iou(box_sizes, anchors).argmax(dim=1)  # the largest IoU is the smallest distance
-            for cluster in range(k):
-                if (nearest == cluster).any():
-                    anchors[cluster] = box_sizes[nearest == cluster].median(dim=0).values
-            if torch.equal(anchors, previous):
-                break
-        if (iou := average_best_iou(box_sizes, anchors)) > best_iou:
-            best, best_iou = anchors, iou
-    return best[best.prod(dim=1).argsort()]
-
-
-# ---------------------------------------------------------------- python dataset.py: checking a data set
 
 
 def check_dataset(samples: list[tuple[str, str]], classes, tolerate=()) -> tuple[list[str], list[np.ndarray], np.ndarray]:

@@ -41,14 +41,14 @@ LABEL_SMOOTHING = 0.0  # none in darknet19.cfg
 EPOCHS = 4  # 160 in the paper, 10 in its second stage
 LR_SCHEDULE = "polynomial"  # "constant", "steps", "polynomial" or "cosine"
 LR_POWER = 4.0  # of "polynomial"; 4 in the paper
-LR_DROPS = [60, 90]  # for "steps": epochs in whose last step the rate is divided by 10
+LR_DROPS = [60, 90]  # for "steps": divide the rate by 10 in the last step of these epochs
 BURN_IN = 0  # optimiser steps with a rising rate; 1000 in darknet19.cfg
 # run
 CHECKPOINT = "runs/darknet19.pt"
 RESUME = False  # continue from CHECKPOINT
 SAVE_EVERY_MINUTES = 30.0  # minutes between saves within an epoch; 0 saves after every step
 MAX_HOURS = 0.0  # save and stop after this time, for queues with a time limit; 0 for no limit
-RESUME_WEIGHTS = ""  # a checkpoint or Darknet file whose weights a new run starts from, as for the 448 px stage
+RESUME_WEIGHTS = ""  # start a new run from the weights of this checkpoint or Darknet file, as for the 448 px stage
 SEED = 0
 DEVICE = "auto"  # or "cuda", "cpu"; CUDA_VISIBLE_DEVICES=1,2 chooses GPUs
 PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device computes it faster
@@ -154,7 +154,7 @@ def main():
     if RESUME:
         state = utils.resume(CHECKPOINT, model, optimizer, scaler, settings, FIXED)
     else:
-        utils.keep_earlier_run(CHECKPOINT)
+        utils.keep_earlier_run(CHECKPOINT, RESUME_WEIGHTS)
     metadata = {"classes": train_set.classes, "image_size": IMAGE_SIZE, "settings": settings}
 
     def save():

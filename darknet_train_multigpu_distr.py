@@ -51,14 +51,14 @@ LABEL_SMOOTHING = 0.0  # none in darknet19.cfg
 EPOCHS = 4  # 160 in the paper, 10 in its second stage
 LR_SCHEDULE = "polynomial"  # "constant", "steps", "polynomial" or "cosine"
 LR_POWER = 4.0  # of "polynomial"; 4 in the paper
-LR_DROPS = [60, 90]  # for "steps": epochs in whose last step the rate is divided by 10
+LR_DROPS = [60, 90]  # for "steps": divide the rate by 10 in the last step of these epochs
 BURN_IN = 0  # optimiser steps with a rising rate; 1000 in darknet19.cfg
 # run
 CHECKPOINT = "runs/darknet19.pt"
 RESUME = False  # continue from CHECKPOINT
 SAVE_EVERY_MINUTES = 30.0  # minutes between saves within an epoch; 0 saves after every step
 MAX_HOURS = 0.0  # save and stop after this time, for queues with a time limit; 0 for no limit
-RESUME_WEIGHTS = ""  # a checkpoint or Darknet file whose weights a new run starts from, as for the 448 px stage
+RESUME_WEIGHTS = ""  # start a new run from the weights of this checkpoint or Darknet file, as for the 448 px stage
 SEED = 0
 DEVICE = "auto"  # or "cuda", "cpu"; CUDA_VISIBLE_DEVICES=1,2 chooses GPUs
 PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device computes it faster
@@ -126,8 +126,8 @@ def join_processes() -> torch.device:
     if not dist.is_initialized():
         store, rank, world = dist.HashStore(), 0, 1
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            # torchrun's key-value store survives a crash. Every start gets its own prefix: with the addresses of an earlier start
-            # in it, new processes would wait for dead ones.
+            # torchrun's key-value store survives a crash. Each start gets its own prefix: otherwise, new processes would read the
+            # addresses of dead ones and wait for them.
             store, rank, world = next(rendezvous("env://"))
             store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         nccl = device.type == "cuda" and dist.is_nccl_available()  # Windows has no NCCL
@@ -139,7 +139,7 @@ def any_process(stop, device) -> bool:
     """Whether any process was asked to stop. A signal may reach only one of them, but all must stop at the same step."""
     asked = torch.tensor(float(utils.should_stop(stop)), device=device)
     dist.all_reduce(asked, dist.ReduceOp.MAX)
-    asked = bool(asked)  # once: every look waits for the GPU
+    asked = bool(asked)  # once: each bool() waits for the GPU
     if asked and not stop.reason:
         stop.reason = "a request to another process"
     return asked
@@ -149,7 +149,7 @@ def is_own_checkpoint(launcher: str) -> bool:
     """Whether this is a restart by torchrun and CHECKPOINT was written under the same torchrun, not by an older run."""
     own = [False]
     if dist.get_rank() == 0 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and os.path.isfile(CHECKPOINT):
-        with contextlib.suppress(ValueError):  # a damaged file of an older run is not our own either
+        with contextlib.suppress(ValueError):  # a damaged file is not our own either
             own = [utils.load_checkpoint(CHECKPOINT).get("launcher") == launcher]
     dist.broadcast_object_list(own)
     return own[0]
@@ -229,11 +229,11 @@ def main():
         state = utils.resume(CHECKPOINT, model, optimizer, scaler, settings, FIXED)
     if RESUME:
         state = utils.resume(CHECKPOINT, model, optimizer, scaler, settings, FIXED)
-    # DDP: a restart renames nothing, and only the first process renames files
+    # DDP: only the first process renames files, and not after a restart
     elif restarted or rank > 0:
         pass
     else:
-        utils.keep_earlier_run(CHECKPOINT)
+        utils.keep_earlier_run(CHECKPOINT, RESUME_WEIGHTS)
     metadata = {"classes": train_set.classes, "image_size": IMAGE_SIZE, "settings": settings}
     # DDP: all processes must resume at the same step
     check_same_step(state["step"])

@@ -1,6 +1,6 @@
 """Data sets: Pascal VOC in the devkit's layout, lists of files, COCO JSON, ImageNet; augmentation, targets and k-means anchors.
 
-What the network is trained on comes first, then the readers of images, lists and labels, and last the checks of
+Order: augmentation, targets, data set, batches, ImageNet, anchors; then readers of images, lists and labels; then the checks of
 `python dataset.py DATA_DIR=... IMAGE_SETS=...`. Run it before a long training: it prints the objects per class, every unusable file
 with the reason, and how well the anchors fit, and draws augmented samples with their boxes to `runs/label_sheet.png`.
 
@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # otherwise importing it looks online for a newer version
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # otherwise the import checks online for a newer version
 
 import albumentations
 import cv2
@@ -68,7 +68,7 @@ COCO_CLASSES = (  # coco.names
 DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv, .txt or .json lists
 IMAGE_SETS = [("2007", "train")]  # (year, list) pairs, or files in DATA_DIR: .csv (image,label), Darknet .txt, COCO .json
 CLASSES = VOC_CLASSES  # any names, or a Darknet .names file
-TOLERATE = []  # "other classes": skip objects that CLASSES does not name; "missing labels": take them as background
+TOLERATE = []  # "other classes": skip objects that CLASSES does not name; "missing labels": unlabelled is background
 # model
 IMAGE_SIZE = 416  # pixels of the sheet's samples, a multiple of 32
 # run
@@ -238,9 +238,8 @@ class VOCDataset(Dataset):
 def steps_per_epoch(count: int, batch_size: int, subdivisions: int = 1) -> int:
     """Optimiser steps per epoch of `count` images: the number of full batches, or 1 if the images do not fill one."""
     if count < batch_size and subdivisions > 1:
-        raise ValueError(
-            f"{count} images per epoch do not fill a batch of {batch_size}; lower BATCH_SIZE, or set SUBDIVISIONS=1 in one process"
-        )
+        advice = "lower BATCH_SIZE, or set SUBDIVISIONS=1 (DDP: in one process)"
+        raise ValueError(f"{count} images per epoch do not fill a batch of {batch_size}; {advice}")
     return max(1, count // batch_size)
 
 
@@ -261,7 +260,7 @@ def training_batches(
         order = np.concatenate([rng.permutation(count) for _ in range(repeat)])
         seeds = rng.integers(2**31, size=len(order))
         for step in range(max(epoch * steps, first_step), (epoch + 1) * steps):
-            size = int(np.random.default_rng([seed, step // 10, 1]).choice(image_sizes))  # the 1: another stream than [seed, epoch]
+            size = int(np.random.default_rng([seed, step // 10, 1]).choice(image_sizes))  # the 1: not the stream of [seed, epoch]
             first = (step - epoch * steps) * batch_size
             for start in range(first, first + batch_size, part_size):
                 keys = zip(order[start : start + part_size], seeds[start : start + part_size], strict=True)
@@ -360,7 +359,7 @@ def imagenet_dataset(root, split: str, image_size: int, augment: bool, crop_scal
     ValueError, naming the folder.
     """
     if not (len(crop_scale) == 2 and 0 < crop_scale[0] <= crop_scale[1]):
-        raise ValueError(f"CROP_SCALE {crop_scale} must be two rising numbers above 0, such as (0.5, 1.75)")
+        raise ValueError(f"CROP_SCALE {crop_scale} must be two increasing numbers above 0, such as (0.5, 1.75)")
     folder = os.path.join(root, split)
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{folder}: no such folder; DATA_DIR must hold train/ and val/ with one folder per class")
@@ -374,7 +373,7 @@ def imagenet_dataset(root, split: str, image_size: int, augment: bool, crop_scal
     except FileNotFoundError as error:  # torchvision's error for class folders without images
         raise ValueError(f"{folder}: {utils.first_line(error)}") from None
     if dataset.skipped:
-        print(f"{folder}: {len(dataset.skipped)} files skipped that are not images, {dataset.skipped[0]} first")
+        print(f"{folder}: skipped {len(dataset.skipped)} files that are not images (first: {dataset.skipped[0]})")
     if classes is not None and dataset.classes != classes:
         unshared = sorted(set(dataset.classes) ^ set(classes))
         raise ValueError(f"{root}: train/ and val/ have different class folders ({', '.join(unshared[:5])}); both need all of them")
@@ -423,7 +422,7 @@ def open_image(file: str | os.PathLike):
     try:
         with Image.open(file) as image:
             if image.format == "PNG":
-                image.verify()  # its checksums, which reading does not look at
+                image.verify()  # its checksums, which reading ignores
             else:
                 yield image
                 return
@@ -830,7 +829,7 @@ def read_coco_labels(label_file: str, classes, tolerate=()) -> tuple[list[list[f
 
 
 def drop_broken_images(dataset: VOCDataset, broken_list: str) -> None:
-    """Lists the unreadable images of an evaluation set in a file and removes them: evaluation cannot replace them by others."""
+    """Lists the unreadable images of an evaluation set in a file and removes them: evaluation cannot replace them."""
     for index in reversed(range(len(dataset))):
         if read_or_next(dataset.samples, index, broken_list)[1] != index:
             del dataset.samples[index], dataset.labels[index], dataset.declared_sizes[index]
@@ -853,7 +852,7 @@ def suspicion_about(label_file: str, labels: np.ndarray, declared: tuple[int, in
 def print_suspicious_labels(dataset: VOCDataset) -> None:
     """Prints how many images of a data set are listed twice, how many label files are probably wrong, and why the first one is."""
     if twice := [file for file, count in Counter(os.path.realpath(file) for file, _ in dataset.samples).items() if count > 1]:
-        print(f"images listed more than once: {len(twice)}, {utils.printable(twice[0])} first")
+        print(f"images listed more than once: {len(twice)} (first: {utils.printable(twice[0])})")
     doubts = []
     for (image_file, label_file), labels, declared in zip(dataset.samples, dataset.labels, dataset.declared_sizes, strict=True):
         with contextlib.suppress(OSError, ValueError):  # an unreadable image is reported when it is used
@@ -863,8 +862,8 @@ def print_suspicious_labels(dataset: VOCDataset) -> None:
 
 
 def print_badly_fitting_anchors(dataset: VOCDataset) -> None:
-    """Prints a hint if the average IoU of the objects and their best anchors is below 0.5, for example with the anchors
-    of 416 pixels at 224."""
+    """Prints a hint if the average IoU of the objects and their best anchors is below 0.5, for example with
+    anchors for 416 pixels at 224."""
     sizes = [np.empty((0, 2))]
     for (_, label_file), labels, declared in zip(dataset.samples, dataset.labels, dataset.declared_sizes, strict=True):
         if all(declared) or not is_voc_xml(label_file):  # without reading the image, XML in pixels needs a declared size
@@ -910,7 +909,7 @@ def check_dataset(samples: list[tuple[str, str]], classes, tolerate=()) -> tuple
         for folder in filter(os.path.isdir, sorted({os.path.dirname(file) for file in listed})):
             files = [name for name in os.listdir(folder) if os.path.splitext(name)[1] in suffixes]
             if unlisted := [name for name in files if os.path.join(folder, name) not in listed]:
-                print(f"{folder}: {len(unlisted)} {kind} files that are in none of these lists, {min(unlisted)} first")
+                print(f"{folder}: {len(unlisted)} {kind} files are in none of these lists (first: {min(unlisted)})")
     return problems, all_labels, np.concatenate(sizes)
 
 
@@ -940,7 +939,7 @@ def draw_label_sheet(dataset: VOCDataset, file: str, count: int, seed: int) -> N
 
 
 def follow_object(sample: tuple[str, str], labels: np.ndarray, anchors, size: int) -> list[tuple[str, list[float], str]]:
-    """The largest object of an image on its way from the label file to the target tensor -> lines of (step, numbers, explanation).
+    """Traces the largest object of an image from its label file to its target -> lines of (step, numbers, explanation).
 
     sample: image file and label file; labels: (G, 6) of read_labels; anchors: A pairs in grid cells; size: network input in pixels.
     """

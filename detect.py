@@ -38,7 +38,7 @@ ANCHORS = []  # likewise: those of its cfg file
 IMAGE_SIZE = None  # pixels, a multiple of 32; None for the checkpoint's own
 # detection
 CONFIDENCE_THRESHOLD = 0.4  # lowest confidence (objectness x class probability) that is drawn
-NMS_IOU_THRESHOLD = 0.45  # of two boxes of one class with a larger IoU, only the more confident one is kept
+NMS_IOU_THRESHOLD = 0.45  # NMS drops a box that overlaps a more confident one of its class by more than this IoU
 # run
 OUTPUT_DIR = "runs/detections"
 DEVICE = "auto"  # or "cuda", "cuda:1", "cpu"
@@ -67,20 +67,20 @@ def find_sources(pattern: str) -> list[str]:
     if is_live(pattern) or path.is_file():
         return [pattern if is_live(pattern) else str(path)]
     found = path.iterdir() if path.is_dir() else map(Path, glob.glob(pattern, recursive=True))
-    found = sorted(file for file in found if file.is_file())  # no folder called frames.mp4
+    found = sorted(file for file in found if not file.is_dir())  # a folder may be called frames.mp4
     suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
     files = [str(file) for file in found if file.suffix.lower() in suffixes]
     if not files:
         raise FileNotFoundError(f"{pattern}: no image or video file there; give an image, a video, a folder of them or a glob")
     if others := [file.name for file in found if file.suffix.lower() not in suffixes]:
-        print(f"{pattern}: {len(others)} files skipped that are not images or videos, {utils.printable(others[0])} first")
+        print(f"{pattern}: skipped {len(others)} files that are not images or videos (first: {utils.printable(others[0])})")
     return files
 
 
 def output_name(source: str) -> str:
     """The file name of a source's drawing: .jpg for an image, .mp4 for a video."""
     if is_live(source):
-        return time.strftime("recording_%Y%m%d_%H%M%S.mp4")  # with the time: a later run must not replace a recording
+        return time.strftime("recording_%Y%m%d_%H%M%S.mp4")  # timestamp: a later run must not replace a recording
     stem, suffix = os.path.splitext(os.path.basename(source))
     return stem + (".mp4" if suffix.lower() in VIDEO_SUFFIXES else ".jpg")
 
@@ -102,7 +102,7 @@ def draw_detections(image: np.ndarray, model, classes: list[str], anchors, trans
 
 
 def draw_video(source: str, output: str, detector: tuple) -> tuple[int, Counter, bool]:
-    """Writes a video file, camera or stream with its detections as MPEG-4. detector: what draw_detections takes after the image.
+    """Writes a video file, camera or stream with its detections as MPEG-4. detector: draw_detections' arguments after the image.
 
     Returns the number of frames, the boxes per class over all frames, and whether Ctrl-C ended the video early. Raises ValueError,
     naming the source, if it cannot be read or stored as MPEG-4, and OSError, naming the output, if that cannot be written; then no
@@ -115,7 +115,7 @@ def draw_video(source: str, output: str, detector: tuple) -> tuple[int, Counter,
     if not more:
         raise ValueError(f"{source}: no video frame could be read; replace the file, or check the camera or the address")
     rate, expected = video.get(cv2.CAP_PROP_FPS), video.get(cv2.CAP_PROP_FRAME_COUNT)
-    # cameras report 0 or NaN, files without a constant rate 1000 or 90000; MPEG-4 has 16 bits for the denominator of the rate
+    # cameras report 0 or NaN, files without a constant rate 1000 or 90000; MPEG-4 has 16 bits for the rate's numerator
     rate = round(rate, 1 if rate > 65 else 3) if 0 < rate < 1000 else 25.0
     bar = tqdm(total=int(expected) if expected > 0 else None, unit="frame", leave=False, disable=None)
     frames, boxes, stopped = 0, Counter(), False
@@ -123,9 +123,8 @@ def draw_video(source: str, output: str, detector: tuple) -> tuple[int, Counter,
         file, size = os.fsencode(temporary), frame.shape[1::-1]  # the writer cuts off an odd last column or row
         writer = cv2.VideoWriter(file, cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
         if not writer.isOpened():
-            raise ValueError(
-                f"{source}: MPEG-4 cannot store {size[0]} x {size[1]} pixels at {rate} frames per second; resize the video"
-            )
+            format = f"{size[0]} x {size[1]} pixels, {rate} frames per second"
+            raise ValueError(f"{source}: could not be stored as MPEG-4 ({format}); convert it to another size or rate")
         try:
             while more:
                 picture, names, _ = draw_detections(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), *detector)
@@ -156,7 +155,7 @@ def main():
     outputs = [os.path.join(OUTPUT_DIR, output_name(file)) for file in files]
     for name, count in Counter(outputs).items():
         if count > 1:
-            raise ValueError(f"{name}: would be the drawing of {count} files of {SOURCE}; draw them one folder or suffix at a time")
+            raise ValueError(f"{name}: {count} files of {SOURCE} would be drawn to it; draw them one folder or suffix at a time")
     # by inode and device, because IMG.JPG and IMG.jpg may be one file
     identities = [{os.stat(file)[1:3]: file for file in group if os.path.exists(file)} for group in (files, outputs)]
     if overwritten := identities[0].keys() & identities[1].keys():
@@ -182,7 +181,7 @@ def main():
         summary = ", ".join(f"{count} {name}" for name, count in Counter(names).items()) or "nothing"
         print(utils.printable(f"{file}: {summary} in {duration} -> {output}"))
         if stopped:
-            print(utils.printable(f"stopped by Ctrl-C: {output} contains the frames until then"))
+            print(utils.printable(f"stopped by Ctrl-C: {output} contains the frames so far"))
             break
     if unreadable:
         sys.exit(f"{unreadable} of {len(files)} files could not be read")

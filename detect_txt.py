@@ -23,7 +23,7 @@ from model import load_detector
 # data
 DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv, .txt or .json lists
 IMAGE_SETS = [("2007", "tiny")]  # the sample's training images; VOC: [("2007", "test")]; COCO: ["val.json"]
-TOLERATE = []  # "other classes": skip objects of classes that the model lacks; "missing labels": take them as background
+TOLERATE = []  # "other classes": skip objects of classes that the model lacks; "missing labels": unlabelled is background
 NUM_WORKERS = 2  # processes that load images
 BATCH_SIZE = 8  # images per forward pass
 # model
@@ -68,7 +68,7 @@ def coco_image_info(samples, classes):
             ids = {coco_name(category["name"], classes): category["id"] for category in categories.values()}
             category_ids = [ids.get(name) for name in classes]
         if image_id in frames:
-            raise ValueError(f"IMAGE_SETS={IMAGE_SETS}: two of their images have the id {image_id!r}; run each set on its own")
+            raise ValueError(f"IMAGE_SETS={IMAGE_SETS}: two images have the id {image_id!r}; run each set on its own")
         frames[image_id] = (image_id, category_ids, size, label_size)
     return list(frames.values())
 

@@ -203,7 +203,7 @@ def darknet_detector(file: str | os.PathLike, classes, anchors) -> tuple[list[st
         )
     known_classes, known_anchors, image_size = KNOWN_DETECTORS.get(outputs, ((), (), 416))
     classes, anchors = classes or known_classes, anchors or known_anchors
-    classes, anchors = read_classes(classes) if classes else [], read_anchors(anchors, [608]) if anchors else []
+    classes, anchors = read_classes(classes) if classes else [], read_anchors(anchors, [1664]) if anchors else []
     if len(anchors) * (5 + len(classes)) != outputs:
         fitting = [
             f"{outputs // count - 5} classes and {count} anchors"

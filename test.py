@@ -26,7 +26,7 @@ from model import load_detector
 # data
 DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv, .txt or .json lists
 IMAGE_SETS = [("2007", "tiny")]  # the sample's training images; VOC: [("2007", "test")]; COCO: ["val.json"]
-TOLERATE = []  # "other classes": skip objects of classes that the model lacks; "missing labels": take them as background
+TOLERATE = []  # "other classes": skip objects of classes that the model lacks; "missing labels": unlabelled is background
 NUM_WORKERS = 2  # processes that load images
 BATCH_SIZE = 8  # images per forward pass
 # model
@@ -39,7 +39,7 @@ CONFIDENCE_THRESHOLD = 0.005  # lowest confidence on the curves; validate_detect
 NMS_IOU_THRESHOLD = 0.45  # from the same function
 FIXED_THRESHOLD = 0.4  # confidence for precision, recall, F1 and errors, as in detect.py
 # run
-OUTPUT = "runs/test"  # start of the three file names
+OUTPUT = "runs/test"  # prefix of the three files
 DEVICE = "auto"  # or "cuda", "cuda:1", "cpu"
 PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device computes it faster
 COMPILE = False  # torch.compile with frozen weights; pays off after a few thousand images
@@ -56,6 +56,8 @@ def check_settings():
         raise ValueError(f"INPUT_SIZES must hold multiples of 32 pixels, not {INPUT_SIZES}")
     if CONFIDENCE_THRESHOLD > FIXED_THRESHOLD:
         raise ValueError(f"CONFIDENCE_THRESHOLD {CONFIDENCE_THRESHOLD} must be at most FIXED_THRESHOLD {FIXED_THRESHOLD}")
+    if OUTPUT[-1:] in ("", "/", "\\"):
+        raise ValueError(f"OUTPUT is the start of three file names, such as runs/test, not {OUTPUT!r}")
     utils.check_writable(f"{OUTPUT}.csv")
 
 
@@ -97,17 +99,17 @@ def print_table(rows):
 
 
 def error_kinds(detections, truths, num_classes, iou_threshold=0.5, least_iou=0.1):
-    """What each detection (D, 7) is -> kinds (D,) text, confused_with (D,) class or -1, and missed (G,) of the truths (G, 7).
+    """Classifies detections (D, 7) -> kinds (D,) text, confused_with (D,) class or -1, and missed (G,) of the truths (G, 7).
 
     The kinds of Hoiem et al. (ECCV 2012) and of the YOLO paper's Fig. 4, without their groups of similar classes. A detection is
-    assigned to the ground truth of its class with the largest IoU, as in utils.assign_detections. Of these, the first that fits:
+    assigned to the ground truth of its class with the largest IoU, as in utils.assign_detections. The first kind that applies:
       correct       a true positive of the devkit
-      ignored       its ground truth is difficult, and their IoU is at least iou_threshold: no error
-      duplicate     IoU >= iou_threshold, but a more confident detection has taken its ground truth
+      ignored       IoU >= iou_threshold with a difficult ground truth: no error
+      duplicate     IoU >= iou_threshold, but a more confident detection is matched to its ground truth
       localisation  IoU >= least_iou with its ground truth, difficult or not
-      confusion     IoU >= least_iou with an object of another class, difficult or not; confused_with: that with the largest IoU
+      confusion     IoU >= least_iou with an object of another class, difficult or not; confused_with: the class of the largest IoU
       background    everything else
-    Missed: not difficult, and taken by no detection. The detections must be those above the confidence threshold in use.
+    missed: neither difficult nor matched. Pass only the detections above the confidence threshold in use.
     """
     iou, truth, correct, ignored = utils.assign_detections(detections, truths, num_classes, iou_threshold)
     any_iou, other = utils.largest_overlaps(detections, truths, num_classes, any_class=True)
@@ -146,8 +148,8 @@ def print_errors(rows):
 
 
 def draw_worst(dataset, detections, truths, errors, file):
-    """Draws up to 12 errors: the 4 largest missed objects and the most confident false positives, more of one kind where the other
-    has fewer. Coloured: the detection or the missed object; thin and white: all ground truths of the image. -> number of panels."""
+    """Draws up to 12 errors: the 4 largest missed objects and the 8 most confident false positives, or more of one if the other has
+    fewer. Coloured: the detection or the missed object; thin and white: all ground truths. -> number of panels."""
     kinds, confused_with, missed = errors
     false = np.flatnonzero(np.isin(kinds, FALSE_POSITIVES))
     false = false[np.argsort(-detections[false, 2], kind="stable")]

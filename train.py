@@ -39,7 +39,7 @@ DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv, 
 IMAGE_SETS = [("2007", "tiny")]  # VOC 07+12: [("2007", "trainval"), ("2012", "trainval")]; or ["train.csv"], or COCO ["train.json"]
 VAL_IMAGE_SETS = []  # none: the sample is too small to be split; VOC: [("2007", "test")]
 CLASSES = VOC_CLASSES  # any names, or a Darknet .names file; saved in the checkpoint
-TOLERATE = []  # "other classes": skip objects that CLASSES does not name; "missing labels": take them as background
+TOLERATE = []  # "other classes": skip objects that CLASSES does not name; "missing labels": unlabelled is background
 AUGMENT = False  # crop, flip and colour jitter; True for anything larger than the sample
 REPEAT = 5  # repeats of each image per epoch; 1 for a real data set
 NUM_WORKERS = 2  # processes that load images
@@ -50,7 +50,9 @@ MULTI_SCALE = []  # image sizes, a new one every 10 steps; the paper: multiples 
 ANCHORS = yolov2_model.ANCHORS  # width and height in cells of 32 pixels, made for 416 px; python dataset.py computes others
 PRETRAINED = ""  # a checkpoint of darknet_train*.py or train.py, or a Darknet file (.conv.23, .weights); "" from scratch
 # loss
-EQUATION = "darknet"  # yolov2-voc.cfg; or "yolov1", the YOLOv1 paper's (lambdas 5, 1, .5, 1), worse here: tests/MEASUREMENTS.md
+EQUATION = (
+    "darknet"  # yolov2-voc.cfg; or "yolov1", the YOLOv1 paper's (its lambdas: 5, 1, .5, 1), worse here (tests/MEASUREMENTS.md)
+)
 LAMBDA_COORD = 1.0  # yolov2-voc.cfg: coord_scale
 LAMBDA_OBJECT = 5.0  # object_scale
 LAMBDA_NO_OBJECT = 1.0  # noobject_scale
@@ -67,10 +69,7 @@ CLIP_NORM = 10.0  # largest norm of the gradient (ours); 0 for none, as in Darkn
 # schedule
 EPOCHS = 12  # 160 in the paper
 LR_SCHEDULE = "cosine"  # "constant", "steps", "polynomial" or "cosine"
-LR_DROPS = [
-    60,
-    90,
-]  # for "steps": epochs in whose last step the rate is divided by 10; YOLO9000 sec. 3
+LR_DROPS = [60, 90]  # for "steps": divide the rate by 10 in the last step of these epochs; YOLO9000 sec. 3
 LR_POWER = 4.0  # of "polynomial"
 BURN_IN = 10  # optimiser steps with a rising rate; 1000 in yolov2-voc.cfg
 # run
@@ -122,7 +121,7 @@ def read_data_sets(anchors, broken_list):
         val_set = eval_sets["val_map"] = VOCDataset(DATA_DIR, VAL_IMAGE_SETS, **common)
         paths = [{os.path.realpath(file) for file, _ in data.samples} for data in (train_set, val_set)]
         if shared := paths[0] & paths[1]:
-            print(f"images in both the training and the validation set: {len(shared)}, {utils.printable(min(shared))} first")
+            print(f"images in both the training and the validation set: {len(shared)} (first: {utils.printable(min(shared))})")
         print_suspicious_labels(val_set)
     sets = {"training": train_set, **eval_sets}
     empty = [name for name, data in sets.items() if not any((labels[:, 1] == 0).any() for labels in data.labels)]
@@ -198,7 +197,7 @@ def main():
     if RESUME:
         state = utils.resume(CHECKPOINT, model, optimizer, scaler, settings, FIXED)
     else:
-        utils.keep_earlier_run(CHECKPOINT)
+        utils.keep_earlier_run(CHECKPOINT, PRETRAINED)
     metadata = {"classes": classes, "anchors": anchors, "image_size": IMAGE_SIZE, "settings": settings}
 
     def save():

@@ -18,6 +18,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -237,7 +238,7 @@ def average_precision(
         if metric == "voc2007":  # mean over the recall levels 0, .1 .. 1 of the best precision at that recall or above
             areas[c] = np.mean([precision[recall >= level].max(initial=0) for level in np.arange(11) / 10])
         else:  # area under the curve after making precision monotonically decreasing
-            envelope = np.maximum.accumulate(precision[::-1])[::-1]  # the best precision at this recall or above
+            envelope = np.maximum.accumulate(precision[::-1])[::-1]
             areas[c] = (np.diff(recall, prepend=0) * envelope).sum()
     return torch.from_numpy(areas)
 
@@ -285,7 +286,7 @@ def learning_rate_at(
     learning_rate (update / burn_in)^4 instead; with "polynomial", the exponent is `power` there too.
     """
     check_one_of(LR_SCHEDULES, LR_SCHEDULE=schedule)
-    update = step + 1  # Darknet counts a batch before it asks for the rate
+    update = step + 1  # Darknet increments its batch counter before it computes the rate
     if update < burn_in:
         return learning_rate * (update / burn_in) ** (power if schedule == "polynomial" else 4)
     if schedule == "constant":
@@ -327,13 +328,13 @@ def pick_precision(name: str, device: torch.device, resumed: str = "") -> torch.
     """The autocast dtype for "fp32", "bf16", "fp16" or "auto": bfloat16 if native, else float16 on a GPU and float32 on a CPU.
 
     "auto" keeps the type of the run in the checkpoint `resumed`, except bfloat16 on a GPU without it. On a CPU with native
-    bfloat16, it measures which type is faster: some Intel processors without AMX have the instructions, but lose time with them.
+    bfloat16, it measures which type is faster: some Intel processors without AMX have the instructions, but run slower with them.
     """
     check_one_of(("auto", *DTYPES), PRECISION=name)
     if name != "auto":
         return DTYPES[name]
     if os.path.isfile(resumed):
-        with contextlib.suppress(Exception):  # resume() says what is wrong with the file
+        with contextlib.suppress(Exception):  # resume() reports what is wrong
             saved = torch.load(resumed, map_location="cpu", weights_only=True, mmap=True)["settings"]["PRECISION"]
             native = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
             if native or saved != str(torch.bfloat16):
@@ -354,11 +355,11 @@ def pick_precision(name: str, device: torch.device, resumed: str = "") -> torch.
 def time_convolution() -> list[float]:
     """Milliseconds that a convolution of the backbone (256 to 512 channels at 26 x 26) takes on the CPU in float32 and bfloat16."""
     layers = []
-    for dtype in (torch.float32, torch.bfloat16):  # ones: random numbers would change the initial weights of the run
+    for dtype in (torch.float32, torch.bfloat16):  # ones: drawing random numbers would change the initial weights
         maps, kernel = torch.ones(1, 256, 26, 26, dtype=dtype), torch.ones(512, 256, 3, 3, dtype=dtype)
         layers.append((maps.to(memory_format=torch.channels_last), kernel.to(memory_format=torch.channels_last)))
     seconds = [[], []]
-    for _ in range(5):  # in turns, and only the fastest counts: the machine may be busy
+    for _ in range(5):  # interleaved, and the minimum counts: the machine may be busy
         for (maps, kernel), times in zip(layers, seconds, strict=True):
             start = time.perf_counter()
             nn.functional.conv2d(maps, kernel, padding=1)
@@ -367,8 +368,8 @@ def time_convolution() -> list[float]:
 
 
 def keep_freed_memory() -> None:
-    """Keeps glibc from returning the feature maps of each layer to the kernel: on a CPU, faulting their pages in again would take
-    up to half of the time. The process keeps its peak memory. Linux only."""
+    """Stops glibc from returning the feature maps of each layer to the operating system: on a CPU, the page faults of the next use
+    would take up to half of the time. The process keeps its peak memory. Linux only."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")
@@ -435,7 +436,7 @@ def problem_of_step(names: tuple[str, ...], losses: Tensor, norm: Tensor, scaler
 
 def divergence_message(problem: str, state: dict, files: list[str], checkpoint: str) -> str:
     """The error message for a loss or gradient that is not finite: where, on which images, and what to do."""
-    kept = "the checkpoint is that of its last save" if os.path.isfile(checkpoint) else "no checkpoint has been written"
+    kept = "the last checkpoint is kept" if os.path.isfile(checkpoint) else "no checkpoint has been written"
     where = f"in epoch {state['epoch'] + 1}, step {state['step'] + 1}, images {', '.join(files)}"
     advice = "Lower LEARNING_RATE, lengthen BURN_IN or try PRECISION=fp32"
     return f"{problem} is not finite {where}; {kept}. {advice}"
@@ -520,7 +521,7 @@ def check_weights(file: str | os.PathLike, weights: dict[str, Tensor]) -> None:
     for name, tensor in weights.items():
         plain = isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
         if not plain or tensor.dtype not in dtypes:
-            raise ValueError(f"{file}: damaged weights ({name!r:.40} is not a table of numbers); download or train it again")
+            raise ValueError(f"{file}: damaged weights ({name!r:.40} is not a numeric tensor); download or train it again")
     kernels = [tensor for tensor in weights.values() if tensor.ndim == 4]
     problem = ""
     if not all((tensor.abs() < LARGEST_WEIGHT).all() for tensor in weights.values()):
@@ -539,7 +540,7 @@ def save_checkpoint(file: str | os.PathLike, **state) -> None:
     Raises OSError, and ValueError if a weight of `model` is not finite, so that the last good checkpoint stays.
     """
     if not all((tensor.abs() < LARGEST_WEIGHT).all() for tensor in state.get("model", {}).values()):
-        kept = "it holds those of its last save" if os.path.isfile(file) else "it was not written"
+        kept = "those of the last save are kept" if os.path.isfile(file) else "it was not written"
         raise ValueError(f"{file}: the new weights are NaN, infinite or huge; {kept}. Lower LEARNING_RATE or lengthen BURN_IN")
     with atomic_write(file) as temporary:
         torch.save(state, temporary)
@@ -572,7 +573,7 @@ def load_checkpoint(file: str | os.PathLike, device: str | torch.device = "cpu",
         if not CHECKPOINT_VALUES[key](state[key]):
             raise ValueError(f"{file}: damaged checkpoint, its {key} is {' '.join(repr(state[key]).split())[:60]}; use another one")
     if not isinstance(state.get("model", {}), dict):
-        raise ValueError(f"{file}: not a checkpoint of this repository (its model is no table of weights)")
+        raise ValueError(f"{file}: not a checkpoint of this repository (its model is not a dict)")
     check_weights(file, state.get("model", {}))
     if "classes" in state:
         check_classes(os.fspath(file), list(state["classes"]))
@@ -620,7 +621,7 @@ def resume(file: str | os.PathLike, model: nn.Module, optimizer, scaler, setting
         raise ValueError(f"{file}: damaged, or a checkpoint of another script (its settings lack {', '.join(missing)})")
     changed = [name for name in settings if name in old and json.dumps(old[name], default=repr) != json.dumps(settings[name])]
 
-    if refused := [f"{name} was {old[name]!r:.200} and is {settings[name]!r:.200}" for name in changed if name in fixed]:
+    if refused := [f"{name} was {old[name]!r:.500} and is {settings[name]!r:.500}" for name in changed if name in fixed]:
         advice = "set it back, or start a new run from its weights (RESUME_WEIGHTS, PRETRAINED)"
         raise ValueError(f"{file}: cannot resume with changed settings: {'; '.join(refused)}; {advice}")
     for name in changed:
@@ -748,7 +749,7 @@ def log_epoch(stem: str, row: dict, left: str) -> None:
     try:
         append_metrics(f"{stem}_metrics.csv", row)
         draw_charts(f"{stem}_metrics.csv", f"{stem}_charts.png")
-    except Exception as error:  # whatever it is, it must not end a run
+    except Exception as error:  # no chart or CSV error may end a run
         print(f"{stem}_metrics.csv or {stem}_charts.png could not be written: {first_line(error)}")
     shown = [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items() if value != ""]
     print("  ".join([*shown, left] if left else shown), flush=True)
@@ -789,7 +790,7 @@ def override_globals(script_globals: dict, words: list[str]) -> None:
         if not equals:
             sys.exit(f"{script}: {word!r} is not of the form NAME=value; --help lists the names")
         if name not in known:
-            sys.exit(f"{script}: there is no global {name!r}; the known ones are {', '.join(known)}")
+            sys.exit(f"{script}: unknown setting {name!r}; the known ones are {', '.join(known)}")
         default = known[name]
         try:
             value = ast.literal_eval(text)
@@ -838,31 +839,36 @@ def check_one_of(choices: tuple[str, ...], **settings: str) -> None:
 
 
 def check_schedule(schedule: str, drops: list, epochs: int) -> None:
-    """Raises ValueError for an unknown LR_SCHEDULE, for LR_DROPS that are no list of numbers, and if "steps" would never drop."""
+    """Raises ValueError for an unknown LR_SCHEDULE, for LR_DROPS that are not a list of numbers, and if "steps" would drop the rate
+    before the first step or never."""
     check_one_of(LR_SCHEDULES, LR_SCHEDULE=schedule)
     check_numbers(LR_DROPS=drops)
-    if schedule == "steps" and drops and min(drops) < 1:
-        raise ValueError(f"LR_DROPS {drops} are epochs, counted from 1")
+    if schedule == "steps" and drops and min(drops) <= 0:
+        raise ValueError(f"LR_DROPS {drops} must be above 0: they are epochs")
     if schedule == "steps" and drops and min(drops) > epochs:
-        raise ValueError(f"LR_DROPS {drops} are epochs, all above EPOCHS {epochs}: the rate would never drop; change one of them")
+        raise ValueError(f"LR_DROPS {drops} are all above EPOCHS {epochs}: the rate would never drop; change one of them")
 
 
 def print_long_burn_in(burn_in: int, total_steps: int) -> None:
     """Prints a hint if a run is too short for its burn-in."""
     if burn_in > total_steps:
         print(
-            f"BURN_IN {burn_in} is longer than the run ({total_steps} steps): the rate never reaches LEARNING_RATE; lower BURN_IN"
+            f"BURN_IN {burn_in} is longer than the run (steps: {total_steps}): the rate never reaches LEARNING_RATE; lower BURN_IN"
         )
 
 
-def keep_earlier_run(checkpoint: str) -> None:
-    """Renames the checkpoints of an earlier run to `<file>.old`, so that a new run does not destroy them, and says so."""
-    files = (checkpoint, f"{checkpoint.removesuffix('.pt')}_best.pt")
-    if kept := [file for file in files if os.path.isfile(file)]:
-        for file in kept:
-            os.replace(file, f"{file}.old")
-        advice = "to continue it instead, stop, rename them back and add RESUME=True"
-        print(f"new run; {' and '.join(kept)} of an earlier one now end in .old: {advice}", flush=True)
+def keep_earlier_run(checkpoint: str, start_file: str) -> None:
+    """Renames the files of an earlier run to `<file>.old`, so that a new run does not destroy them, and says so. start_file: the
+    weights that the new run starts from; it stays (and is copied), because a restart needs it."""
+    stem, kept = checkpoint.removesuffix(".pt"), []
+    for file in filter(os.path.isfile, (checkpoint, f"{stem}_best.pt", f"{stem}_metrics.csv")):
+        path = os.path.realpath(file)  # a symbolic link stays
+        move = shutil.copyfile if start_file and path == os.path.realpath(start_file) else shutil.move
+        move(path, f"{file}.old")
+        kept.append(f"{file}.old")
+    if kept:
+        advice = "to continue that run, stop, rename them back and add RESUME=True"
+        print(f"this is a new run; files of an earlier one are now {', '.join(kept)}: {advice}", flush=True)
 
 
 def check_classes(source: str, classes: list[str]) -> list[str]:
@@ -904,7 +910,7 @@ def plain_errors():
         last = (str(error).strip().splitlines() or [""])[-1]
         sys.exit(f"error: {printable(re.sub(r'^[A-Za-z]+Error: ', '', last))}")
     except torch.OutOfMemoryError:
-        sys.exit("error: the GPU ran out of memory; lower BATCH_SIZE or the image size, or double SUBDIVISIONS in a new training")
+        sys.exit("error: the GPU ran out of memory; lower BATCH_SIZE or the image size, or double SUBDIVISIONS in a new run")
     except RuntimeError as error:
         signs = ("killed by signal", "No space left on device", "shared memory", "unable to mmap")
         for line in str(error).splitlines():

@@ -556,7 +556,7 @@ def test_a_batch_gives_the_outputs_of_its_images_one_by_one(golden_model):
     assert torch.allclose(together, apart, atol=1e-4)
 
 
-# ---------------------------------------------------------------- training beside Darknet
+# ---------------------------------------------------------------- training compared with Darknet
 
 
 def trajectory_inputs(seed=11, count=80, size=96, classes=20):

@@ -363,7 +363,7 @@ def test_the_crop_scale_sets_how_much_of_an_image_a_crop_shows(tmp_path):
 
     assert min(edges((1, 1))) >= 21 and max(edges((4, 4))) <= 12
     assert len(set(edges((1, 4)))) > 4
-    with pytest.raises(ValueError, match="CROP_SCALE.*two rising numbers"):
+    with pytest.raises(ValueError, match="CROP_SCALE.*two increasing numbers"):
         edges((2, 1))
 
 

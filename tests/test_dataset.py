@@ -1195,5 +1195,5 @@ def test_the_check_counts_files_that_are_in_no_list(monkeypatch, tmp_path, capsy
     settings(monkeypatch, tmp_path, DATA_DIR=str(tmp_path), IMAGE_SETS=[("2007", "train")])
     dataset.main()
     printed = capsys.readouterr().out
-    assert "1 image files that are in none of these lists, unlisted.jpg first" in printed
-    assert "1 label files that are in none of these lists, unlisted.xml first" in printed
+    assert "1 image files are in none of these lists (first: unlisted.jpg)" in printed
+    assert "1 label files are in none of these lists (first: unlisted.xml)" in printed

@@ -310,7 +310,9 @@ def test_a_loss_that_is_not_finite_names_its_images_and_keeps_the_checkpoint(scr
     utils.save_checkpoint(tmp_path / "run.pt", **uninterrupted[script][0])
     before = (tmp_path / "run.pt").read_bytes()
     monkeypatch.setattr(torch, "isfinite", lambda tensor, original=torch.isfinite: original(tensor) & False)
-    with pytest.raises(ValueError, match=r"not finite in epoch 3, step \d+, images .*\.(jpg|JPEG).*that of its last save") as error:
+    with pytest.raises(
+        ValueError, match=r"not finite in epoch 3, step \d+, images .*\.(jpg|JPEG).*the last checkpoint is kept"
+    ) as error:
         run(monkeypatch, script, tmp_path, RESUME=True, EPOCHS=3)
     assert str(error.value).lower().count(".jp") == script.BATCH_SIZE
     assert (tmp_path / "run.pt").read_bytes() == before
@@ -425,7 +427,7 @@ def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path):
         assert not list(tmp_path.iterdir())
     utils.save_checkpoint(file, model={"weight": torch.ones(2), "count": torch.tensor(3)})
     before = file.read_bytes()
-    with pytest.raises(ValueError, match="run.pt: .*; it holds those of its last save"):
+    with pytest.raises(ValueError, match="run.pt: .*; those of the last save are kept"):
         utils.save_checkpoint(file, model={"weight": torch.tensor([1.0, torch.nan])})
     assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
 
@@ -744,7 +746,7 @@ def run_elastic_rank(folder):
 
 def test_a_killed_process_is_restarted_and_the_run_completes(tmp_path):
     """As with `torchrun --max-restarts=2`. Rank 1 is killed in the fifth step of the first two starts; an epoch has three steps."""
-    (tmp_path / "run.pt").write_bytes(b"an older run's")  # neither read nor touched before this run's own first save
+    (tmp_path / "run.pt").write_bytes(b"an older run's")
     with handlers_kept():
         run_narrow.run_elastic(run_elastic_rank, 2, 2, str(tmp_path))
     printed = [(tmp_path / f"start_{number}_rank_0.txt").read_text() for number in range(3)]
@@ -752,6 +754,7 @@ def test_a_killed_process_is_restarted_and_the_run_completes(tmp_path):
     for number in (1, 2):
         assert f"resuming {tmp_path}/run.pt after epoch {number}, step {3 * number}" in printed[number], printed
     assert utils.load_checkpoint(tmp_path / "run.pt")["epoch"] == 8
+    assert (tmp_path / "run.pt.old").read_bytes() == b"an older run's"  # a restart renames nothing
     assert [row[0] for row in metrics(tmp_path)[1:]] == [str(epoch) for epoch in range(1, 9)]
 
 

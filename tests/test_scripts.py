@@ -410,7 +410,7 @@ def test_detect_skips_a_broken_image_and_reports_it(trained, tmp_path, monkeypat
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["b_good.jpg"]
 
     (source / "b_good.png").write_bytes(data)
-    with pytest.raises(ValueError, match="b_good.jpg: would be the drawing of 2 files"):
+    with pytest.raises(ValueError, match="b_good.jpg: 2 files of .* would be drawn to it"):
         detect.main()
 
 
@@ -545,13 +545,13 @@ def test_a_folder_may_mix_images_and_videos_and_unreadable_ones_are_counted(trai
     with pytest.raises(SystemExit, match="1 of 3 files could not be read"):
         detect.main()
     out = capsys.readouterr().out
-    assert "1 files skipped that are not images or videos, notes.txt first" in out
+    assert "skipped 1 files that are not images or videos (first: notes.txt)" in out
     assert len(re.findall("error: .*a_broken.mp4: no video frame", out)) == 1
     assert sorted(os.listdir(tmp_path / "out")) == ["b_clip.mp4", "c_photo.jpg"]
     assert len(read_clip(tmp_path / "out" / "b_clip.mp4")[0]) == 3
 
     write_clip(source / "b_clip.mp4", frames=1)
-    with pytest.raises(ValueError, match=r"b_clip\.mp4: would be the drawing of 2 files"):
+    with pytest.raises(ValueError, match=r"b_clip\.mp4: 2 files of .* would be drawn to it"):
         detect.main()
 
 
@@ -573,7 +573,7 @@ def test_ctrl_c_keeps_the_frames_so_far_and_ends_the_run(squares, tmp_path, monk
     monkeypatch.setattr(detect, "SOURCE", str(source))
     squares.error = KeyboardInterrupt()
     detect.main()  # no SystemExit: status 0
-    assert f"stopped by Ctrl-C: {tmp_path / 'out' / 'a.mp4'} contains the frames until then" in capsys.readouterr().out
+    assert f"stopped by Ctrl-C: {tmp_path / 'out' / 'a.mp4'} contains the frames so far" in capsys.readouterr().out
     assert os.listdir(tmp_path / "out") == ["a.mp4"]
     frames, rate = read_clip(tmp_path / "out" / "a.mp4")
     assert len(frames) == 4 and rate == pytest.approx(12.5)
@@ -595,7 +595,7 @@ def test_an_error_in_the_middle_of_a_video_leaves_the_older_file(squares, tmp_pa
 def test_a_video_that_cannot_be_written_is_an_error_that_names_it(squares, tmp_path, monkeypatch):
     write_clip(tmp_path / "wide.avi", frames=2, size=(8200, 48), codec="MJPG")  # MPEG-4 has at most 8191 columns
     monkeypatch.setattr(detect, "SOURCE", str(tmp_path / "wide.avi"))
-    with pytest.raises(ValueError, match=r"wide\.avi: MPEG-4 cannot store 8200 x 48 pixels at 12.5 frames per second"):
+    with pytest.raises(ValueError, match=r"wide\.avi: could not be stored as MPEG-4 \(8200 x 48 pixels, 12\.5 frames per second\)"):
         detect.main()
     assert os.listdir(tmp_path / "out") == []
 
@@ -711,16 +711,19 @@ def run_here(script, *words):
     [
         (("train.py", "DATA_DIR=/nowhere/voc"), "/nowhere/voc"),
         (("train.py", "EPOCHS=many"), "EPOCHS must be int"),
-        (("train.py", "EPOCH=3"), "no global 'EPOCH'"),
+        (("train.py", "EPOCH=3"), "unknown setting 'EPOCH'"),
         (("test.py", "CHECKPOINT=/nowhere/yolov2.pt"), "/nowhere/yolov2.pt"),
+        (("test.py", "OUTPUT=runs/"), "OUTPUT is the start of three file names, such as runs/test, not 'runs/'"),
         (("detect.py", "SOURCE=/nowhere/street.jpg"), "/nowhere/street.jpg"),
+        (("detect_txt.py", "OUTPUT_DIR="), "'' is not the name of a file or folder"),
+        (("detect_txt.py", "IMAGE_SIZE=0"), "IMAGE_SIZE must be a multiple of 32"),
         (("dataset.py", "IMAGE_SETS=[('2007','nothing')]"), "nothing.txt"),
         (("model.py", "OUTPUT=runs/yolov2.weights"), "OUTPUT needs CHECKPOINT"),
         (("model.py", "CHECKPOINT=/nowhere/yolov2.pt"), "/nowhere/yolov2.pt"),
         (("model.py", "CHECKPOINT=runs/yolov2.pt", "OUTPUT=runs/yolov2.onnx"), "runs/yolov2.onnx: OUTPUT must end in .weights"),
         (("model.py", "CHECKPOINT=x.weights", "OUTPUT=./x.weights"), "./x.weights: OUTPUT would replace CHECKPOINT"),
         (("model.py", "IMAGE_SIZE=100"), "IMAGE_SIZE must be a multiple of 32"),
-        (("model.py", "ANCHORS=[]"), "no global 'ANCHORS'; the known ones are CHECKPOINT, OUTPUT, IMAGE_SIZE"),
+        (("model.py", "ANCHORS=[]"), "unknown setting 'ANCHORS'; the known ones are CHECKPOINT, OUTPUT, IMAGE_SIZE"),
         (("darknet_model.py", "CHECKPOINT=x.pt", "OUTPUT=x.cfg"), "x.cfg: OUTPUT must end in .weights or .conv.23"),
         (("darknet_model.py", "IMAGE_SIZE=0"), "IMAGE_SIZE must be a multiple of 32"),
     ],
@@ -1000,7 +1003,7 @@ def test_two_coco_files_with_the_same_image_ids_are_refused(tmp_path, monkeypatc
         file = tmp_path / name / "annotations/instances_val2017.json"
         file.write_text(re.sub(r'"0{10,}(\d+\.png)', rf'"{name}\1', file.read_text()))
     sets = [f"{name}/annotations/instances_val2017.json" for name in ("one", "two")]
-    with pytest.raises(ValueError, match="two of their images have the id 30"):
+    with pytest.raises(ValueError, match="two images have the id 30"):
         run_perfect_detector(monkeypatch, tmp_path, sets, ["car"])
 
 

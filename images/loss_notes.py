@@ -28,7 +28,7 @@ TEXTS = [  # x, y, font size, text
     (15, 673, NOTE, "and the anchor of best IoU (width and height only)."),
     (368, 66, FORMULA, r"$\mathrm{loss}=\dfrac{1}{N}\,\sum\,(\mathrm{coord+object+no\_object+class+prior})$"),
     (368, 98, NOTE, "The sum over all slots of all images is divided by $N$, the number of images."),
-    (368, 118, NOTE, r"$\lambda_{object}=5$, all other $\lambda=1$. Each weight multiplies the squared error, not the error."),
+    (368, 118, NOTE, r"$\lambda_{object}=5$, all other $\lambda=1$ (yolov2-voc.cfg)."),
 ]
 TERMS = [  # name, slots it applies to, formula lines, note lines
     (
@@ -50,10 +50,10 @@ TERMS = [  # name, slots it applies to, formula lines, note lines
     ),
     (
         "no_object",
-        "all other slots",
+        "all other slots that are not ignored",
         [r"$\dfrac{1}{2}\,\lambda_{no\_object}\,\sigma(t_o)^2$"],
-        "Trains the objectness towards 0. Boxes that overlap any object by more",
-        "than ignore_threshold (IoU > 0.6) are not penalised.",
+        "Trains the objectness towards 0. Ignored: slots whose box overlaps",
+        "any object by more than ignore_threshold (IoU > 0.6).",
     ),
     (
         "class",

@@ -136,7 +136,8 @@ def load_pretrained_backbone(model: YOLOv2, file: str | os.PathLike, classes: li
         if not fitting.issuperset(backbone):
             raise ValueError(f"{file}: contains no Darknet-19 backbone; train one with darknet_train.py, or use a Darknet file")
         model.load_state_dict({name: state[name] for name in backbone}, strict=False)
-        reason = "" if same_classes else "; its classes are different, or in another order"
+        is_detector = "output.weight" in state
+        reason = "; its classes are different, or in another order" if is_detector and not same_classes else ""
         print(f"{file}: loaded 18 of 23 convolutions, the backbone{reason}")
         return 18
 

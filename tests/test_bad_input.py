@@ -627,6 +627,10 @@ def test_only_the_backbone_is_loaded_if_the_classes_or_their_order_differ(tmp_pa
     assert not torch.equal(own.output.weight, donor.output.weight)
     assert model.load_pretrained_backbone(own, tmp_path / "two.pt", ["nut", "bolt"]) == 23
     assert torch.equal(own.output.weight, donor.output.weight)
+    utils.save_checkpoint(tmp_path / "classifier.pt", model=darknet_model.Darknet19(3).state_dict(), classes=["n1", "n2", "n3"])
+    capsys.readouterr()
+    assert model.load_pretrained_backbone(own, tmp_path / "classifier.pt", ["nut", "bolt"]) == 18
+    assert capsys.readouterr().out.endswith("loaded 18 of 23 convolutions, the backbone\n")  # its classes do not matter
 
 
 def test_optimiser_buffers_of_another_shape_are_refused(tmp_path, monkeypatch):

@@ -209,13 +209,14 @@ def precision_recall(detections, ground_truths, num_classes: int, iou_threshold:
             raise ValueError(f"{name}: a class is outside 0..{num_classes - 1}")
     detections = detections[np.argsort(-detections[:, 2], kind="stable")]
     _, _, is_true_positive, is_ignored = assign_detections(detections, truths, num_classes, iou_threshold)
+    detections, is_true_positive = detections[~is_ignored], is_true_positive[~is_ignored]
     curves = []
     for c in range(num_classes):
-        counts = (detections[:, 1] == c) & ~is_ignored
-        true_positives = is_true_positive[counts].cumsum()
+        of_class = detections[:, 1] == c
+        true_positives = is_true_positive[of_class].cumsum()
         truth_count = ((truths[:, 1] == c) & (truths[:, 2] == 0)).sum()
         precision = true_positives / np.arange(1, len(true_positives) + 1)
-        curves.append((detections[counts, 2], precision, true_positives / (truth_count or np.nan)))
+        curves.append((detections[of_class, 2], precision, true_positives / (truth_count or np.nan)))
     return curves
 
 

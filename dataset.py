@@ -874,6 +874,23 @@ def print_badly_fitting_anchors(dataset: VOCDataset) -> None:
         print(f"ANCHORS fit the boxes badly (average IoU {fit:.2f}); dataset.py IMAGE_SIZE={size} prints better ones for this data")
 
 
+def check_training_sets(train_set: VOCDataset, eval_sets: dict[str, VOCDataset]) -> None:
+    """Prints what is probably wrong with the data of a training run; raises ValueError if there is nothing to learn."""
+    if val_set := eval_sets.get("val_map"):
+        paths = [{os.path.realpath(file) for file, _ in data.samples} for data in (train_set, val_set)]
+        if shared := paths[0] & paths[1]:
+            print(f"images in both the training and the validation set: {len(shared)} (first: {utils.printable(min(shared))})")
+        print_suspicious_labels(val_set)
+    sets = {"training": train_set, **eval_sets}
+    empty = [name for name, data in sets.items() if not any((labels[:, 1] == 0).any() for labels in data.labels)]
+    if "training" in empty:
+        raise ValueError("the training images have no objects, or only difficult ones; check the label files, CLASSES and TOLERATE")
+    for name in empty:
+        print(f"{name} will be nan, because its images have no objects, or only difficult ones")
+    print_suspicious_labels(train_set)
+    print_badly_fitting_anchors(train_set)
+
+
 def check_dataset(samples: list[tuple[str, str]], classes, tolerate=()) -> tuple[list[str], list[np.ndarray], np.ndarray]:
     """Reads every file of a data set -> problems (one sentence each, naming the file), labels per image, box sizes in fractions."""
     problems = [

@@ -10,7 +10,6 @@ RESUME=True continues as if the run had never been stopped.
 """
 
 import functools
-import os
 import sys
 import time
 
@@ -24,10 +23,9 @@ import utils
 from dataset import (
     VOC_CLASSES,
     VOCDataset,
+    check_training_sets,
     drop_broken_images,
     files_of_step,
-    print_badly_fitting_anchors,
-    print_suspicious_labels,
     read_image,
     steps_per_epoch,
     training_batches,
@@ -118,19 +116,8 @@ def read_data_sets(anchors, broken_list):
     train_set = VOCDataset(DATA_DIR, IMAGE_SETS, augment=AUGMENT, **common)
     eval_sets = {"train_map": VOCDataset(DATA_DIR, IMAGE_SETS, limit=EVAL_TRAIN_IMAGES, **common)}
     if VAL_IMAGE_SETS:
-        val_set = eval_sets["val_map"] = VOCDataset(DATA_DIR, VAL_IMAGE_SETS, **common)
-        paths = [{os.path.realpath(file) for file, _ in data.samples} for data in (train_set, val_set)]
-        if shared := paths[0] & paths[1]:
-            print(f"images in both the training and the validation set: {len(shared)} (first: {utils.printable(min(shared))})")
-        print_suspicious_labels(val_set)
-    sets = {"training": train_set, **eval_sets}
-    empty = [name for name, data in sets.items() if not any((labels[:, 1] == 0).any() for labels in data.labels)]
-    if "training" in empty:
-        raise ValueError("the training images have no objects, or only difficult ones; check the label files, CLASSES and TOLERATE")
-    for name in empty:
-        print(f"{name} will be nan, because its images have no objects, or only difficult ones")
-    print_suspicious_labels(train_set)
-    print_badly_fitting_anchors(train_set)
+        eval_sets["val_map"] = VOCDataset(DATA_DIR, VAL_IMAGE_SETS, **common)
+    check_training_sets(train_set, eval_sets)
     if min(BATCH_SIZE // SUBDIVISIONS, len(train_set) * REPEAT) == 1 and min(MULTI_SCALE or [IMAGE_SIZE]) == 32:
         raise ValueError("batch norm needs two values per channel: set IMAGE_SIZE=64, or two images or more per batch")
     train_set.broken_list = broken_list

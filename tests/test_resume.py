@@ -184,8 +184,9 @@ def test_a_failed_evaluation_loses_no_training_steps(script, uninterrupted, tmp_
 
 
 def test_an_unreadable_log_or_a_failed_chart_does_not_end_the_run(uninterrupted, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, darknet_train, tmp_path, MAX_HOURS=1e-9)
     (tmp_path / "run_metrics.csv").write_bytes(b"\xff\xfe\x00broken")
-    state = run(monkeypatch, darknet_train, tmp_path, draw_charts=Mock(side_effect=RuntimeError("no font")))
+    state = run(monkeypatch, darknet_train, tmp_path, RESUME=True, draw_charts=Mock(side_effect=RuntimeError("no font")))
     assert_equal(uninterrupted[darknet_train][0]["model"], state["model"])
     out = capsys.readouterr().out
     assert "run_metrics.csv was not readable; it is kept as" in out and "run_charts.png could not be written: no font" in out

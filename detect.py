@@ -123,8 +123,8 @@ def draw_video(source: str, output: str, detector: tuple) -> tuple[int, Counter,
         file, size = os.fsencode(temporary), frame.shape[1::-1]  # the writer cuts off an odd last column or row
         writer = cv2.VideoWriter(file, cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
         if not writer.isOpened():
-            format = f"{size[0]} x {size[1]} pixels, {rate} frames per second"
-            raise ValueError(f"{source}: could not be stored as MPEG-4 ({format}); convert it to another size or rate")
+            shape = f"{size[0]} x {size[1]} pixels, {rate} frames per second"
+            raise ValueError(f"{source}: could not be stored as MPEG-4 ({shape}); convert it to another size or rate")
         try:
             while more:
                 picture, names, _ = draw_detections(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), *detector)

@@ -48,9 +48,7 @@ MULTI_SCALE = []  # image sizes, a new one every 10 steps; the paper: multiples 
 ANCHORS = yolov2_model.ANCHORS  # width and height in cells of 32 pixels, made for 416 px; python dataset.py computes others
 PRETRAINED = ""  # a checkpoint of darknet_train*.py or train.py, or a Darknet file (.conv.23, .weights); "" from scratch
 # loss
-EQUATION = (
-    "darknet"  # yolov2-voc.cfg; or "yolov1", the YOLOv1 paper's (its lambdas: 5, 1, .5, 1), worse here (tests/MEASUREMENTS.md)
-)
+EQUATION = "darknet"  # yolov2-voc.cfg; or "yolov1", the YOLOv1 paper's (its lambdas: 5, 1, .5, 1), worse here
 LAMBDA_COORD = 1.0  # yolov2-voc.cfg: coord_scale
 LAMBDA_OBJECT = 5.0  # object_scale
 LAMBDA_NO_OBJECT = 1.0  # noobject_scale

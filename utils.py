@@ -622,7 +622,10 @@ def resume(file: str | os.PathLike, model: nn.Module, optimizer, scaler, setting
         raise ValueError(f"{file}: damaged, or a checkpoint of another script (its settings lack {', '.join(missing)})")
     changed = [name for name in settings if name in old and json.dumps(old[name], default=repr) != json.dumps(settings[name])]
 
-    if refused := [f"{name} was {old[name]!r:.500} and is {settings[name]!r:.500}" for name in changed if name in fixed]:
+    def shown(value):  # marked if cut: two long lists may differ only later
+        return repr(value) if len(repr(value)) <= 200 else f"{value!r:.200}... ({len(value)} in all)"
+
+    if refused := [f"{name} was {shown(old[name])} and is {shown(settings[name])}" for name in changed if name in fixed]:
         advice = "set it back, or start a new run from its weights (RESUME_WEIGHTS, PRETRAINED)"
         raise ValueError(f"{file}: cannot resume with changed settings: {'; '.join(refused)}; {advice}")
     for name in changed:
@@ -853,9 +856,7 @@ def check_schedule(schedule: str, drops: list, epochs: int) -> None:
 def print_long_burn_in(burn_in: int, total_steps: int) -> None:
     """Prints a hint if a run is too short for its burn-in."""
     if burn_in > total_steps:
-        print(
-            f"BURN_IN {burn_in} is longer than the run (steps: {total_steps}): the rate never reaches LEARNING_RATE; lower BURN_IN"
-        )
+        print(f"BURN_IN {burn_in} is longer than the run (steps: {total_steps}): the rate never reaches LEARNING_RATE; lower it")
 
 
 def keep_earlier_run(checkpoint: str, start_file: str) -> None:

@@ -399,7 +399,7 @@ def test_hidden_class_folders_are_skipped_and_other_files_counted(tmp_path, caps
     (tmp_path / "train/n1/notes.txt").write_text("x")
     data = dataset.imagenet_dataset(tmp_path, "train", 32, augment=False)
     assert data.classes == ["n1", "n2"] and len(data) == 2
-    assert "1 files that are not images" in capsys.readouterr().out
+    assert "skipped 1 files that are not images (first: " in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- names

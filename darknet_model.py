@@ -1,9 +1,11 @@
-"""Darknet-19, the classification network that is YOLOv2's backbone (YOLO9000 sec. 3, Table 6), and Darknet's weight files.
+"""Darknet-19, the classification network that is YOLOv2's backbone (YOLO9000 sec. 3, Table 6),
+and Darknet's weight files.
 
     python darknet_model.py                                                             prints the layers, as in Table 6
-    python darknet_model.py CHECKPOINT=runs/darknet19.pt OUTPUT=runs/darknet19.weights  writes a checkpoint as a Darknet file
+    python darknet_model.py CHECKPOINT=runs/darknet19.pt OUTPUT=runs/darknet19.weights  writes that as a Darknet file
 
-Letters: N images of H x W pixels, H and W multiples of 32. Images are float32 RGB in 0..1, without mean and std, as in Darknet.
+Letters: N images of H x W pixels, H and W multiples of 32. Images are float32 RGB in 0..1, without
+mean and std, as in Darknet.
 """
 
 import copy
@@ -81,13 +83,16 @@ def initialise_kernels(model: nn.Module) -> None:
 
 
 def add_identity(model: nn.Module, weight: float) -> None:
-    """Adds `weight` to the kernel centre from input channel `o mod c_in` to output channel `o`, except in the first and last layer.
+    """Adds `weight` to the kernel centre from input channel `o mod c_in` to output channel `o`, except in
+    the first and last layer.
 
-    IDENTITY_INIT of the darknet_train scripts (ours). Each layer then starts as a scaled identity plus its random kernel (Zagoruyko
-    and Komodakis, DiracNets, 2017); short runs reach a higher accuracy with it (tests/MEASUREMENTS.md).
+    IDENTITY_INIT of the darknet_train scripts (ours). Each layer then starts as a scaled identity plus
+    its random kernel (Zagoruyko and Komodakis, DiracNets, 2017); short runs reach a higher accuracy with
+    it (tests/MEASUREMENTS.md).
     """
     for module in model.modules():
-        if isinstance(module, nn.Conv2d) and module.bias is None and module.in_channels > 3:  # the last layer has a bias
+        # the last layer has a bias
+        if isinstance(module, nn.Conv2d) and module.bias is None and module.in_channels > 3:
             out_channel = torch.arange(module.out_channels)
             middle = module.kernel_size[0] // 2
             with torch.no_grad():
@@ -111,10 +116,12 @@ class Darknet19(nn.Module):
 
 
 def layer_table(model: nn.Module, image_size: int) -> str:
-    """The convolutions and max-pools of a model as lines of text, in the order in which they run on image_size x image_size pixels.
+    """The convolutions and max-pools of a model as lines of text, in the order in which they run on
+    image_size x image_size pixels.
 
-    Parameters are kernels, biases and batch-norm scales. GFLOP are those of the convolutions, 2 k^2 c_in c_out h w / 1e9 as in
-    Darknet: a multiply-add counts as two operations. (AlexeyAB's Darknet adds .011 for YOLOv2's max-pools at 416 px.)
+    Parameters are kernels, biases and batch-norm scales. GFLOP are those of the convolutions,
+    2 k^2 c_in c_out h w / 1e9 as in Darknet: a multiply-add counts as two operations. (AlexeyAB's Darknet adds .011 for
+    YOLOv2's max-pools at 416 px.)
     """
     rows = []  # number, name, type, kernel, output, parameters, GFLOP
 
@@ -125,7 +132,17 @@ def layer_table(model: nn.Module, image_size: int) -> str:
             rows[-1][5] += parameters  # to those of its convolution
         elif isinstance(module, nn.Conv2d):
             k, gflop = module.kernel_size[0], module.weight.numel() * 2 * h * w / 1e9
-            rows.append([len(rows) + 1, name.removesuffix(".0"), "convolution", f"{k}x{k}", f"{c} x {h} x {w}", parameters, gflop])
+            rows.append(
+                [
+                    len(rows) + 1,
+                    name.removesuffix(".0"),
+                    "convolution",
+                    f"{k}x{k}",
+                    f"{c} x {h} x {w}",
+                    parameters,
+                    gflop,
+                ]
+            )
         else:
             rows.append([len(rows) + 1, name, "max-pool", "2x2 / 2", f"{c} x {h} x {w}", 0, 0.0])
 
@@ -140,14 +157,15 @@ def layer_table(model: nn.Module, image_size: int) -> str:
 
 
 # ---------------------------------------------------------------- Darknet's weight files
-# A header, then for each convolution in the order of the cfg file: biases, batch-norm scales, running means, running variances and
-# kernels (out, in, height, width); a convolution without batch norm has only biases and kernels. All numbers are little-endian
-# float32. Header: int32 major, minor, revision; then the images seen, int64, before version 0.2 int32 (load_weights_upto in
-# Darknet's src/parser.c).
+# A header, then for each convolution in the order of the cfg file: biases, batch-norm scales, running means, running
+# variances and kernels (out, in, height, width); a convolution without batch norm has only biases and kernels. All
+# numbers are little-endian float32. Header: int32 major, minor, revision; then the images seen, int64, before version
+# 0.2 int32 (load_weights_upto in Darknet's src/parser.c).
 
 
 def darknet_tensors(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Yields the tensors of each convolution in file order (our modules are registered in the order of the cfg file)."""
+    """Yields the tensors of each convolution in file order (our modules are registered in the
+    order of the cfg file)."""
     modules = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
     for module, following in zip(modules, modules[1:] + [None], strict=True):
         if isinstance(module, nn.BatchNorm2d):
@@ -194,7 +212,9 @@ def copy_convolutions(convolutions: list[list[Tensor]], numbers: np.ndarray, fil
     for number, tensors in enumerate(convolutions):
         names = ("bias", "scale", "running_mean", "running_var", "kernel") if len(tensors) == 5 else ("bias", "kernel")
         for name, tensor in zip(names, tensors, strict=True):
-            pieces[f"{number}.{name}"] = torch.from_numpy(numbers[position : position + tensor.numel()]).view(tensor.shape)
+            pieces[f"{number}.{name}"] = torch.from_numpy(numbers[position : position + tensor.numel()]).view(
+                tensor.shape
+            )
             position += tensor.numel()
     utils.check_weights(file, pieces)
     with torch.no_grad():
@@ -205,8 +225,9 @@ def copy_convolutions(convolutions: list[list[Tensor]], numbers: np.ndarray, fil
 def load_darknet_weights(model: nn.Module, file: str | os.PathLike) -> int:
     """Loads a Darknet file into a Darknet19 or YOLOv2; prints and returns the number of convolutions loaded.
 
-    The file may contain all convolutions or only the first ones (`darknet19_448.conv.23`: 18 convolutions, 23 counts the pools).
-    Raises FileNotFoundError or ValueError, naming the file, if it is damaged or of another network; the model is then unchanged.
+    The file may contain all convolutions or only the first ones (`darknet19_448.conv.23`: 18 convolutions, 23
+    counts the pools). Raises FileNotFoundError or ValueError, naming the file, if it is damaged or of another
+    network; the model is then unchanged.
     """
     numbers, images_seen = open_darknet_file(file)
     convolutions = list(darknet_tensors(model))
@@ -216,7 +237,8 @@ def load_darknet_weights(model: nn.Module, file: str | os.PathLike) -> int:
         sizes = [f"{end:,} ({convolution} convolutions)" for convolution, end in enumerate(ends, start=1)]
         raise ValueError(
             f"{file}: contains {numbers.size:,} numbers, but this {type(model).__name__} takes "
-            f"{' or '.join(sizes[max(count - 1, 0) : count + 1])}; the file is damaged, or of another network or number of classes"
+            f"{' or '.join(sizes[max(count - 1, 0) : count + 1])}; "
+            "the file is damaged, or of another network or number of classes"
         )
     copy_convolutions(convolutions[:count], numbers, file)
     print(f"{file}: loaded {count} of {len(convolutions)} convolutions ({images_seen:,} images seen in training)")
@@ -224,8 +246,8 @@ def load_darknet_weights(model: nn.Module, file: str | os.PathLike) -> int:
 
 
 def save_darknet_weights(model: nn.Module, file: str | os.PathLike, images_seen: int = 0) -> None:
-    """Writes a Darknet19, its features or a YOLOv2 as a Darknet file, version 0.2, with utils.atomic_write. Raises ValueError for a
-    fused model."""
+    """Writes a Darknet19, its features or a YOLOv2 as a Darknet file, version 0.2, with utils.atomic_write. Raises
+    ValueError for a fused model."""
     if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         raise ValueError("a fused model has no batch norms to write; save the model it was made from")
     with utils.atomic_write(file) as temporary, open(temporary, "wb") as stream:
@@ -237,8 +259,8 @@ def save_darknet_weights(model: nn.Module, file: str | os.PathLike, images_seen:
 
 
 def load_classifier(model: Darknet19, file: str | os.PathLike, names: list[str] | None = None) -> None:
-    """Loads a Darknet19 from a checkpoint of darknet_train*.py (`.pt`), or from a Darknet file, which may contain only the first
-    convolutions. names: the classes of the new run; a checkpoint must have the same ones in the same order.
+    """Loads a Darknet19 from a checkpoint of darknet_train*.py (`.pt`), or from a Darknet file, which may contain only
+    the first convolutions. names: the classes of the new run; a checkpoint must have the same ones in the same order.
 
     Raises FileNotFoundError or ValueError, naming the file, if it is missing, damaged or has other classes.
     """
@@ -246,7 +268,9 @@ def load_classifier(model: Darknet19, file: str | os.PathLike, names: list[str] 
         if load_darknet_weights(model, file) == 19 and names:
             print(f"{file}: contains no class names; their order is taken to be that of the class folders")
             partial = "darknet partial darknet19.cfg darknet19.weights darknet19.conv.23 23"
-            print(f"darknet19.weights has another (imagenet.labels.list): use only its backbone, cut off by `{partial}`")
+            print(
+                f"darknet19.weights has another (imagenet.labels.list): use only its backbone, cut off by `{partial}`"
+            )
         return
     checkpoint, ours = utils.load_checkpoint(file, "cpu"), model.state_dict()
     state = checkpoint.get("model", {})
@@ -257,7 +281,8 @@ def load_classifier(model: Darknet19, file: str | os.PathLike, names: list[str] 
         found = f"{classes} classes, not {expected}" if classes != expected else "other classes, or in another order"
         raise ValueError(
             f"{file}: was trained on {found}. To use only its backbone, write that to a Darknet file "
-            f'and start with RESUME_WEIGHTS=backbone.conv.23: python darknet_model.py "CHECKPOINT={file}" OUTPUT=backbone.conv.23'
+            "and start with RESUME_WEIGHTS=backbone.conv.23: "
+            f'python darknet_model.py "CHECKPOINT={file}" OUTPUT=backbone.conv.23'
         )
     try:
         model.load_state_dict(state)

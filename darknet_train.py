@@ -4,8 +4,9 @@
     python darknet_train.py DATA_DIR=/data/imagenet NUM_WORKERS=8 IMAGE_SIZE=224 BATCH_SIZE=128 EPOCHS=160
 
 Writes, named after CHECKPOINT: `runs/darknet19.pt` after each epoch, `runs/darknet19_best.pt` (best top-1),
-`runs/darknet19_metrics.csv` and `runs/darknet19_charts.png`. Continue with `train.py PRETRAINED=runs/darknet19.pt`. Ctrl-C, SIGTERM
-and MAX_HOURS save after the current step and stop; RESUME=True continues as if the run had never been stopped.
+`runs/darknet19_metrics.csv` and `runs/darknet19_charts.png`. Continue with `train.py
+PRETRAINED=runs/darknet19.pt`. Ctrl-C, SIGTERM and MAX_HOURS save after the current step and stop; RESUME=True
+continues as if the run had never been stopped.
 """
 
 import functools
@@ -25,11 +26,11 @@ from dataset import files_of_step, imagenet_dataset, steps_per_epoch, training_b
 # data
 DATA_DIR = "data_samples/imagenet"  # holds train/<wnid>/ and val/<wnid>/
 IMAGE_SIZE = 64  # pixels; 224 in the paper, 448 in its second stage
-CROP_SCALE = (0.5, 1.75)  # short side of the scaled image, relative to the crop: smallest, largest; (1.0, 1.14) in the second stage
+CROP_SCALE = (0.5, 1.75)  # short side of the scaled image / crop: smallest, largest; (1.0, 1.14) in the second stage
 NUM_WORKERS = 2  # processes that load images
 BROKEN_IMAGES = "stop"  # or "skip": use the next image instead of an unreadable one, and list it in a file
 # model
-IDENTITY_INIT = 0.0  # weight of an identity added to each new kernel; 0 in Darknet; ours: 2 for runs of a few thousand steps
+IDENTITY_INIT = 0.0  # weight of an identity added to each new kernel; 0 in Darknet; ours: 2 for a few thousand steps
 # optimiser
 BATCH_SIZE = 6  # images per optimiser step; 128 in darknet19.cfg
 SUBDIVISIONS = 1  # gradient-accumulation steps per batch
@@ -69,7 +70,9 @@ def check_settings():
     if BATCH_SIZE % SUBDIVISIONS:
         raise ValueError(f"BATCH_SIZE {BATCH_SIZE} must be a multiple of SUBDIVISIONS {SUBDIVISIONS}")
     if BATCH_SIZE == SUBDIVISIONS and IMAGE_SIZE < 64:
-        raise ValueError("batch norm needs two values per channel: set IMAGE_SIZE=64, or BATCH_SIZE to twice SUBDIVISIONS or more")
+        raise ValueError(
+            "batch norm needs two values per channel: set IMAGE_SIZE=64, or BATCH_SIZE to twice SUBDIVISIONS or more"
+        )
     utils.check_writable(CHECKPOINT)
 
 
@@ -145,7 +148,10 @@ def main():
         optimizing = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         utils.save_checkpoint(CHECKPOINT, model=model.state_dict(), **optimizing, **state, **metadata)
 
-    print(f"{len(train_set)} training and {len(val_set)} validation images of {len(train_set.classes)} classes on {device}")
+    print(
+        f"{len(train_set)} training and {len(val_set)} validation images of "
+        f"{len(train_set.classes)} classes on {device}"
+    )
     batches = batches_from(state["step"])
     data = iter(DataLoader(train_set, batch_sampler=batches, **loading))
     bar = tqdm(total=EPOCHS * steps, initial=state["step"], unit="step", disable=None)
@@ -155,7 +161,9 @@ def main():
         model.train()
         while state["step"] < end:
             drops = [drop * steps for drop in LR_DROPS]
-            rate = utils.learning_rate_at(state["step"], EPOCHS * steps, LEARNING_RATE, LR_SCHEDULE, BURN_IN, LR_POWER, drops)
+            rate = utils.learning_rate_at(
+                state["step"], EPOCHS * steps, LEARNING_RATE, LR_SCHEDULE, BURN_IN, LR_POWER, drops
+            )
             for group in optimizer.param_groups:
                 group["lr"] = rate
             utils.warm_batch_norm(network, state["step"] * SUBDIVISIONS)
@@ -204,8 +212,18 @@ def main():
 
         loss, correct = (state["sums"][:2] / state["sums"][2]).tolist()
         val_loss, top1, top5 = (val_sums[:3] / val_sums[3]).tolist()
-        row = {"epoch": state["epoch"] + 1, "learning_rate": optimizer.param_groups[0]["lr"], "loss": loss, "val_loss": val_loss}
-        row |= {"images_per_second": images / seconds if images else "", "train_top1": correct, "val_top1": top1, "val_top5": top5}
+        row = {
+            "epoch": state["epoch"] + 1,
+            "learning_rate": optimizer.param_groups[0]["lr"],
+            "loss": loss,
+            "val_loss": val_loss,
+        }
+        row |= {
+            "images_per_second": images / seconds if images else "",
+            "train_top1": correct,
+            "val_top1": top1,
+            "val_top5": top5,
+        }
         state["epoch"] += 1
         state["sums"].zero_()
         if top1 >= state["best"]:

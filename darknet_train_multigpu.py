@@ -1,11 +1,12 @@
-"""Pre-trains Darknet-19 on ImageNet on all GPUs of one machine with DataParallel (YOLO9000 sec. 3, "Training for classification").
+"""Pre-trains Darknet-19 on ImageNet on all GPUs of one machine with DataParallel (YOLO9000 sec. 3,
+"Training for classification").
 
     python darknet_train_multigpu.py DATA_DIR=/data/imagenet NUM_WORKERS=16 IMAGE_SIZE=224 BATCH_SIZE=256 EPOCHS=160
 
-This is darknet_train.py plus the lines under "DataParallel:" comments. One process splits each batch over the GPUs and gathers the
-outputs. It copies the model to every GPU in every step and runs them all from one Python process, so
-darknet_train_multigpu_distr.py is faster. Without a GPU it runs on the CPU. It writes the same files as darknet_train.py; the
-checkpoints are interchangeable.
+This is darknet_train.py plus the lines under "DataParallel:" comments. One process splits each batch over the GPUs and
+gathers the outputs. It copies the model to every GPU in every step and runs them all from one Python process, so
+darknet_train_multigpu_distr.py is faster. Without a GPU it runs on the CPU. It writes the same files as
+darknet_train.py; the checkpoints are interchangeable.
 """
 
 import functools
@@ -25,11 +26,11 @@ from dataset import files_of_step, imagenet_dataset, steps_per_epoch, training_b
 # data
 DATA_DIR = "data_samples/imagenet"  # holds train/<wnid>/ and val/<wnid>/
 IMAGE_SIZE = 64  # pixels; 224 in the paper, 448 in its second stage
-CROP_SCALE = (0.5, 1.75)  # short side of the scaled image, relative to the crop: smallest, largest; (1.0, 1.14) in the second stage
+CROP_SCALE = (0.5, 1.75)  # short side of the scaled image / crop: smallest, largest; (1.0, 1.14) in the second stage
 NUM_WORKERS = 2  # processes that load images
 BROKEN_IMAGES = "stop"  # or "skip": use the next image instead of an unreadable one, and list it in a file
 # model
-IDENTITY_INIT = 0.0  # weight of an identity added to each new kernel; 0 in Darknet; ours: 2 for runs of a few thousand steps
+IDENTITY_INIT = 0.0  # weight of an identity added to each new kernel; 0 in Darknet; ours: 2 for a few thousand steps
 # optimiser
 BATCH_SIZE = 6  # images per optimiser step; 128 in darknet19.cfg
 SUBDIVISIONS = 1  # gradient-accumulation steps per batch
@@ -69,14 +70,19 @@ def check_settings():
     if BATCH_SIZE % SUBDIVISIONS:
         raise ValueError(f"BATCH_SIZE {BATCH_SIZE} must be a multiple of SUBDIVISIONS {SUBDIVISIONS}")
     if BATCH_SIZE == SUBDIVISIONS and IMAGE_SIZE < 64:
-        raise ValueError("batch norm needs two values per channel: set IMAGE_SIZE=64, or BATCH_SIZE to twice SUBDIVISIONS or more")
+        raise ValueError(
+            "batch norm needs two values per channel: set IMAGE_SIZE=64, or BATCH_SIZE to twice SUBDIVISIONS or more"
+        )
     utils.check_writable(CHECKPOINT)
-    # DataParallel: every GPU gets an equal share of each batch; copies of a compiled model would run the code of the first GPU
+    # DataParallel: every GPU gets an equal share of each batch; copies of a compiled model would run
+    # the code of the first GPU
     device, gpus = utils.pick_device(DEVICE), torch.cuda.device_count()
     if device.index is not None and gpus > 1:
         raise ValueError(f"DEVICE={DEVICE}: DataParallel uses all visible GPUs; choose them with CUDA_VISIBLE_DEVICES")
     if device.type == "cuda" and BATCH_SIZE // SUBDIVISIONS % gpus:
-        raise ValueError(f"{BATCH_SIZE // SUBDIVISIONS} images (BATCH_SIZE / SUBDIVISIONS) cannot be split evenly over {gpus} GPUs")
+        raise ValueError(
+            f"{BATCH_SIZE // SUBDIVISIONS} images (BATCH_SIZE / SUBDIVISIONS) cannot be split evenly over {gpus} GPUs"
+        )
     if device.type == "cuda" and gpus > 1 and COMPILE:
         raise ValueError("COMPILE works on one GPU; use darknet_train_multigpu_distr.py for several")
 
@@ -136,8 +142,8 @@ def main():
     if RESUME_WEIGHTS and not RESUME:
         darknet_model.load_classifier(model, RESUME_WEIGHTS, train_set.classes)
     network = model  # what the loop calls; shares the weights of model
-    # DataParallel: batch norm sees one GPU's share of the batch, and the running statistics are those of the first GPU. The wrapper
-    # uses every GPU that PyTorch sees, so DEVICE=cpu leaves it out; without GPUs it only calls the model.
+    # DataParallel: batch norm sees one GPU's share of the batch, and the running statistics are those of the first GPU.
+    # The wrapper uses every GPU that PyTorch sees, so DEVICE=cpu leaves it out; without GPUs it only calls the model.
     if device.type == "cuda" or not torch.cuda.is_available():
         network = torch.nn.DataParallel(network)
     if COMPILE:
@@ -161,7 +167,10 @@ def main():
         optimizing = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         utils.save_checkpoint(CHECKPOINT, model=model.state_dict(), **optimizing, **state, **metadata)
 
-    print(f"{len(train_set)} training and {len(val_set)} validation images of {len(train_set.classes)} classes on {device}")
+    print(
+        f"{len(train_set)} training and {len(val_set)} validation images of "
+        f"{len(train_set.classes)} classes on {device}"
+    )
     batches = batches_from(state["step"])
     data = iter(DataLoader(train_set, batch_sampler=batches, **loading))
     bar = tqdm(total=EPOCHS * steps, initial=state["step"], unit="step", disable=None)
@@ -171,7 +180,9 @@ def main():
         model.train()
         while state["step"] < end:
             drops = [drop * steps for drop in LR_DROPS]
-            rate = utils.learning_rate_at(state["step"], EPOCHS * steps, LEARNING_RATE, LR_SCHEDULE, BURN_IN, LR_POWER, drops)
+            rate = utils.learning_rate_at(
+                state["step"], EPOCHS * steps, LEARNING_RATE, LR_SCHEDULE, BURN_IN, LR_POWER, drops
+            )
             for group in optimizer.param_groups:
                 group["lr"] = rate
             utils.warm_batch_norm(network, state["step"] * SUBDIVISIONS)
@@ -220,8 +231,18 @@ def main():
 
         loss, correct = (state["sums"][:2] / state["sums"][2]).tolist()
         val_loss, top1, top5 = (val_sums[:3] / val_sums[3]).tolist()
-        row = {"epoch": state["epoch"] + 1, "learning_rate": optimizer.param_groups[0]["lr"], "loss": loss, "val_loss": val_loss}
-        row |= {"images_per_second": images / seconds if images else "", "train_top1": correct, "val_top1": top1, "val_top5": top5}
+        row = {
+            "epoch": state["epoch"] + 1,
+            "learning_rate": optimizer.param_groups[0]["lr"],
+            "loss": loss,
+            "val_loss": val_loss,
+        }
+        row |= {
+            "images_per_second": images / seconds if images else "",
+            "train_top1": correct,
+            "val_top1": top1,
+            "val_top5": top5,
+        }
         state["epoch"] += 1
         state["sums"].zero_()
         if top1 >= state["best"]:

@@ -1,14 +1,16 @@
 """Pre-trains Darknet-19 on ImageNet with DistributedDataParallel (DDP), one process per GPU (YOLO9000 sec. 3).
 
     torchrun --nproc_per_node=4 darknet_train_multigpu_distr.py DATA_DIR=/data/imagenet NUM_WORKERS=8 IMAGE_SIZE=224 ...
-    torchrun --nnodes=2 --nproc_per_node=4 --rdzv-backend=c10d --rdzv-endpoint=HOST:29400 darknet_train_multigpu_distr.py ...
-    torchrun --nproc_per_node=4 --max-restarts=3 ...            after a crash, resumes from the last checkpoint (one machine only;
-                                                                on several, start all of them again with RESUME=True)
+    torchrun --nnodes=2 --nproc_per_node=4 --rdzv-backend=c10d --rdzv-endpoint=HOST:29400
+        darknet_train_multigpu_distr.py ...
+    torchrun --nproc_per_node=4 --max-restarts=3 ...            after a crash, resumes from the last checkpoint
+                                                                (one machine only; on several, start all of them again
+                                                                with RESUME=True)
     python darknet_train_multigpu_distr.py                      one process
 
-This is darknet_train.py plus the lines under "DDP:" comments. BATCH_SIZE counts the images of all processes together. The backend
-is nccl on GPUs, gloo on CPUs. Only the first process prints and writes. It writes the same files as darknet_train.py; the
-checkpoints are interchangeable. MAX_HOURS counts from each (re)start.
+This is darknet_train.py plus the lines under "DDP:" comments. BATCH_SIZE counts the images of all processes together.
+The backend is nccl on GPUs, gloo on CPUs. Only the first process prints and writes. It writes the same files as
+darknet_train.py; the checkpoints are interchangeable. MAX_HOURS counts from each (re)start.
 """
 
 import contextlib
@@ -35,11 +37,11 @@ from dataset import files_of_step, imagenet_dataset, steps_per_epoch, training_b
 # data
 DATA_DIR = "data_samples/imagenet"  # holds train/<wnid>/ and val/<wnid>/
 IMAGE_SIZE = 64  # pixels; 224 in the paper, 448 in its second stage
-CROP_SCALE = (0.5, 1.75)  # short side of the scaled image, relative to the crop: smallest, largest; (1.0, 1.14) in the second stage
+CROP_SCALE = (0.5, 1.75)  # short side of the scaled image / crop: smallest, largest; (1.0, 1.14) in the second stage
 NUM_WORKERS = 2  # processes that load images
 BROKEN_IMAGES = "stop"  # or "skip": use the next image instead of an unreadable one, and list it in a file
 # model
-IDENTITY_INIT = 0.0  # weight of an identity added to each new kernel; 0 in Darknet; ours: 2 for runs of a few thousand steps
+IDENTITY_INIT = 0.0  # weight of an identity added to each new kernel; 0 in Darknet; ours: 2 for a few thousand steps
 # optimiser
 BATCH_SIZE = 6  # images per optimiser step; 128 in darknet19.cfg
 SUBDIVISIONS = 1  # gradient-accumulation steps per batch
@@ -80,7 +82,9 @@ def check_settings():
     if BATCH_SIZE % SUBDIVISIONS:
         raise ValueError(f"BATCH_SIZE {BATCH_SIZE} must be a multiple of SUBDIVISIONS {SUBDIVISIONS}")
     if BATCH_SIZE == SUBDIVISIONS and IMAGE_SIZE < 64:
-        raise ValueError("batch norm needs two values per channel: set IMAGE_SIZE=64, or BATCH_SIZE to twice SUBDIVISIONS or more")
+        raise ValueError(
+            "batch norm needs two values per channel: set IMAGE_SIZE=64, or BATCH_SIZE to twice SUBDIVISIONS or more"
+        )
     utils.check_writable(CHECKPOINT)
 
 
@@ -116,18 +120,22 @@ def join_processes() -> torch.device:
     """Joins the processes started by torchrun, or forms a group of one -> the device of this process."""
     device = utils.pick_device(DEVICE)
     if device.index is not None and "LOCAL_RANK" in os.environ:
-        raise ValueError(f"DEVICE={DEVICE}: torchrun gives each process a GPU of its own; choose them with CUDA_VISIBLE_DEVICES")
+        raise ValueError(
+            f"DEVICE={DEVICE}: torchrun gives each process a GPU of its own; choose them with CUDA_VISIBLE_DEVICES"
+        )
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", device.index or 0))
         if local >= torch.cuda.device_count():
-            raise ValueError(f"process {local} has no GPU: --nproc_per_node may be at most {torch.cuda.device_count()} here")
+            raise ValueError(
+                f"process {local} has no GPU: --nproc_per_node may be at most {torch.cuda.device_count()} here"
+            )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         store, rank, world = dist.HashStore(), 0, 1
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            # torchrun's key-value store survives a crash. Each start gets its own prefix: otherwise, new processes would read the
-            # addresses of dead ones and wait for them.
+            # torchrun's key-value store survives a crash. Each start gets its own prefix: otherwise, new processes
+            # would read the addresses of dead ones and wait for them.
             store, rank, world = next(rendezvous("env://"))
             store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         nccl = device.type == "cuda" and dist.is_nccl_available()  # Windows has no NCCL
@@ -136,7 +144,8 @@ def join_processes() -> torch.device:
 
 
 def any_process(stop, device) -> bool:
-    """Whether any process was asked to stop. A signal may reach only one of them, but all must stop at the same step."""
+    """Whether any process was asked to stop. A signal may reach only one of them, but all must
+    stop at the same step."""
     asked = torch.tensor(float(utils.should_stop(stop)), device=device)
     dist.all_reduce(asked, dist.ReduceOp.MAX)
     asked = bool(asked)  # once: each bool() waits for the GPU
@@ -160,7 +169,9 @@ def check_same_step(step: int) -> None:
     steps = [None] * dist.get_world_size()
     dist.all_gather_object(steps, step)
     if len(set(steps)) > 1:
-        raise ValueError(f"{CHECKPOINT}: the processes found different files (steps {steps}); put it in a folder that all share")
+        raise ValueError(
+            f"{CHECKPOINT}: the processes found different files (steps {steps}); put it in a folder that all share"
+        )
 
 
 def main():
@@ -174,7 +185,8 @@ def main():
     sys.stdout = sys.stdout if rank == 0 else io.StringIO()
     if BATCH_SIZE // SUBDIVISIONS % world:
         raise ValueError(
-            f"BATCH_SIZE / SUBDIVISIONS = {BATCH_SIZE // SUBDIVISIONS} images cannot be split evenly over {world} processes"
+            f"BATCH_SIZE / SUBDIVISIONS = {BATCH_SIZE // SUBDIVISIONS} images "
+            f"cannot be split evenly over {world} processes"
         )
     dtype = utils.pick_precision(PRECISION, device, CHECKPOINT if RESUME else "")
     # DDP: all processes use the type that the first one has measured to be faster
@@ -190,8 +202,11 @@ def main():
     train_set.broken_list = val_set.broken_list = f"{stem}_broken.txt" if BROKEN_IMAGES == "skip" else ""
     loading = {"num_workers": NUM_WORKERS, "pin_memory": device.type == "cuda", "worker_init_fn": utils.ignore_signals}
     val_loader = DataLoader(val_set, BATCH_SIZE // SUBDIVISIONS, **loading)
-    # DDP: each process validates every world-th image: each image is counted once, and some processes get one image more
-    val_loader = DataLoader(Subset(val_set, range(rank, len(val_set), world)), BATCH_SIZE // SUBDIVISIONS // world, **loading)
+    # DDP: each process validates every world-th image: each image is counted once, and some
+    # processes get one image more
+    val_loader = DataLoader(
+        Subset(val_set, range(rank, len(val_set), world)), BATCH_SIZE // SUBDIVISIONS // world, **loading
+    )
     steps = steps_per_epoch(len(train_set), BATCH_SIZE, SUBDIVISIONS)
     # DDP: an incomplete batch cannot be split evenly
     steps = steps_per_epoch(len(train_set), BATCH_SIZE, SUBDIVISIONS * world)
@@ -222,7 +237,8 @@ def main():
     state["sums"] = torch.zeros(3, dtype=torch.float64, device=device)
     settings = utils.script_settings(globals()) | {"PRECISION": str(dtype), "classes": train_set.classes}
     settings["training images"] = utils.fingerprint(train_set.samples)
-    # DDP: torchrun restarts all processes if one crashes (--max-restarts); they resume from the last checkpoint of this launch
+    # DDP: torchrun restarts all processes if one crashes (--max-restarts); they resume from the last
+    # checkpoint of this launch
     launcher = f"{os.environ.get('TORCHELASTIC_RUN_ID')} {socket.gethostname()} {os.getppid()}"
     restarted = not RESUME and is_own_checkpoint(launcher)
     if restarted:
@@ -246,7 +262,10 @@ def main():
         optimizing = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         utils.save_checkpoint(CHECKPOINT, model=model.state_dict(), **optimizing, **state, **metadata)
 
-    print(f"{len(train_set)} training and {len(val_set)} validation images of {len(train_set.classes)} classes on {device}")
+    print(
+        f"{len(train_set)} training and {len(val_set)} validation images of "
+        f"{len(train_set.classes)} classes on {device}"
+    )
     batches = batches_from(state["step"])
     # DDP: all processes draw the same batches; each takes every world-th image
     batches = (batch[rank::world] for batch in batches)
@@ -261,7 +280,9 @@ def main():
         model.train()
         while state["step"] < end:
             drops = [drop * steps for drop in LR_DROPS]
-            rate = utils.learning_rate_at(state["step"], EPOCHS * steps, LEARNING_RATE, LR_SCHEDULE, BURN_IN, LR_POWER, drops)
+            rate = utils.learning_rate_at(
+                state["step"], EPOCHS * steps, LEARNING_RATE, LR_SCHEDULE, BURN_IN, LR_POWER, drops
+            )
             for group in optimizer.param_groups:
                 group["lr"] = rate
             utils.warm_batch_norm(network, state["step"] * SUBDIVISIONS)
@@ -307,7 +328,8 @@ def main():
         images, seconds = state["images_seen"] - images_before, time.monotonic() - start
         if not stopping:
             save()  # so that a failing evaluation loses no training
-            # DDP: validate the network that the first process saves; batch norm has seen different images in each process
+            # DDP: validate the network that the first process saves; batch norm has seen
+            # different images in each process
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
             val_sums = validate(model, val_loader, device, dtype, stop)
@@ -322,8 +344,18 @@ def main():
 
         loss, correct = (state["sums"][:2] / state["sums"][2]).tolist()
         val_loss, top1, top5 = (val_sums[:3] / val_sums[3]).tolist()
-        row = {"epoch": state["epoch"] + 1, "learning_rate": optimizer.param_groups[0]["lr"], "loss": loss, "val_loss": val_loss}
-        row |= {"images_per_second": images / seconds if images else "", "train_top1": correct, "val_top1": top1, "val_top5": top5}
+        row = {
+            "epoch": state["epoch"] + 1,
+            "learning_rate": optimizer.param_groups[0]["lr"],
+            "loss": loss,
+            "val_loss": val_loss,
+        }
+        row |= {
+            "images_per_second": images / seconds if images else "",
+            "train_top1": correct,
+            "val_top1": top1,
+            "val_top5": top5,
+        }
         state["epoch"] += 1
         state["sums"].zero_()
         # DDP: the first process writes

@@ -1,11 +1,14 @@
-"""Data sets: Pascal VOC in the devkit's layout, lists of files, COCO JSON, ImageNet; augmentation, targets and k-means anchors.
+"""Data sets: Pascal VOC in the devkit's layout, lists of files, COCO JSON, ImageNet; augmentation,
+targets and k-means anchors.
 
-Order: augmentation, targets, data set, batches, ImageNet, anchors; then readers of images, lists and labels; then the checks of
-`python dataset.py DATA_DIR=... IMAGE_SETS=...`. Run it before a long training: it prints the objects per class, every unusable file
-with the reason, and how well the anchors fit, and draws augmented samples with their boxes to `runs/label_sheet.png`.
+Order: augmentation, targets, data set, batches, ImageNet, anchors; then readers of images, lists and labels; then the
+checks of `python dataset.py DATA_DIR=... IMAGE_SETS=...`. Run it before a long training: it prints the objects per
+class, every unusable file with the reason, and how well the anchors fit, and draws augmented samples with their boxes
+to `runs/label_sheet.png`.
 
-Letters: G objects in a label file, difficult ones included, M boxes of a training sample, A anchors (5), S_h x S_w grid cells
-(13 x 13 at 416 x 416). Rows are y, columns are x. Devkit pixels: the first pixel is 1, and boxes include both end pixels.
+Letters: G objects in a label file, difficult ones included, M boxes of a training sample, A anchors (5),
+S_h x S_w grid cells (13 x 13 at 416 x 416). Rows are y, columns are x. Devkit pixels: the first pixel is 1, and
+boxes include both end pixels.
 """
 
 import contextlib
@@ -44,29 +47,30 @@ import utils
 cv2.setNumThreads(0)  # one thread per process, because the loader's workers run in parallel
 
 Image.preinit()  # JPEG and PNG first: Image.open tries the formats in the order in which they were loaded
-# every format that Pillow reads, without MPEG videos; .mpo (two JPEGs in one file) is missing because Pillow opens it as JPEG
+# every format that Pillow reads, without MPEG videos; .mpo (two JPEGs in one file) is missing
+# because Pillow opens it as JPEG
 IMAGE_SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 IMAGE_SUFFIXES = IMAGE_SUFFIXES - {".mpg", ".mpeg"} | {".mpo"}
 
 VOC_CLASSES = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
-    "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 
 COCO_CLASSES = (  # coco.names
-    "person", "bicycle", "car", "motorbike", "aeroplane", "bus", "train", "truck", "boat", "traffic light", "fire hydrant",
-    "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe",
-    "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard", "sports ball", "kite", "baseball bat",
-    "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl",
-    "banana", "apple", "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "sofa",
-    "pottedplant", "bed", "diningtable", "toilet", "tvmonitor", "laptop", "mouse", "remote", "keyboard", "cell phone",
-    "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier",
-    "toothbrush",
+    "person", "bicycle", "car", "motorbike", "aeroplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
+    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
+    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
+    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
+    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "sofa", "pottedplant", "bed", "diningtable", "toilet",
+    "tvmonitor", "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave", "oven", "toaster", "sink",
+    "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
 )  # fmt: skip
 
 # data
 DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv, .txt or .json lists
-IMAGE_SETS = [("2007", "train")]  # (year, list) pairs, or files in DATA_DIR: .csv (image,label), Darknet .txt, COCO .json
+IMAGE_SETS = [("2007", "train")]  # (year, list) or files in DATA_DIR: .csv (image,label), Darknet .txt, COCO .json
 CLASSES = VOC_CLASSES  # any names, or a Darknet .names file
 TOLERATE = []  # "other classes": skip objects that CLASSES does not name; "missing labels": unlabelled is background
 # model
@@ -80,9 +84,9 @@ SEED = 0
 
 
 class DarknetColour(albumentations.ImageOnlyTransform):
-    """Darknet's random_distort_image (src/image.c): in HSV, shifts the hue by up to `hue` of the circle, and multiplies saturation
-    and value by random factors of up to `saturation` and `exposure`, or their inverses. Albumentations' own colour jitters add
-    instead, or blend with grey."""
+    """Darknet's random_distort_image (src/image.c): in HSV, shifts the hue by up to `hue` of the circle, and multiplies
+    saturation and value by random factors of up to `saturation` and `exposure`, or their inverses. Albumentations' own
+    colour jitters add instead, or blend with grey."""
 
     def __init__(self, hue: float, saturation: float, exposure: float):
         super().__init__(p=1.0)
@@ -101,16 +105,17 @@ class DarknetColour(albumentations.ImageOnlyTransform):
         hue, saturation, value = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL))
         hue += np.uint8(round(shift * 256) % 256)
         image = cv2.cvtColor(cv2.merge([hue, saturation, value]), cv2.COLOR_HSV2RGB_FULL)
-        # Each channel is V (1 - S u), where u depends on the hue alone. The factors s of S and v of V make it v V (1 - s S u),
-        # which is v s times the channel plus v (1 - s) V: no second conversion, and only the result is clipped, as in Darknet.
+        # Each channel is V (1 - S u), where u depends on the hue alone. The factors s of S and v of V make it
+        # v V (1 - s S u), which is v s times the channel plus v (1 - s) V: no second conversion, and only the result
+        # is clipped, as in Darknet.
         s, v = factors
         return cv2.addWeighted(image, v * s, cv2.merge([value, value, value]), v * (1 - s), 0)
 
 
 def train_transform(image_size: int) -> albumentations.Compose:
-    """Augmentation to a square of image_size pixels: moves each side in or out by up to a fifth of the image, repeating the border,
-    flips, and distorts the colours (load_data_detection and crop_image in Darknet when the paper was written). Boxes (M, 5): xyxy
-    in fractions, class; those with less than a tenth of their area left are dropped."""
+    """Augmentation to a square of image_size pixels: moves each side in or out by up to a fifth of the image, repeating
+    the border, flips, and distorts the colours (load_data_detection and crop_image in Darknet when the paper was
+    written). Boxes (M, 5): xyxy in fractions, class; those with less than a tenth of their area left are dropped."""
     transforms = [
         # percent is drawn for each side; negative values crop
         albumentations.CropAndPad(percent=(-0.2, 0.2), keep_size=False, border_mode=cv2.BORDER_REPLICATE),
@@ -132,7 +137,8 @@ def plain_transform(image_size: int) -> albumentations.Compose:
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
-    """(H, W, 3) -> (3, H, W), both uint8: a quarter of float32's bytes on the way to the device; the network divides by 255."""
+    """(H, W, 3) -> (3, H, W), both uint8: a quarter of float32's bytes on the way to the device; the
+    network divides by 255."""
     return torch.from_numpy(image).permute(2, 0, 1)
 
 
@@ -140,11 +146,13 @@ def to_tensor(image: np.ndarray) -> Tensor:
 
 
 def encode_targets(boxes, class_indices, anchors, grid_height: int, grid_width: int) -> Tensor:
-    """boxes: (M, 4) cxcywh in fractions of the image; class_indices: (M,); anchors: A pairs in grid cells -> (A, S_h, S_w, 6)
-    float32: object (1 or 0), x, y (offset in the cell, 0..1), w, h (in grid cells), class; zeros where there is no object.
+    """boxes: (M, 4) cxcywh in fractions of the image; class_indices: (M,); anchors: A pairs in grid cells ->
+    (A, S_h, S_w, 6) float32: object (1 or 0), x, y (offset in the cell, 0..1), w, h (in grid cells), class; zeros
+    where there is no object.
 
-    An object belongs to the cell of its centre and to the anchor with the best IoU of shapes. If two objects claim the same slot,
-    the later one gets it (forward_region_layer in Darknet's src/region_layer.c, which sees an image's objects in random order).
+    An object belongs to the cell of its centre and to the anchor with the best IoU of shapes. If two objects claim the
+    same slot, the later one gets it (forward_region_layer in Darknet's src/region_layer.c, which sees an image's
+    objects in random order).
     """
     boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
     anchors = np.asarray(anchors, dtype=np.float64)
@@ -153,13 +161,16 @@ def encode_targets(boxes, class_indices, anchors, grid_height: int, grid_width: 
     column = np.clip(x.astype(int), 0, grid_width - 1)  # for a centre on the right or lower border
     row = np.clip(y.astype(int), 0, grid_height - 1)
     anchor = shape_iou(np.stack([w, h], axis=1), anchors).argmax(dim=1).numpy()
-    values = np.stack([np.ones_like(x), x - column, y - row, w, h, np.asarray(class_indices, dtype=np.float64).reshape(-1)], axis=1)
+    values = np.stack(
+        [np.ones_like(x), x - column, y - row, w, h, np.asarray(class_indices, dtype=np.float64).reshape(-1)], axis=1
+    )
     targets[anchor, row, column] = values  # numpy writes in order: the later object wins a shared slot
     return torch.from_numpy(targets)
 
 
 def shape_iou(sizes, anchors) -> Tensor:
-    """IoU of shapes alone, all boxes at the same centre: sizes (M, 2), anchors (A, 2) of the same unit -> (M, A) float64."""
+    """IoU of shapes alone, all boxes at the same centre: sizes (M, 2), anchors (A, 2) of the same
+    unit -> (M, A) float64."""
     boxes = F.pad(torch.as_tensor(sizes, dtype=torch.float64), (2, 0))  # (M, 4) cxcywh with centres at 0
     anchor_boxes = F.pad(torch.as_tensor(anchors, dtype=torch.float64), (2, 0))  # (A, 4)
     return utils.box_iou(boxes[:, None], anchor_boxes)
@@ -171,12 +182,14 @@ def shape_iou(sizes, anchors) -> Tensor:
 class VOCDataset(Dataset):
     """Images and encoded targets of VOC image sets or of lists of files (see list_samples).
 
-    anchors: A pairs in grid cells; image_size: pixels, a multiple of 32; limit: use only the first `limit` images; tolerate: see
-    read_labels. All labels are read at once, so that errors show before training. Difficult objects are ground truth but not
-    targets, as in Darknet's voc_label.py. Raises FileNotFoundError or ValueError, naming the file.
+    anchors: A pairs in grid cells; image_size: pixels, a multiple of 32; limit: use only the first `limit` images;
+    tolerate: see read_labels. All labels are read at once, so that errors show before training. Difficult objects are
+    ground truth but not targets, as in Darknet's voc_label.py. Raises FileNotFoundError or ValueError, naming the file.
     """
 
-    def __init__(self, root, image_sets, anchors, image_size=416, classes=VOC_CLASSES, augment=False, limit=None, tolerate=()):
+    def __init__(
+        self, root, image_sets, anchors, image_size=416, classes=VOC_CLASSES, augment=False, limit=None, tolerate=()
+    ):
         if image_size % 32 or not 32 <= image_size < 10_000:
             raise ValueError(f"IMAGE_SIZE must be a multiple of 32 pixels, not {image_size}")
         if unknown := set(tolerate) - {"other classes", "missing labels"}:
@@ -193,13 +206,15 @@ class VOCDataset(Dataset):
         return len(self.samples)
 
     def __getitem__(self, key: int | tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        """key: an index, or (index, image size, seed of the augmentation) -> image (3, H, W) uint8, targets (A, S_h, S_w, 6).
-        Size and seed are part of the key because a worker process does not see later changes of the data set."""
+        """key: an index, or (index, image size, seed of the augmentation) -> image (3, H, W) uint8, targets
+        (A, S_h, S_w, 6). Size and seed are part of the key because a worker process does not see later
+        changes of the data set."""
         index, size, seed = key if isinstance(key, tuple) else (key, self.image_size, None)
         if size not in self.transforms:
             self.transforms[size] = train_transform(size) if self.augment else plain_transform(size)
         if self.augment and seed is not None:
-            # one generator for all: set_random_seed would give each transform the same numbers, and correlate flip and hue
+            # one generator for all: set_random_seed would give each transform the same numbers,
+            # and correlate flip and hue
             self.transforms[size].set_random_state(np.random.default_rng(seed), random.Random(seed))
         image, index = read_or_next(self.samples, index, self.broken_list)
         height, width = image.shape[:2]
@@ -220,7 +235,8 @@ class VOCDataset(Dataset):
         return torch.from_numpy(labels), Path(image_file).stem
 
     def images_and_sizes(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """For utils.detect_dataset: a batch without augmentation (N, 3, H, W) uint8, and the original widths and heights (N, 2)."""
+        """For utils.detect_dataset: a batch without augmentation (N, 3, H, W) uint8, and the original
+        widths and heights (N, 2)."""
         transform, images, sizes = plain_transform(self.image_size), [], []
         for index in indices:
             image = read_image(self.samples[index][0])
@@ -244,14 +260,20 @@ def steps_per_epoch(count: int, batch_size: int, subdivisions: int = 1) -> int:
 
 
 def training_batches(
-    count: int, batch_size: int, subdivisions: int, image_sizes: list[int], seed: int, first_step: int = 0, repeat: int = 1
+    count: int,
+    batch_size: int,
+    subdivisions: int,
+    image_sizes: list[int],
+    seed: int,
+    first_step: int = 0,
+    repeat: int = 1,
 ) -> Iterator[list[tuple[int, int, int]]]:
-    """Yields endlessly, from optimiser step first_step on, lists of batch_size / subdivisions VOCDataset keys: the images of one
-    forward pass. `subdivisions` of these lists make one step (gradient accumulation).
+    """Yields endlessly, from optimiser step first_step on, lists of batch_size / subdivisions VOCDataset keys: the
+    images of one forward pass. `subdivisions` of these lists make one step (gradient accumulation).
 
-    An epoch is `repeat` permutations of the `count` images, without a last partial batch unless it is the only one. A new size is
-    drawn every 10 steps (YOLO9000 sec. 2, multi-scale training). All of it depends on seed and step alone, so a resumed run
-    sees the same batches as an uninterrupted one.
+    An epoch is `repeat` permutations of the `count` images, without a last partial batch unless it is the only one. A
+    new size is drawn every 10 steps (YOLO9000 sec. 2, multi-scale training). All of it depends on seed and step alone,
+    so a resumed run sees the same batches as an uninterrupted one.
     """
     steps = steps_per_epoch(count * repeat, batch_size, subdivisions)
     part_size = batch_size // subdivisions  # images per forward pass
@@ -260,7 +282,8 @@ def training_batches(
         order = np.concatenate([rng.permutation(count) for _ in range(repeat)])
         seeds = rng.integers(2**31, size=len(order))
         for step in range(max(epoch * steps, first_step), (epoch + 1) * steps):
-            size = int(np.random.default_rng([seed, step // 10, 1]).choice(image_sizes))  # the 1: not the stream of [seed, epoch]
+            # the 1: not the stream of [seed, epoch]
+            size = int(np.random.default_rng([seed, step // 10, 1]).choice(image_sizes))
             first = (step - epoch * steps) * batch_size
             for start in range(first, first + batch_size, part_size):
                 keys = zip(order[start : start + part_size], seeds[start : start + part_size], strict=True)
@@ -276,8 +299,9 @@ def files_of_step(samples: list[tuple], batches: Iterator, subdivisions: int) ->
 
 
 class DarknetCrop(albumentations.ImageOnlyTransform):
-    """Darknet's random_augment_image in one resampling: stretches the image by an aspect ratio between 3/4 and 4/3, scales it to a
-    short side in the range `sides`, rotates it by up to 7 degrees and crops a square of `size` at random (darknet19.cfg).
+    """Darknet's random_augment_image in one resampling: stretches the image by an aspect ratio between 3/4 and
+    4/3, scales it to a short side in the range `sides`, rotates it by up to 7 degrees and crops a square of `size`
+    at random (darknet19.cfg).
 
     Ours: `sides` limits the short side of the stretched image. Darknet computes it with the inverse aspect.
     """
@@ -302,12 +326,14 @@ class DarknetCrop(albumentations.ImageOnlyTransform):
         return {"matrix": np.column_stack([matrix, shift])}
 
     def apply(self, image: np.ndarray, matrix: np.ndarray, **params) -> np.ndarray:
-        return cv2.warpAffine(image, matrix, (self.size, self.size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        return cv2.warpAffine(
+            image, matrix, (self.size, self.size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+        )
 
 
 class ImageNetFolder(ImageFolder):
-    """torchvision's ImageFolder, indexed like VOCDataset: -> image (3, size, size) uint8, class index. If `broken_list` is set,
-    training replaces an unreadable image by the next one, and validation gives it the label -100."""
+    """torchvision's ImageFolder, indexed like VOCDataset: -> image (3, size, size) uint8, class index. If `broken_list`
+    is set, training replaces an unreadable image by the next one, and validation gives it the label -100."""
 
     def __init__(self, folder: str, image_size: int, augment: bool, crop_scale: tuple[float, float]):
         self.skipped = []
@@ -322,7 +348,8 @@ class ImageNetFolder(ImageFolder):
         return classes, {name: index for index, name in enumerate(classes)}
 
     def is_image(self, file: str) -> bool:
-        if any(part.startswith(".") for part in Path(file).relative_to(self.root).parts):  # .ipynb_checkpoints in a class folder
+        # .ipynb_checkpoints in a class folder
+        if any(part.startswith(".") for part in Path(file).relative_to(self.root).parts):
             return False
         if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES:
             return True
@@ -346,27 +373,33 @@ class ImageNetFolder(ImageFolder):
             # one generator for all transforms, as in VOCDataset
             self.transforms[size].set_random_state(np.random.default_rng(seed), random.Random(seed))
         image, read_index = read_or_next(self.samples, index, self.broken_list)
-        label = self.samples[read_index][1] if self.augment or read_index == index else -100  # validation counts no image twice
+        # validation counts no image twice
+        label = self.samples[read_index][1] if self.augment or read_index == index else -100
         return to_tensor(self.transforms[size](image=image)["image"]), label
 
 
-def imagenet_dataset(root, split: str, image_size: int, augment: bool, crop_scale=(0.5, 1.75), classes=None) -> ImageNetFolder:
+def imagenet_dataset(
+    root, split: str, image_size: int, augment: bool, crop_scale=(0.5, 1.75), classes=None
+) -> ImageNetFolder:
     """The images of root/split/<wnid>/, ImageNet's usual layout; classes are the sorted wnids.
 
-    augment: the crops, rotations, flips and colours of darknet19.cfg; otherwise the centre square. crop_scale: smallest and largest
-    short side of the scaled image, relative to the crop (Darknet's min_crop and max_crop over its input: 128 and 448 over 256 in
-    darknet19.cfg, 448 and 512 over 448 in darknet19_448.cfg). classes: the wnids that must be there. Raises FileNotFoundError or
-    ValueError, naming the folder.
+    augment: the crops, rotations, flips and colours of darknet19.cfg; otherwise the centre square. crop_scale: smallest
+    and largest short side of the scaled image, relative to the crop (Darknet's min_crop and max_crop over its input:
+    128 and 448 over 256 in darknet19.cfg, 448 and 512 over 448 in darknet19_448.cfg). classes: the wnids that must be
+    there. Raises FileNotFoundError or ValueError, naming the folder.
     """
     if not (len(crop_scale) == 2 and 0 < crop_scale[0] <= crop_scale[1]):
         raise ValueError(f"CROP_SCALE {crop_scale} must be two increasing numbers above 0, such as (0.5, 1.75)")
     folder = os.path.join(root, split)
     if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{folder}: no such folder; DATA_DIR must hold train/ and val/ with one folder per class")
+        raise FileNotFoundError(
+            f"{folder}: no such folder; DATA_DIR must hold train/ and val/ with one folder per class"
+        )
     if not any(entry.is_dir() for entry in os.scandir(folder)):
         raise ValueError(
-            f"{folder}: its images are not in class folders; move each to {split}/<wnid>/. For ImageNet's flat val/, line n of the "
-            f"devkit's ILSVRC2012_validation_ground_truth.txt is the ILSVRC2012_ID of image n, and meta.mat gives its wnid"
+            f"{folder}: its images are not in class folders; move each to {split}/<wnid>/. For ImageNet's flat val/, "
+            "line n of the devkit's ILSVRC2012_validation_ground_truth.txt is the ILSVRC2012_ID of image n, and "
+            "meta.mat gives its wnid"
         )
     try:
         dataset = ImageNetFolder(folder, image_size, augment, crop_scale)
@@ -376,7 +409,9 @@ def imagenet_dataset(root, split: str, image_size: int, augment: bool, crop_scal
         print(f"{folder}: skipped {len(dataset.skipped)} files that are not images (first: {dataset.skipped[0]})")
     if classes is not None and dataset.classes != classes:
         unshared = sorted(set(dataset.classes) ^ set(classes))
-        raise ValueError(f"{root}: train/ and val/ have different class folders ({', '.join(unshared[:5])}); both need all of them")
+        raise ValueError(
+            f"{root}: train/ and val/ have different class folders ({', '.join(unshared[:5])}); both need all of them"
+        )
     return dataset
 
 
@@ -384,13 +419,14 @@ def imagenet_dataset(root, split: str, image_size: int, augment: bool, crop_scal
 
 
 def average_best_iou(box_sizes, anchors) -> float:
-    """Mean IoU of shapes between each box and its best anchor (YOLO9000 Table 1); sizes and anchors in the same unit."""
+    """Mean IoU of shapes between each box and its best anchor (YOLO9000 Table 1); sizes and
+    anchors in the same unit."""
     return float(shape_iou(box_sizes, anchors).amax(dim=1).mean())
 
 
 def kmeans_anchors(box_sizes, k: int, seeds: int = 5) -> Tensor:
-    """k-means with the distance 1 - IoU (YOLO9000 sec. 2, dimension clusters), the best of `seeds` starts. box_sizes: (B, 2) widths
-    and heights -> anchors (k, 2) in the same unit, by rising area. Raises ValueError if B < k.
+    """k-means with the distance 1 - IoU (YOLO9000 sec. 2, dimension clusters), the best of `seeds` starts. box_sizes:
+    (B, 2) widths and heights -> anchors (k, 2) in the same unit, by rising area. Raises ValueError if B < k.
 
     Ours: medians instead of means, because they fit better (tests/MEASUREMENTS.md, Anchors).
     """
@@ -431,12 +467,14 @@ def open_image(file: str | os.PathLike):
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: no such image") from None
     except Exception as error:  # a damaged file can raise anything
-        raise ValueError(f"{file}: not a readable image ({utils.first_line(error)}); replace it or take it off the list") from None
+        raise ValueError(
+            f"{file}: not a readable image ({utils.first_line(error)}); replace it or take it off the list"
+        ) from None
 
 
 def read_image(file: str | os.PathLike) -> np.ndarray:
-    """Reads an image of any mode as a viewer shows it (EXIF rotation applied, transparent parts white) -> (H, W, 3) uint8 RGB.
-    Raises FileNotFoundError or ValueError, naming the file."""
+    """Reads an image of any mode as a viewer shows it (EXIF rotation applied, transparent parts white) -> (H, W, 3)
+    uint8 RGB. Raises FileNotFoundError or ValueError, naming the file."""
     with open_image(file) as image:
         with contextlib.suppress(SyntaxError, TypeError, ValueError, KeyError, struct.error):  # unreadable EXIF data
             ImageOps.exif_transpose(image, in_place=True)  # in place: the default copies every image, rotated or not
@@ -463,8 +501,9 @@ def image_size(file: str | os.PathLike) -> tuple[int, int]:
 
 
 def read_or_next(samples: list[tuple], index: int, broken_list: str) -> tuple[np.ndarray, int]:
-    """The image of samples[index] and its index. Raises FileNotFoundError or ValueError for an unreadable image; but if broken_list
-    names a file, lists the image there and returns the next readable one, so that one bad file does not end a long run."""
+    """The image of samples[index] and its index. Raises FileNotFoundError or ValueError for an unreadable image;
+    but if broken_list names a file, lists the image there and returns the next readable one, so that one bad file
+    does not end a long run."""
     for _ in range(len(samples)):
         try:
             return read_image(samples[index][0]), index
@@ -485,7 +524,8 @@ def read_or_next(samples: list[tuple], index: int, broken_list: str) -> tuple[np
 
 
 def read_text(file: str | os.PathLike, missing: str = "no such file") -> str:
-    """Reads UTF-8 or, with a byte order mark, UTF-16. Raises FileNotFoundError (with the text `missing`) or ValueError."""
+    """Reads UTF-8 or, with a byte order mark, UTF-16. Raises FileNotFoundError (with the text
+    `missing`) or ValueError."""
     if not os.path.isfile(file):
         raise FileNotFoundError(f"{file}: {missing}")
     content = Path(file).read_bytes()
@@ -499,8 +539,9 @@ def read_text(file: str | os.PathLike, missing: str = "no such file") -> str:
 
 
 def read_classes(classes) -> list[str]:
-    """Class names from a list or a Darknet `.names` file (one per line). Raises FileNotFoundError, or ValueError for bad names:
-    empty, repeated (`a b` and `a_b` would share a file of results), or with control characters or slashes."""
+    """Class names from a list or a Darknet `.names` file (one per line). Raises FileNotFoundError, or
+    ValueError for bad names: empty, repeated (`a b` and `a_b` would share a file of results), or with control
+    characters or slashes."""
     source = "CLASSES"
     if isinstance(classes, str):
         source, missing = classes, "no such file of class names; CLASSES is a list of names or a .names file"
@@ -511,10 +552,10 @@ def read_classes(classes) -> list[str]:
 def list_samples(root: str | os.PathLike, image_sets) -> list[tuple[str, str]]:
     """Pairs (image file, label file) of a data set, in list order.
 
-    image_sets: (year, list) pairs of the VOC devkit, or names of list files in root: `.csv` with lines `image,label`, Darknet's
-    `.txt` with one image per line (images/x.jpg has labels/x.txt), or COCO's `.json`, whose label files are called
-    `x.json#<image id>`. If it is empty, root is itself a csv or JSON file. Raises FileNotFoundError or ValueError, naming what is
-    missing.
+    image_sets: (year, list) pairs of the VOC devkit, or names of list files in root: `.csv` with lines `image,label`,
+    Darknet's `.txt` with one image per line (images/x.jpg has labels/x.txt), or COCO's `.json`, whose label files are
+    called `x.json#<image id>`. If it is empty, root is itself a csv or JSON file. Raises FileNotFoundError or
+    ValueError, naming what is missing.
     """
     if os.fspath(root).lower().endswith((".csv", ".json")):
         if image_sets:
@@ -565,7 +606,8 @@ def read_voc_list(root: Path, year: str, name: str) -> list[tuple[str, str]]:
 
 
 def read_csv_list(file: str) -> list[tuple[str, str]]:
-    """Lines `image,label` -> pairs of paths, both relative to the csv file; a header line of these two words is skipped."""
+    """Lines `image,label` -> pairs of paths, both relative to the csv file; a header line of
+    these two words is skipped."""
     try:
         rows = list(csv.reader(io.StringIO(read_text(file, "no such list of images"), newline="")))
     except csv.Error as error:
@@ -584,8 +626,8 @@ def read_csv_list(file: str) -> list[tuple[str, str]]:
 
 
 def read_darknet_list(file: str) -> list[tuple[str, str]]:
-    """Lines with an image path relative to the list -> pairs with the label file. As in Darknet, `images` or `JPEGImages` in its
-    path becomes `labels` (ours: only the last such folder) and the suffix `.txt`."""
+    """Lines with an image path relative to the list -> pairs with the label file. As in Darknet, `images` or
+    `JPEGImages` in its path becomes `labels` (ours: only the last such folder) and the suffix `.txt`."""
     samples = []
     for line in filter(None, map(str.strip, read_text(file, "no such list of images").splitlines())):
         image = join_path([os.path.dirname(file)], line)
@@ -595,35 +637,43 @@ def read_darknet_list(file: str) -> list[tuple[str, str]]:
 
 
 def read_coco_list(root: str, file: str) -> list[tuple[str, str]]:
-    """The images of a COCO JSON file -> pairs (image file, `<file>#<image id>`); sizes that the file lacks come from the images."""
-    name = Path(file).stem.rpartition("_")[2]  # in COCO's own layout, the images of instances_val2017.json are in val2017/
-    folders = [os.path.join(base, part) for base in (os.path.dirname(file), root) for part in ("", "images", name, f"../{name}")]
+    """The images of a COCO JSON file -> pairs (image file, `<file>#<image id>`); sizes that the file
+    lacks come from the images."""
+    name = Path(file).stem.rpartition("_")[2]  # COCO's own layout: the images of instances_val2017.json are in val2017/
+    folders = [
+        os.path.join(base, part)
+        for base in (os.path.dirname(file), root)
+        for part in ("", "images", name, f"../{name}")
+    ]
     folders = list(dict.fromkeys(map(os.path.normpath, folders)))
     samples = []
     for image_id, image in read_coco(file)[0].items():
         path = join_path(folders, image["file_name"])
         if not os.path.isfile(path):
             places = ", ".join(folders)
-            raise FileNotFoundError(f"{file}: its image {image['file_name']!r} is in none of the folders {places}; set DATA_DIR")
+            raise FileNotFoundError(
+                f"{file}: its image {image['file_name']!r} is in none of the folders {places}; set DATA_DIR"
+            )
         image["size"] = image["size"] or image_size(path)
         samples.append((path, f"{file}#{image_id}"))
     return samples
 
 
 def join_path(folders: list[str], name: str) -> str:
-    """The path of a file that a list names, relative to one of the folders or else (as in Darknet) to the working directory; a list
-    made on Windows may separate folders by backslashes."""
+    """The path of a file that a list names, relative to one of the folders or else (as in Darknet) to the working
+    directory; a list made on Windows may separate folders by backslashes."""
     names = (name, name.replace("\\", "/"))
     paths = [os.path.join(folder, each) for folder in folders for each in names] + [name]
     return next(filter(os.path.isfile, paths), paths[1])
 
 
 def read_labels(label_file: str, classes, tolerate=()) -> tuple[np.ndarray, tuple[int, int]]:
-    """-> (G, 6) float64: class, difficult, x1, y1, x2, y2; and width and height that the file declares for the image, or (0, 0).
-    The boxes of a VOC `.xml` are in devkit pixels, those of a YOLO `.txt` or COCO `.json#<image id>` in fractions of the image.
+    """-> (G, 6) float64: class, difficult, x1, y1, x2, y2; and width and height that the file declares for the
+    image, or (0, 0). The boxes of a VOC `.xml` are in devkit pixels, those of a YOLO `.txt` or COCO `.json#<image
+    id>` in fractions of the image.
 
-    tolerate: "other classes" skips objects of classes that are not in `classes`; "missing labels" reads a missing file as one
-    without objects. Raises FileNotFoundError or ValueError, naming the file.
+    tolerate: "other classes" skips objects of classes that are not in `classes`; "missing labels" reads a missing file
+    as one without objects. Raises FileNotFoundError or ValueError, naming the file.
     """
     read = read_voc_xml if is_voc_xml(label_file) else read_coco_labels if is_coco(label_file) else read_yolo_txt
     try:
@@ -646,12 +696,14 @@ def is_coco(label_file: str) -> bool:
 
 def has_labels(label_file: str) -> bool:
     """Whether a label file exists, or a COCO JSON file holds annotations (that of a test server has none)."""
-    return find_coco_image(label_file)[1]["annotations"] is not None if is_coco(label_file) else os.path.exists(label_file)
+    return (
+        find_coco_image(label_file)[1]["annotations"] is not None if is_coco(label_file) else os.path.exists(label_file)
+    )
 
 
 def boxes_in_fractions(boxes: np.ndarray, label_file: str, width: int, height: int) -> np.ndarray:
-    """Boxes (M, 4) xyxy in the unit of their label file -> in fractions of the image. VOC XML: all four numbers minus 1; the
-    width is x2 - x1, although the devkit's is 1 more (voc_label.py)."""
+    """Boxes (M, 4) xyxy in the unit of their label file -> in fractions of the image. VOC XML: all four numbers minus
+    1; the width is x2 - x1, although the devkit's is 1 more (voc_label.py)."""
     return (boxes - 1) / [width, height, width, height] if is_voc_xml(label_file) else boxes
 
 
@@ -677,7 +729,9 @@ def read_voc_xml(file: str, classes, tolerate=()) -> tuple[list[list[float]], tu
         for element in root.iter():
             element.tag = str(element.tag).rpartition("}")[2].lower()
     if root.tag != "annotation":
-        raise ValueError(f"{file}: not a VOC annotation (its root is <{root.tag}>); export the labels as Pascal VOC XML")
+        raise ValueError(
+            f"{file}: not a VOC annotation (its root is <{root.tag}>); export the labels as Pascal VOC XML"
+        )
     labels = []
     for item in root.iter("object"):
         name = (item.findtext("name") or "").strip()
@@ -685,7 +739,9 @@ def read_voc_xml(file: str, classes, tolerate=()) -> tuple[list[list[float]], tu
             continue
         boxes = item.findall("bndbox")
         if len(boxes) > 1:
-            raise ValueError(f"{file}: an object of class {name} has {len(boxes)} bndbox; give each box an object of its own")
+            raise ValueError(
+                f"{file}: an object of class {name} has {len(boxes)} bndbox; give each box an object of its own"
+            )
         tags = [element.tag for element in (*item, *(boxes[0] if boxes else ()))]
         if twice := [tag for tag in ("name", "difficult", "xmin", "ymin", "xmax", "ymax") if tags.count(tag) > 1]:
             raise ValueError(f"{file}: an object of class {name} has {twice[0]} twice; remove the wrong one")
@@ -697,7 +753,9 @@ def read_voc_xml(file: str, classes, tolerate=()) -> tuple[list[list[float]], tu
             raise ValueError(f"{file}: an object of class {name} has no bndbox of four numbers") from None
         difficult = DIFFICULT.get((item.findtext("difficult") or "").strip().lower())
         if difficult is None:
-            raise ValueError(f"{file}: difficult of an object of class {name} must be 0 or 1, not {item.findtext('difficult')!r}")
+            raise ValueError(
+                f"{file}: difficult of an object of class {name} must be 0 or 1, not {item.findtext('difficult')!r}"
+            )
         if not all(map(math.isfinite, box)) or box[2] <= box[0] or box[3] <= box[1]:
             raise ValueError(f"{file}: the box {box} of class {name} has no extent (xmax <= xmin or ymax <= ymin)")
         labels.append([classes.index(name), difficult, *box])
@@ -730,22 +788,25 @@ def read_yolo_txt(file: str, classes, tolerate=()) -> tuple[list[list[float]], t
             raise ValueError(f"{file}, line {number}: class {int(label)} is not one of the {len(classes)} in CLASSES")
         slack = 1e-4  # for rounding by the tool that wrote the file
         if not all(-slack <= value <= 1 + slack for value in (x, y, w, h)) or min(w, h) < 1e-5:
-            raise ValueError(f"{file}, line {number}: x y w h must be fractions of the image in 0..1, and w, h at least 1e-5")
+            raise ValueError(
+                f"{file}, line {number}: x y w h must be fractions of the image in 0..1, and w, h at least 1e-5"
+            )
         x, y, w, h = np.clip((x, y, w, h), 0, 1)
         labels.append([label, 0, x - w / 2, y - h / 2, x + w / 2, y + h / 2])
     return labels, (0, 0)
 
 
 def read_coco(file: str) -> tuple[dict[str, dict], dict[str, dict]]:
-    """-> the images of a COCO JSON file by id, with their size (None if the file has none) and annotations (None if the file has no
-    such list), and the categories by id. Ids are text here. Parses a file once, and again when it changes."""
+    """-> the images of a COCO JSON file by id, with their size (None if the file has none) and annotations
+    (None if the file has no such list), and the categories by id. Ids are text here. Parses a file once, and
+    again when it changes."""
     return parse_coco(file, os.stat(file).st_mtime_ns if os.path.isfile(file) else 0)
 
 
 @functools.cache
 def parse_coco(file: str, modified: int) -> tuple[dict[str, dict], dict[str, dict]]:
-    """See read_coco. Only the structure is checked here; read_coco_labels checks the boxes, so that check_dataset reports all bad
-    ones."""
+    """See read_coco. Only the structure is checked here; read_coco_labels checks the boxes, so that
+    check_dataset reports all bad ones."""
     text, images, empty, where = read_text(file, "no such list of images"), {}, [], "the file"
     try:
         content = json.loads(text)
@@ -805,12 +866,18 @@ def read_coco_labels(label_file: str, classes, tolerate=()) -> tuple[list[list[f
     """The objects of an image of a COCO JSON file, and the image size. Crowds count as difficult."""
     file, image, _ = find_coco_image(label_file)
     if image["annotations"] is None and "missing labels" not in tolerate:
-        raise ValueError(f"{file}: has no list 'annotations'; set TOLERATE=['missing labels'] if its images have no objects")
+        raise ValueError(
+            f"{file}: has no list 'annotations'; set TOLERATE=['missing labels'] if its images have no objects"
+        )
     if image["size"] is None:  # read_coco_list has set it
         raise ValueError(f"{file}: changed while it was in use; start again")
     (width, height), labels = image["size"], []
     for annotation in image["annotations"] or []:
-        name, box, source = coco_name(annotation["category"], classes), annotation["bbox"], f"{file}: {annotation['where']}"
+        name, box, source = (
+            coco_name(annotation["category"], classes),
+            annotation["bbox"],
+            f"{file}: {annotation['where']}",
+        )
         if not is_known_class(name, classes, tolerate, source):
             continue
         try:
@@ -818,7 +885,9 @@ def read_coco_labels(label_file: str, classes, tolerate=()) -> tuple[list[list[f
             crowd = DIFFICULT[str(annotation["iscrowd"]).lower()]
         except (TypeError, ValueError, OverflowError, KeyError):
             found = f"{str(box)[:80]!r} and {annotation['iscrowd']!r}"
-            raise ValueError(f"{source} needs a bbox of four numbers x, y, w, h and iscrowd 0 or 1, found {found}") from None
+            raise ValueError(
+                f"{source} needs a bbox of four numbers x, y, w, h and iscrowd 0 or 1, found {found}"
+            ) from None
         if not all(map(math.isfinite, (x, y, w, h))) or w <= 0 or h <= 0:
             raise ValueError(f"{source} has the bbox {box} of no extent (w or h is not above 0); remove it")
         labels.append([classes.index(name), crowd, x / width, y / height, (x + w) / width, (y + h) / height])
@@ -836,29 +905,44 @@ def drop_broken_images(dataset: VOCDataset, broken_list: str) -> None:
 
 
 def suspicion_about(label_file: str, labels: np.ndarray, declared: tuple[int, int], size: tuple[int, int]) -> str:
-    """A sentence on labels (G, 6) that are readable but probably wrong, otherwise "": the file declares another width and height
-    than the image has (`size`), or some objects lie completely outside the image."""
+    """A sentence on labels (G, 6) that are readable but probably wrong, otherwise "": the file declares another width
+    and height than the image has (`size`), or some objects lie completely outside the image."""
     width, height = size
     if all(declared) and declared != size:
         cause = "labelled without its EXIF rotation" if declared == (height, width) else "resized after labelling"
-        return f"{label_file}: declares an image of {declared[0]} x {declared[1]}, but the image is {width} x {height} ({cause}?)"
+        return (
+            f"{label_file}: declares an image of {declared[0]} x {declared[1]}, "
+            f"but the image is {width} x {height} ({cause}?)"
+        )
     boxes = boxes_in_fractions(labels[:, 2:], label_file, width, height).clip(0, 1)
     outside = int((boxes[:, 2:] <= boxes[:, :2]).any(axis=1).sum())
     fractions = outside and is_voc_xml(label_file) and labels[:, 2:].max() <= 1
     units = "; VOC XML is in pixels, not in fractions" if fractions else ""
-    return f"{label_file}: {outside} of {len(labels)} objects are outside the image and give no target{units}" if outside else ""
+    return (
+        f"{label_file}: {outside} of {len(labels)} objects are outside the image and give no target{units}"
+        if outside
+        else ""
+    )
 
 
 def print_suspicious_labels(dataset: VOCDataset) -> None:
-    """Prints how many images of a data set are listed twice, how many label files are probably wrong, and why the first one is."""
-    if twice := [file for file, count in Counter(os.path.realpath(file) for file, _ in dataset.samples).items() if count > 1]:
+    """Prints how many images of a data set are listed twice, how many label files are probably wrong,
+    and why the first one is."""
+    if twice := [
+        file for file, count in Counter(os.path.realpath(file) for file, _ in dataset.samples).items() if count > 1
+    ]:
         print(f"images listed more than once: {len(twice)} (first: {utils.printable(twice[0])})")
     doubts = []
-    for (image_file, label_file), labels, declared in zip(dataset.samples, dataset.labels, dataset.declared_sizes, strict=True):
+    for (image_file, label_file), labels, declared in zip(
+        dataset.samples, dataset.labels, dataset.declared_sizes, strict=True
+    ):
         with contextlib.suppress(OSError, ValueError):  # an unreadable image is reported when it is used
             doubts.append(suspicion_about(label_file, labels, declared, image_size(image_file)))
     if doubts := list(filter(None, doubts)):
-        print(f"{len(doubts)} of {len(dataset)} label files look wrong (python dataset.py lists them), the first: {doubts[0]}")
+        print(
+            f"{len(doubts)} of {len(dataset)} label files look wrong (python dataset.py lists them), "
+            f"the first: {doubts[0]}"
+        )
 
 
 def print_badly_fitting_anchors(dataset: VOCDataset) -> None:
@@ -866,12 +950,16 @@ def print_badly_fitting_anchors(dataset: VOCDataset) -> None:
     anchors for 416 pixels at 224."""
     sizes = [np.empty((0, 2))]
     for (_, label_file), labels, declared in zip(dataset.samples, dataset.labels, dataset.declared_sizes, strict=True):
-        if all(declared) or not is_voc_xml(label_file):  # without reading the image, XML in pixels needs a declared size
+        # without reading the image, XML in pixels needs a declared size
+        if all(declared) or not is_voc_xml(label_file):
             boxes = boxes_in_fractions(labels[labels[:, 1] == 0, 2:], label_file, *declared)
             sizes.append(boxes[:, 2:] - boxes[:, :2])
     cells, size = np.concatenate(sizes) * (dataset.image_size / 32), dataset.image_size
     if len(cells) and (fit := average_best_iou(cells, dataset.anchors)) < 0.5:
-        print(f"ANCHORS fit the boxes badly (average IoU {fit:.2f}); dataset.py IMAGE_SIZE={size} prints better ones for this data")
+        print(
+            f"ANCHORS fit the boxes badly (average IoU {fit:.2f}); "
+            f"dataset.py IMAGE_SIZE={size} prints better ones for this data"
+        )
 
 
 def check_training_sets(train_set: VOCDataset, eval_sets: dict[str, VOCDataset]) -> None:
@@ -879,20 +967,28 @@ def check_training_sets(train_set: VOCDataset, eval_sets: dict[str, VOCDataset])
     if val_set := eval_sets.get("val_map"):
         paths = [{os.path.realpath(file) for file, _ in data.samples} for data in (train_set, val_set)]
         if shared := paths[0] & paths[1]:
-            print(f"images in both the training and the validation set: {len(shared)} (first: {utils.printable(min(shared))})")
+            print(
+                f"images in both the training and the validation set: {len(shared)} "
+                f"(first: {utils.printable(min(shared))})"
+            )
         print_suspicious_labels(val_set)
     sets = {"training": train_set, **eval_sets}
     empty = [name for name, data in sets.items() if not any((labels[:, 1] == 0).any() for labels in data.labels)]
     if "training" in empty:
-        raise ValueError("the training images have no objects, or only difficult ones; check the label files, CLASSES and TOLERATE")
+        raise ValueError(
+            "the training images have no objects, or only difficult ones; check the label files, CLASSES and TOLERATE"
+        )
     for name in empty:
         print(f"{name} will be nan, because its images have no objects, or only difficult ones")
     print_suspicious_labels(train_set)
     print_badly_fitting_anchors(train_set)
 
 
-def check_dataset(samples: list[tuple[str, str]], classes, tolerate=()) -> tuple[list[str], list[np.ndarray], np.ndarray]:
-    """Reads every file of a data set -> problems (one sentence each, naming the file), labels per image, box sizes in fractions."""
+def check_dataset(
+    samples: list[tuple[str, str]], classes, tolerate=()
+) -> tuple[list[str], list[np.ndarray], np.ndarray]:
+    """Reads every file of a data set -> problems (one sentence each, naming the file), labels per image,
+    box sizes in fractions."""
     problems = [
         f"{image}: listed {count} times"
         for image, count in Counter(os.path.realpath(image) for image, _ in samples).items()
@@ -942,7 +1038,7 @@ def draw_label_sheet(dataset: VOCDataset, file: str, count: int, seed: int) -> N
         image, targets = dataset[(index, dataset.image_size, seed + place)]
         _, row, column = torch.nonzero(targets[..., 0], as_tuple=True)
         _, x, y, w, h, labels = targets[targets[..., 0] > 0].T
-        boxes = box_convert(torch.stack([column + x, row + y, w, h], dim=1) * 32, "cxcywh", "xyxy")  # a cell is 32 pixels
+        boxes = box_convert(torch.stack([column + x, row + y, w, h], dim=1) * 32, "cxcywh", "xyxy")  # a cell: 32 pixels
         names = [dataset.classes[int(label)] for label in labels]
         axis.imshow(utils.draw_boxes(image.permute(1, 2, 0).numpy(), boxes, names, labels))
         title, font = utils.drawable(Path(dataset.samples[index][0]).stem, f"image {index}")
@@ -955,10 +1051,13 @@ def draw_label_sheet(dataset: VOCDataset, file: str, count: int, seed: int) -> N
     plt.close(figure)
 
 
-def follow_object(sample: tuple[str, str], labels: np.ndarray, anchors, size: int) -> list[tuple[str, list[float], str]]:
+def follow_object(
+    sample: tuple[str, str], labels: np.ndarray, anchors, size: int
+) -> list[tuple[str, list[float], str]]:
     """Traces the largest object of an image from its label file to its target -> lines of (step, numbers, explanation).
 
-    sample: image file and label file; labels: (G, 6) of read_labels; anchors: A pairs in grid cells; size: network input in pixels.
+    sample: image file and label file; labels: (G, 6) of read_labels; anchors: A pairs in grid cells;
+    size: network input in pixels.
     """
     image_file, label_file = sample
     width, height = image_size(image_file)

@@ -1,13 +1,13 @@
 """Draws a trained YOLOv2's detections on images, videos, cameras and streams.
 
-    python detect.py                                           nine photographs of the sample, with the checkpoint of train.py
+    python detect.py                                           nine photographs of the sample; checkpoint of train.py
     python detect.py SOURCE=street.jpg CHECKPOINT=yolov2-voc.weights CONFIDENCE_THRESHOLD=0.5
     python detect.py SOURCE=clip.mp4                           a video; a folder or a glob may mix images and videos
-    python detect.py SOURCE=0                                  the first camera, until Ctrl-C; or a stream: rtsp://..., http://...
+    python detect.py SOURCE=0                                  the first camera, until Ctrl-C; or a stream: rtsp://...
 
-Writes each image (.jpg) and each video (.mp4, without sound) with its boxes, class names and confidences to `runs/detections/`, and
-prints what was found and how long it took. A camera or stream becomes `recording_<date>_<time>.mp4`. Ctrl-C ends the
-run; the video keeps the frames written so far.
+Writes each image (.jpg) and each video (.mp4, without sound) with its boxes, class names and confidences to
+`runs/detections/`, and prints what was found and how long it took. A camera or stream becomes
+`recording_<date>_<time>.mp4`. Ctrl-C ends the run; the video keeps the frames written so far.
 """
 
 import glob
@@ -58,11 +58,13 @@ VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpe
 
 
 def is_live(source: str) -> bool:
-    return "://" in source or (source.isdecimal() and not os.path.exists(source))  # a stream or a camera, not a file or folder
+    # a stream or a camera, not a file or folder
+    return "://" in source or (source.isdecimal() and not os.path.exists(source))
 
 
 def find_sources(pattern: str) -> list[str]:
-    """A file, a folder (its images and videos, sorted) or a glob -> files. Raises FileNotFoundError if there are none."""
+    """A file, a folder (its images and videos, sorted) or a glob -> files. Raises
+    FileNotFoundError if there are none."""
     path = Path(pattern)
     if is_live(pattern) or path.is_file():
         return [pattern if is_live(pattern) else str(path)]
@@ -71,9 +73,14 @@ def find_sources(pattern: str) -> list[str]:
     suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
     files = [str(file) for file in found if file.suffix.lower() in suffixes]
     if not files:
-        raise FileNotFoundError(f"{pattern}: no image or video file there; give an image, a video, a folder of them or a glob")
+        raise FileNotFoundError(
+            f"{pattern}: no image or video file there; give an image, a video, a folder of them or a glob"
+        )
     if others := [file.name for file in found if file.suffix.lower() not in suffixes]:
-        print(f"{pattern}: skipped {len(others)} files that are not images or videos (first: {utils.printable(others[0])})")
+        print(
+            f"{pattern}: skipped {len(others)} files that are not images or videos "
+            f"(first: {utils.printable(others[0])})"
+        )
     return files
 
 
@@ -86,7 +93,8 @@ def output_name(source: str) -> str:
 
 
 def draw_detections(image: np.ndarray, model, classes: list[str], anchors, transform, device: torch.device) -> tuple:
-    """Detects on an (H, W, 3) uint8 RGB image -> the PIL image with boxes, their class names, the milliseconds of the detection."""
+    """Detects on an (H, W, 3) uint8 RGB image -> the PIL image with boxes, their class names, the
+    milliseconds of the detection."""
     start = time.perf_counter()
     batch = to_tensor(transform(image=image, bboxes=[])["image"])[None]  # (1, 3, H, W)
     with torch.no_grad():
@@ -102,18 +110,21 @@ def draw_detections(image: np.ndarray, model, classes: list[str], anchors, trans
 
 
 def draw_video(source: str, output: str, detector: tuple) -> tuple[int, Counter, bool]:
-    """Writes a video file, camera or stream with its detections as MPEG-4. detector: draw_detections' arguments after the image.
+    """Writes a video file, camera or stream with its detections as MPEG-4. detector: draw_detections'
+    arguments after the image.
 
-    Returns the number of frames, the boxes per class over all frames, and whether Ctrl-C ended the video early. Raises ValueError,
-    naming the source, if it cannot be read or stored as MPEG-4, and OSError, naming the output, if that cannot be written; then no
-    new file is left.
+    Returns the number of frames, the boxes per class over all frames, and whether Ctrl-C ended the video early. Raises
+    ValueError, naming the source, if it cannot be read or stored as MPEG-4, and OSError, naming the output, if that
+    cannot be written; then no new file is left.
     """
     # absolute, because FFmpeg takes 10:30.mp4 for an address; bytes, because OpenCV crashes on names that are not UTF-8
     address = os.fsencode(source if is_live(source) else os.path.abspath(source))
     video = cv2.VideoCapture(int(source)) if source.isdecimal() else cv2.VideoCapture(address, cv2.CAP_FFMPEG)
     more, frame = video.read()  # (H, W, 3) uint8, BGR
     if not more:
-        raise ValueError(f"{source}: no video frame could be read; replace the file, or check the camera or the address")
+        raise ValueError(
+            f"{source}: no video frame could be read; replace the file, or check the camera or the address"
+        )
     rate, expected = video.get(cv2.CAP_PROP_FPS), video.get(cv2.CAP_PROP_FRAME_COUNT)
     # cameras report 0 or NaN, files without a constant rate 1000 or 90000; MPEG-4 has 16 bits for the rate's numerator
     rate = round(rate, 1 if rate > 65 else 3) if 0 < rate < 1000 else 25.0
@@ -155,11 +166,15 @@ def main():
     outputs = [os.path.join(OUTPUT_DIR, output_name(file)) for file in files]
     for name, count in Counter(outputs).items():
         if count > 1:
-            raise ValueError(f"{name}: {count} files of {SOURCE} would be drawn to it; draw them one folder or suffix at a time")
+            raise ValueError(
+                f"{name}: {count} files of {SOURCE} would be drawn to it; draw them one folder or suffix at a time"
+            )
     # by inode and device, because IMG.JPG and IMG.jpg may be one file
     identities = [{os.stat(file)[1:3]: file for file in group if os.path.exists(file)} for group in (files, outputs)]
     if overwritten := identities[0].keys() & identities[1].keys():
-        raise ValueError(f"{identities[0][min(overwritten)]}: a drawing would replace this source; set another OUTPUT_DIR")
+        raise ValueError(
+            f"{identities[0][min(overwritten)]}: a drawing would replace this source; set another OUTPUT_DIR"
+        )
     unreadable, stopped = 0, False
     for file, output in zip(files, outputs, strict=True):
         start = time.perf_counter()

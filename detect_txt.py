@@ -4,8 +4,10 @@
     python detect_txt.py CHECKPOINT=yolov2-voc.weights DATA_DIR=/data/VOCdevkit "IMAGE_SETS=[('2007','test')]"
 
 Writes under `runs/detect_txt/`, in pixels of the original image, where the first pixel is 1:
-  detections/<image id>.txt        one line `class confidence left top right bottom` per detection, whole pixels; may be empty
-  groundtruths/<image id>.txt      one line `class left top right bottom` per object (both folders as for Padilla et al.'s toolkit)
+  detections/<image id>.txt        one line `class confidence left top right bottom` per detection, whole
+                                   pixels; may be empty
+  groundtruths/<image id>.txt      one line `class left top right bottom` per object (both folders as for
+                                   Padilla et al.'s toolkit)
   comp4_det_test_<class>.txt       lines `id confidence left top right bottom`, the submission files of the VOC devkit
 and, in pixels that count from 0, for COCO.loadRes of pycocotools:
   coco_results.json                a list of {"image_id": .., "category_id": .., "bbox": [x, y, w, h], "score": ..}
@@ -23,7 +25,7 @@ from model import load_detector
 # data
 DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv, .txt or .json lists
 IMAGE_SETS = [("2007", "tiny")]  # the sample's training images; VOC: [("2007", "test")]; COCO: ["val.json"]
-TOLERATE = []  # "other classes": skip objects of classes that the model lacks; "missing labels": unlabelled is background
+TOLERATE = []  # "other classes": skip objects of classes the model lacks; "missing labels": unlabelled is background
 NUM_WORKERS = 2  # processes that load images
 BATCH_SIZE = 8  # images per forward pass
 # model
@@ -53,10 +55,12 @@ def check_settings():
 
 
 def coco_image_info(samples, classes):
-    """-> for COCO results, per image: its id, the category id of each class, (width, height) of the image and of its labels.
+    """-> for COCO results, per image: its id, the category id of each class, (width, height) of
+    the image and of its labels.
 
-    Ids and size of the labels are those of the COCO JSON file (category None if it lacks the class); for other labels, they are the
-    file name without suffix, class index + 1, and the size of the image. Raises ValueError if an id occurs twice.
+    Ids and size of the labels are those of the COCO JSON file (category None if it lacks the class); for other
+    labels, they are the file name without suffix, class index + 1, and the size of the image. Raises
+    ValueError if an id occurs twice.
     """
     frames = {}
     for image_file, label_file in samples:
@@ -84,7 +88,11 @@ def coco_results(frames, detections):
         right, bottom = width if x2 >= width else x2 - 1, height if y2 >= height else y2 - 1
         scale_x, scale_y = label_width / width, label_height / height
         bbox = [(x1 - 1) * scale_x, (y1 - 1) * scale_y, (right - x1 + 1) * scale_x, (bottom - y1 + 1) * scale_y]
-        row = {"image_id": image_id, "category_id": category_ids[int(label)], "bbox": [round(value, 3) for value in bbox]}
+        row = {
+            "image_id": image_id,
+            "category_id": category_ids[int(label)],
+            "bbox": [round(value, 3) for value in bbox],
+        }
         results.append(row | {"score": round(confidence, 6)})
     return results
 
@@ -103,11 +111,15 @@ def main():
         twice = next(name for name in ids if ids.count(name) > 1)
         raise ValueError(f"{twice}: two images of {DATA_DIR} have this name and would share their files; rename one")
     if spaced := [name for name in ids if " " in name]:
-        print(f"{len(spaced)} image ids contain spaces, {spaced[0]!r} first: the devkit cannot read their lines in comp4 files")
+        print(
+            f"{len(spaced)} image ids contain spaces, {spaced[0]!r} first: "
+            "the devkit cannot read their lines in comp4 files"
+        )
     frames = coco_image_info(dataset.samples, classes)
     names = [name.replace(" ", "_") for name in classes]  # toolkits split lines at blanks
 
-    detection_lines, truth_lines, class_lines = [[] for _ in ids], [[] for _ in ids], [[] for _ in names]  # filled below
+    # filled below
+    detection_lines, truth_lines, class_lines = [[] for _ in ids], [[] for _ in ids], [[] for _ in names]
     files = {f"detections/{name}.txt": lines for name, lines in zip(ids, detection_lines, strict=True)}
     if labelled:
         files |= {f"groundtruths/{name}.txt": lines for name, lines in zip(ids, truth_lines, strict=True)}
@@ -118,10 +130,13 @@ def main():
         for other in sorted(Path(OUTPUT_DIR, folder).glob(ending)):
             if other.relative_to(OUTPUT_DIR).as_posix() not in files:  # a toolkit would read it as part of this run
                 raise ValueError(
-                    f"{other}: left by a run over other images or classes; empty {OUTPUT_DIR}, or set another OUTPUT_DIR"
+                    f"{other}: left by a run over other images or classes; "
+                    f"empty {OUTPUT_DIR}, or set another OUTPUT_DIR"
                 )
 
-    detections, truths, _ = utils.detect_dataset(model, dataset, BATCH_SIZE, NUM_WORKERS, CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD)
+    detections, truths, _ = utils.detect_dataset(
+        model, dataset, BATCH_SIZE, NUM_WORKERS, CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD
+    )
     for index, label, confidence, *box in detections.tolist():
         index, label = int(index), int(label)
         corners = " ".join(str(round(value)) for value in box)
@@ -135,7 +150,10 @@ def main():
 
     files["coco_results.json"] = [json.dumps(coco_results(frames, detections))]
     for name, lines in files.items():
-        with utils.atomic_write(os.path.join(OUTPUT_DIR, name)) as temporary, open(temporary, "w", encoding="utf-8") as stream:
+        with (
+            utils.atomic_write(os.path.join(OUTPUT_DIR, name)) as temporary,
+            open(temporary, "w", encoding="utf-8") as stream,
+        ):
             stream.writelines(line + "\n" for line in lines)
     kept = sum(map(len, truth_lines))
     print(f"{len(ids)} images: {len(detections)} detections and {kept} ground truths -> {OUTPUT_DIR}")

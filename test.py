@@ -1,12 +1,14 @@
-"""Measures a trained YOLOv2 on a test set by the rules of the VOC devkit (average precision at IoU 0.5, difficult objects ignored).
+"""Measures a trained YOLOv2 on a test set by the rules of the VOC devkit (average precision at IoU 0.5,
+difficult objects ignored).
 
     python test.py                                             the sample, with the checkpoint of train.py
-    python test.py CHECKPOINT=yolov2-voc.weights DATA_DIR=/data/VOCdevkit "IMAGE_SETS=[('2007','test')]" "INPUT_SIZES=[416,544]"
+    python test.py CHECKPOINT=yolov2-voc.weights DATA_DIR=/data/VOCdevkit "IMAGE_SETS=[('2007','test')]"
+        "INPUT_SIZES=[416,544]"
 
-Prints one row per class and the mAP by three metrics: 11 points (VOC 2007, the paper's), all points (VOC 2010 and later, Padilla et
-al.), and all points using only detections with at least FIXED_THRESHOLD. Also counts the kinds of errors at that threshold (see
-error_kinds). Writes both tables to `runs/test.csv`, the precision-recall curves to `runs/test_curves.png` and the worst errors to
-`runs/test_worst.jpg`, all for the last input size.
+Prints one row per class and the mAP by three metrics: 11 points (VOC 2007, the paper's), all points (VOC 2010 and
+later, Padilla et al.), and all points using only detections with at least FIXED_THRESHOLD. Also counts the kinds of
+errors at that threshold (see error_kinds). Writes both tables to `runs/test.csv`, the precision-recall curves to
+`runs/test_curves.png` and the worst errors to `runs/test_worst.jpg`, all for the last input size.
 """
 
 import csv
@@ -26,7 +28,7 @@ from model import load_detector
 # data
 DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv, .txt or .json lists
 IMAGE_SETS = [("2007", "tiny")]  # the sample's training images; VOC: [("2007", "test")]; COCO: ["val.json"]
-TOLERATE = []  # "other classes": skip objects of classes that the model lacks; "missing labels": unlabelled is background
+TOLERATE = []  # "other classes": skip objects of classes the model lacks; "missing labels": unlabelled is background
 NUM_WORKERS = 2  # processes that load images
 BATCH_SIZE = 8  # images per forward pass
 # model
@@ -55,7 +57,9 @@ def check_settings():
     if any(size < 32 or size % 32 for size in INPUT_SIZES):
         raise ValueError(f"INPUT_SIZES must hold multiples of 32 pixels, not {INPUT_SIZES}")
     if CONFIDENCE_THRESHOLD > FIXED_THRESHOLD:
-        raise ValueError(f"CONFIDENCE_THRESHOLD {CONFIDENCE_THRESHOLD} must be at most FIXED_THRESHOLD {FIXED_THRESHOLD}")
+        raise ValueError(
+            f"CONFIDENCE_THRESHOLD {CONFIDENCE_THRESHOLD} must be at most FIXED_THRESHOLD {FIXED_THRESHOLD}"
+        )
     if OUTPUT[-1:] in ("", "/", "\\"):
         raise ValueError(f"OUTPUT is the start of three file names, such as runs/test, not {OUTPUT!r}")
     utils.check_writable(f"{OUTPUT}.csv")
@@ -68,7 +72,8 @@ ERROR_COLUMNS = (*FALSE_POSITIVES, "missed", "confused_with", "confused_with_cou
 
 
 def measure(detections, truths, classes, fixed_threshold):
-    """-> a row (dict of COLUMNS) and a curve (precisions, recalls) per class; AP is NaN where a class has no ground truth."""
+    """-> a row (dict of COLUMNS) and a curve (precisions, recalls) per class; AP is NaN where a
+    class has no ground truth."""
     confident = detections[detections[:, 2] >= fixed_threshold]
     ap_11, ap_all, ap_fixed = (
         utils.average_precision(selected, truths, len(classes), metric=metric).tolist()
@@ -81,7 +86,13 @@ def measure(detections, truths, classes, fixed_threshold):
         shown = int((confidences >= fixed_threshold).sum())  # length of the curve down to the threshold
         precision = precisions[shown - 1] if shown else math.nan
         recall = recalls[shown - 1] if shown else 0.0 if (of_class[:, 2] == 0).any() else math.nan
-        f1 = 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0 if recall == 0 else math.nan
+        f1 = (
+            2 * precision * recall / (precision + recall)
+            if precision + recall > 0
+            else 0.0
+            if recall == 0
+            else math.nan
+        )
         counts = (int((of_class[:, 2] == 0).sum()), int((of_class[:, 2] > 0).sum()), int((detections[:, 1] == c).sum()))
         values = (name, *counts, ap_11[c], ap_all[c], ap_fixed[c], float(precision), float(recall), float(f1))
         rows.append(dict(zip(COLUMNS, values, strict=True)))
@@ -90,7 +101,18 @@ def measure(detections, truths, classes, fixed_threshold):
 
 def print_table(rows):
     """The rows as an aligned table, with a dash for an undefined value."""
-    heads = ("class", "truths", "diffic.", "detect.", "AP 11", "AP all", f"AP@{FIXED_THRESHOLD}", "precis.", "recall", "F1")
+    heads = (
+        "class",
+        "truths",
+        "diffic.",
+        "detect.",
+        "AP 11",
+        "AP all",
+        f"AP@{FIXED_THRESHOLD}",
+        "precis.",
+        "recall",
+        "F1",
+    )
     print("  ".join(f"{head:>{16 if place == 0 else 7}s}" for place, head in enumerate(heads)))
     for row in rows:
         cells = [f"{row['class']:>16s}", *(f"{row[name]:7d}" for name in COLUMNS[1:4])]
@@ -99,15 +121,18 @@ def print_table(rows):
 
 
 def error_kinds(detections, truths, num_classes, iou_threshold=0.5, least_iou=0.1):
-    """Classifies detections (D, 7) -> kinds (D,) text, confused_with (D,) class or -1, and missed (G,) of the truths (G, 7).
+    """Classifies detections (D, 7) -> kinds (D,) text, confused_with (D,) class or -1, and missed
+    (G,) of the truths (G, 7).
 
-    The kinds of Hoiem et al. (ECCV 2012) and of the YOLO paper's Fig. 4, without their groups of similar classes. A detection is
-    assigned to the ground truth of its class with the largest IoU, as in utils.assign_detections. The first kind that applies:
+    The kinds of Hoiem et al. (ECCV 2012) and of the YOLO paper's Fig. 4, without their groups of similar classes.
+    A detection is assigned to the ground truth of its class with the largest IoU, as in utils.assign_detections.
+    The first kind that applies:
       correct       a true positive of the devkit
       ignored       IoU >= iou_threshold with a difficult ground truth: no error
       duplicate     IoU >= iou_threshold, but a more confident detection is matched to its ground truth
       localisation  IoU >= least_iou with its ground truth, difficult or not
-      confusion     IoU >= least_iou with an object of another class, difficult or not; confused_with: the class of the largest IoU
+      confusion     IoU >= least_iou with an object of another class, difficult or not; confused_with: the class
+                    of the largest IoU
       background    everything else
     missed: neither difficult nor matched. Pass only the detections above the confidence threshold in use.
     """
@@ -148,8 +173,9 @@ def print_errors(rows):
 
 
 def draw_worst(dataset, detections, truths, errors, file):
-    """Draws up to 12 errors: the 4 largest missed objects and the 8 most confident false positives, or more of one if the other has
-    fewer. Coloured: the detection or the missed object; thin and white: all ground truths. -> number of panels."""
+    """Draws up to 12 errors: the 4 largest missed objects and the 8 most confident false positives, or more of
+    one if the other has fewer. Coloured: the detection or the missed object; thin and white: all ground
+    truths. -> number of panels."""
     kinds, confused_with, missed = errors
     false = np.flatnonzero(np.isin(kinds, FALSE_POSITIVES))
     false = false[np.argsort(-detections[false, 2], kind="stable")]
@@ -157,7 +183,9 @@ def draw_worst(dataset, detections, truths, errors, file):
     areas = (lost[:, 5:] - lost[:, 3:5] + 1).prod(axis=1)
     lost = lost[np.argsort(-areas, kind="stable")][: max(4, 12 - len(false))]
     false = false[: 12 - len(lost)]
-    panels = list(zip(detections[false], kinds[false], confused_with[false], strict=True)) + [(row, "missed", -1) for row in lost]
+    panels = list(zip(detections[false], kinds[false], confused_with[false], strict=True)) + [
+        (row, "missed", -1) for row in lost
+    ]
     if not panels:
         Path(file).unlink(missing_ok=True)  # of an earlier run
         return 0
@@ -191,7 +219,8 @@ def draw_worst(dataset, detections, truths, errors, file):
 
 
 def draw_curves(rows, curves, file):
-    """Precision over recall, one panel per class with its AP in the title; at most 20 classes, those with the lowest AP."""
+    """Precision over recall, one panel per class with its AP in the title; at most 20 classes,
+    those with the lowest AP."""
     lowest = sorted(range(len(rows)), key=lambda c: (math.isnan(rows[c]["ap_all"]), rows[c]["ap_all"]))[:20]
     from matplotlib import pyplot as plt
 
@@ -231,12 +260,17 @@ def main():
         )
         rows, curves = measure(detections, truths, classes, FIXED_THRESHOLD)
         means[size] = [utils.mean_average_precision([row[name] for row in rows]) for name in COLUMNS[4:7]]
-        print(f"\n{CHECKPOINT} at {size} px on {len(dataset)} images, {len(truths)} ground truths, {len(detections)} detections")
+        print(
+            f"\n{CHECKPOINT} at {size} px on {len(dataset)} images, "
+            f"{len(truths)} ground truths, {len(detections)} detections"
+        )
         print_table(rows)
         print(f"{'mAP':>16s}  {'':25s}  " + "  ".join(f"{value:7.3f}" for value in means[size]))
         confident = detections[detections[:, 2] >= FIXED_THRESHOLD]
         errors = error_kinds(confident, truths, len(classes))
-        rows = [row | counts for row, counts in zip(rows, count_errors(confident, truths, classes, errors), strict=True)]
+        rows = [
+            row | counts for row, counts in zip(rows, count_errors(confident, truths, classes, errors), strict=True)
+        ]
         print_errors(rows)
         total = sum(seconds.values())
         parts = ", ".join(f"{name} {1000 * value / len(dataset):.1f} ms" for name, value in seconds.items())

@@ -1,12 +1,13 @@
 """Trains YOLOv2 for detection (YOLO9000 sec. 3, "Training for detection").
 
     python train.py                                          the sample of 16 images, a few minutes on a CPU
-    python train.py DATA_DIR=/data/VOCdevkit "IMAGE_SETS=[('2007','trainval'),('2012','trainval')]" AUGMENT=True REPEAT=1 ...
+    python train.py DATA_DIR=/data/VOCdevkit "IMAGE_SETS=[('2007','trainval'),('2012','trainval')]"
+        AUGMENT=True REPEAT=1 ...
 
-The README has complete recipes. Writes, named after CHECKPOINT: `runs/yolov2.pt` after each epoch, `runs/yolov2_best.pt` (best
-mAP), `runs/yolov2_metrics.csv` (one row per epoch), `runs/yolov2_charts.png` (its columns as curves) and, at each evaluation,
-`runs/yolov2_samples.jpg` (detections on the first images). Ctrl-C, SIGTERM and MAX_HOURS save after the current step and stop;
-RESUME=True continues as if the run had never been stopped.
+The README has complete recipes. Writes, named after CHECKPOINT: `runs/yolov2.pt` after each epoch,
+`runs/yolov2_best.pt` (best mAP), `runs/yolov2_metrics.csv` (one row per epoch), `runs/yolov2_charts.png` (its columns
+as curves) and, at each evaluation, `runs/yolov2_samples.jpg` (detections on the first images). Ctrl-C, SIGTERM and
+MAX_HOURS save after the current step and stop; RESUME=True continues as if the run had never been stopped.
 """
 
 import functools
@@ -34,7 +35,7 @@ from loss import YoloLoss
 
 # data
 DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv, .txt or .json lists
-IMAGE_SETS = [("2007", "tiny")]  # VOC 07+12: [("2007", "trainval"), ("2012", "trainval")]; or ["train.csv"], or COCO ["train.json"]
+IMAGE_SETS = [("2007", "tiny")]  # VOC 07+12: [("2007", "trainval"), ("2012", "trainval")]; ["a.csv"]; COCO ["a.json"]
 VAL_IMAGE_SETS = []  # none: the sample is too small to be split; VOC: [("2007", "test")]
 CLASSES = VOC_CLASSES  # any names, or a Darknet .names file; saved in the checkpoint
 TOLERATE = []  # "other classes": skip objects that CLASSES does not name; "missing labels": unlabelled is background
@@ -44,9 +45,9 @@ NUM_WORKERS = 2  # processes that load images
 BROKEN_IMAGES = "stop"  # or "skip": use the next image instead of an unreadable one, and list it in a file
 # model
 IMAGE_SIZE = 160  # pixels, a multiple of 32; 416 in yolov2-voc.cfg
-MULTI_SCALE = []  # image sizes, a new one every 10 steps; the paper: multiples of 32, 320 to 608; [] for IMAGE_SIZE only
-ANCHORS = yolov2_model.ANCHORS  # width and height in cells of 32 pixels, made for 416 px; python dataset.py computes others
-PRETRAINED = ""  # a checkpoint of darknet_train*.py or train.py, or a Darknet file (.conv.23, .weights); "" from scratch
+MULTI_SCALE = []  # image sizes, a new one every 10 steps; paper: multiples of 32, 320 to 608; [] for IMAGE_SIZE only
+ANCHORS = yolov2_model.ANCHORS  # width, height in cells of 32 pixels, for 416 px; python dataset.py computes others
+PRETRAINED = ""  # a checkpoint of darknet_train*.py or train.py, or Darknet file (.conv.23, .weights); "" from scratch
 # loss
 EQUATION = "darknet"  # yolov2-voc.cfg; or "yolov1", the YOLOv1 paper's (its lambdas: 5, 1, .5, 1), worse here
 LAMBDA_COORD = 1.0  # yolov2-voc.cfg: coord_scale
@@ -84,11 +85,15 @@ COMPILE = False  # torch.compile: faster on a GPU, after minutes of start-up
 
 def check_settings():
     """Raises ValueError or OSError for an invalid setting."""
-    utils.check_at_least(1, EPOCHS=EPOCHS, BATCH_SIZE=BATCH_SIZE, SUBDIVISIONS=SUBDIVISIONS, REPEAT=REPEAT, EVAL_EVERY=EVAL_EVERY)
+    utils.check_at_least(
+        1, EPOCHS=EPOCHS, BATCH_SIZE=BATCH_SIZE, SUBDIVISIONS=SUBDIVISIONS, REPEAT=REPEAT, EVAL_EVERY=EVAL_EVERY
+    )
     utils.check_at_least(1, EVAL_TRAIN_IMAGES=EVAL_TRAIN_IMAGES)
     utils.check_at_least(0, WEIGHT_DECAY=WEIGHT_DECAY, BURN_IN=BURN_IN, CLIP_NORM=CLIP_NORM, SEED=SEED)
     utils.check_at_least(0, LAMBDA_COORD=LAMBDA_COORD, LAMBDA_OBJECT=LAMBDA_OBJECT, LAMBDA_NO_OBJECT=LAMBDA_NO_OBJECT)
-    utils.check_at_least(0, LAMBDA_CLASS=LAMBDA_CLASS, NUM_WORKERS=NUM_WORKERS, LEARNING_RATE=LEARNING_RATE, LR_POWER=LR_POWER)
+    utils.check_at_least(
+        0, LAMBDA_CLASS=LAMBDA_CLASS, NUM_WORKERS=NUM_WORKERS, LEARNING_RATE=LEARNING_RATE, LR_POWER=LR_POWER
+    )
     utils.check_at_least(0, SAVE_EVERY_MINUTES=SAVE_EVERY_MINUTES, MAX_HOURS=MAX_HOURS)
     utils.check_at_most(1, MOMENTUM=MOMENTUM, IGNORE_THRESHOLD=IGNORE_THRESHOLD, EVAL_THRESHOLD=EVAL_THRESHOLD)
     utils.check_numbers(MULTI_SCALE=MULTI_SCALE)
@@ -109,7 +114,8 @@ LOSS_TERMS = ("coord", "object", "no_object", "class", "prior", "total")
 
 
 def read_data_sets(anchors, broken_list):
-    """-> the training set, and the sets to evaluate: train_map (the first training images, not augmented) and val_map."""
+    """-> the training set, and the sets to evaluate: train_map (the first training images, not
+    augmented) and val_map."""
     common = {"anchors": anchors, "image_size": IMAGE_SIZE, "classes": CLASSES, "tolerate": TOLERATE}
     train_set = VOCDataset(DATA_DIR, IMAGE_SETS, augment=AUGMENT, **common)
     eval_sets = {"train_map": VOCDataset(DATA_DIR, IMAGE_SETS, limit=EVAL_TRAIN_IMAGES, **common)}
@@ -125,12 +131,14 @@ def read_data_sets(anchors, broken_list):
 
 
 def evaluate(model, eval_set, device, dtype, stop):
-    """mAP at IoU .5 (all points) of detections with confidence >= EVAL_THRESHOLD; incomplete if a stop was requested meanwhile.
-    Draws the first eight images; val_map is computed last, so its picture is the one that stays."""
+    """mAP at IoU .5 (all points) of detections with confidence >= EVAL_THRESHOLD; incomplete if a stop was requested
+    meanwhile. Draws the first eight images; val_map is computed last, so its picture is the one that stays."""
     settings = (BATCH_SIZE // SUBDIVISIONS, NUM_WORKERS, EVAL_THRESHOLD)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         # found (D, 7), truths (G, 7), as in utils.average_precision
-        found, truths, _ = utils.detect_dataset(model.eval(), eval_set, *settings, should_stop=lambda: utils.should_stop(stop))
+        found, truths, _ = utils.detect_dataset(
+            model.eval(), eval_set, *settings, should_stop=lambda: utils.should_stop(stop)
+        )
     mean = utils.mean_average_precision(utils.average_precision(found, truths, len(eval_set.classes)))
     if not stop.reason:
         images = [read_image(file) for file, _ in eval_set.samples[:8]]
@@ -189,7 +197,10 @@ def main():
         optimizing = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         utils.save_checkpoint(CHECKPOINT, model=model.state_dict(), **optimizing, **state, **metadata)
 
-    print(f"{len(train_set)} training images, {EPOCHS} epochs of {steps} steps, {MULTI_SCALE or IMAGE_SIZE} px, {device}, {dtype}")
+    print(
+        f"{len(train_set)} training images, {EPOCHS} epochs of {steps} steps, "
+        f"{MULTI_SCALE or IMAGE_SIZE} px, {device}, {dtype}"
+    )
     loading = {"num_workers": NUM_WORKERS, "pin_memory": device.type == "cuda", "worker_init_fn": utils.ignore_signals}
     data = iter(DataLoader(train_set, batch_sampler=batches_from(state["step"]), **loading))
     bar = tqdm(total=EPOCHS * steps, initial=state["step"], unit="step", disable=None)
@@ -199,7 +210,9 @@ def main():
         model.train()
         while state["step"] < end:
             drops = [drop * steps for drop in LR_DROPS]
-            rate = utils.learning_rate_at(state["step"], EPOCHS * steps, LEARNING_RATE, LR_SCHEDULE, BURN_IN, LR_POWER, drops)
+            rate = utils.learning_rate_at(
+                state["step"], EPOCHS * steps, LEARNING_RATE, LR_SCHEDULE, BURN_IN, LR_POWER, drops
+            )
             for group in optimizer.param_groups:
                 group["lr"] = rate
             utils.warm_batch_norm(network, state["step"] * SUBDIVISIONS)  # a larger momentum at first, then .01

@@ -1,8 +1,10 @@
-"""Shared by the scripts: boxes, decoding, running a detector, average precision, Darknet's training rules, checkpoints, drawing.
+"""Shared by the scripts: boxes, decoding, running a detector, average precision, Darknet's training
+rules, checkpoints, drawing.
 
-Letters: N images, A anchors (5), S_h x S_w grid cells, C classes (20), M = A * S_h * S_w boxes per image, K kept detections,
-D detections and G ground truths in a whole data set. Boxes are xyxy (corners) or cxcywh (centre and size), in fractions of the
-image (0..1) or in pixels as in the VOC devkit (the first pixel is 1, and both end pixels belong to the box).
+Letters: N images, A anchors (5), S_h x S_w grid cells, C classes (20), M = A * S_h * S_w boxes per image, K kept
+detections, D detections and G ground truths in a whole data set. Boxes are xyxy (corners) or cxcywh
+(centre and size), in fractions of the image (0..1) or in pixels as in the VOC devkit (the first pixel is 1, and both
+end pixels belong to the box).
 """
 
 import ast
@@ -53,8 +55,8 @@ def box_iou(boxes_1: Tensor, boxes_2: Tensor) -> Tensor:
 
 
 def decode_predictions(predictions: Tensor, anchors) -> tuple[Tensor, Tensor, Tensor]:
-    """predictions: (N, A, S_h, S_w, 5+C) raw; anchors: A pairs in grid cells -> boxes (N, M, 4) cxcywh in fractions of the image,
-    objectness (N, M) and class probabilities (N, M, C).
+    """predictions: (N, A, S_h, S_w, 5+C) raw; anchors: A pairs in grid cells -> boxes (N, M, 4) cxcywh in fractions of
+    the image, objectness (N, M) and class probabilities (N, M, C).
 
     b_x = (sigma(t_x) + c_x) / S_w, b_w = p_w exp(t_w) / S_w, and likewise for y and h (YOLO9000 sec. 2, Fig. 3).
     """
@@ -75,10 +77,11 @@ def decode_predictions(predictions: Tensor, anchors) -> tuple[Tensor, Tensor, Te
 
 @torch.no_grad()
 def postprocess(predictions: Tensor, anchors, confidence_threshold: float, nms_iou_threshold: float) -> list[Tensor]:
-    """predictions: (N, A, S_h, S_w, 5+C) raw -> a list of N tensors (K, 6): x1, y1, x2, y2 in fractions of the image, clipped to
-    it, confidence (objectness x class probability), class; sorted by descending confidence, on the CPU.
+    """predictions: (N, A, S_h, S_w, 5+C) raw -> a list of N tensors (K, 6): x1, y1, x2, y2 in fractions of the image,
+    clipped to it, confidence (objectness x class probability), class; sorted by descending confidence, on the CPU.
 
-    As in Darknet's `valid`, a box gives one detection per class above the threshold, and NMS works on one class at a time.
+    As in Darknet's `valid`, a box gives one detection per class above the threshold, and NMS
+    works on one class at a time.
     """
     boxes, objectness, probabilities = (tensor.cpu() for tensor in decode_predictions(predictions, anchors))
     boxes = box_convert(boxes, "cxcywh", "xyxy")  # (N, M, 4)
@@ -89,12 +92,14 @@ def postprocess(predictions: Tensor, anchors, confidence_threshold: float, nms_i
         box, score = box[row], confidence[row, label]
         # batched_nms offsets each class by the largest coordinate: one huge box would cost the others their precision
         keep = batched_nms(box.clamp(-10, 10), score, label, nms_iou_threshold)
-        detections.append(torch.cat([box[keep].clamp(0, 1), score[keep, None], label[keep, None].float()], dim=1))  # (K, 6)
+        # (K, 6)
+        detections.append(torch.cat([box[keep].clamp(0, 1), score[keep, None], label[keep, None].float()], dim=1))
     return detections
 
 
 def to_devkit_pixels(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
-    """boxes: (..., 4) xyxy in fractions of the image -> devkit pixels, where the first pixel is 1 (Darknet's detector.c)."""
+    """boxes: (..., 4) xyxy in fractions of the image -> devkit pixels, where the first pixel is 1
+    (Darknet's detector.c)."""
     return boxes * np.array([width, height, width, height]) + 1
 
 
@@ -111,15 +116,16 @@ def detect_dataset(
     nms_iou_threshold: float = 0.45,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
-    """Runs a model over a VOCDataset -> detections (D, 7) and ground truths (G, 7) as in average_precision, and the seconds spent
-    on loading, network and post-processing.
+    """Runs a model over a VOCDataset -> detections (D, 7) and ground truths (G, 7) as in average_precision, and the
+    seconds spent on loading, network and post-processing.
 
-    The default thresholds are those of Darknet's validate_detector (examples/detector.c). If should_stop() becomes true, returns
-    what there is so far.
+    The default thresholds are those of Darknet's validate_detector (examples/detector.c). If should_stop() becomes
+    true, returns what there is so far.
     """
     parameter = next(model.parameters())
     loading = {"num_workers": num_workers, "pin_memory": parameter.is_cuda, "worker_init_fn": ignore_signals}
-    loader = DataLoader(range(len(dataset)), batch_size, collate_fn=dataset.images_and_sizes, **loading)  # workers read by index
+    # workers read by index
+    loader = DataLoader(range(len(dataset)), batch_size, collate_fn=dataset.images_and_sizes, **loading)
     seconds = {"loading": 0.0, "network": 0.0, "post-processing": 0.0}
     detections, ground_truths, index = [np.empty((0, 7))], [np.empty((0, 7))], 0
     clock = time.perf_counter()
@@ -148,10 +154,12 @@ def detect_dataset(
 def largest_overlaps(
     detections: np.ndarray, truths: np.ndarray, num_classes: int, any_class: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The largest IoU (D,) of each detection with the ground truths of its image and class (any_class: of its image), and the row
-    (D,) of that ground truth: the first for ties, -1 without overlap. Tables as in average_precision."""
+    """The largest IoU (D,) of each detection with the ground truths of its image and class (any_class: of its image),
+    and the row (D,) of that ground truth: the first for ties, -1 without overlap. Tables as in average_precision."""
     # Ground truths sorted by key: those that a detection may match are a contiguous range, found by binary search.
-    keys, truth_keys = (table[:, 0] if any_class else table[:, 0] * num_classes + table[:, 1] for table in (detections, truths))
+    keys, truth_keys = (
+        table[:, 0] if any_class else table[:, 0] * num_classes + table[:, 1] for table in (detections, truths)
+    )
     order = np.argsort(truth_keys, kind="stable")
     truths = truths[order]
     start = np.searchsorted(truth_keys[order], keys, side="left")
@@ -160,7 +168,8 @@ def largest_overlaps(
     # Compare all detections with the first ground truth of their range, then with the second, and so on.
     best_iou = np.zeros(len(detections))
     best_truth = np.full(len(detections), -1)
-    truth_areas = (truths[:, 5] - truths[:, 3] + 1) * (truths[:, 6] - truths[:, 4] + 1)  # both end pixels belong to a box
+    # both end pixels belong to a box
+    truth_areas = (truths[:, 5] - truths[:, 3] + 1) * (truths[:, 6] - truths[:, 4] + 1)
     x1, y1, x2, y2 = detections[:, 3:].T.copy()
     areas = (x2 - x1 + 1) * (y2 - y1 + 1)
     remaining = np.flatnonzero(count)
@@ -179,13 +188,14 @@ def largest_overlaps(
 def assign_detections(
     detections: np.ndarray, truths: np.ndarray, num_classes: int, iou_threshold: float = 0.5
 ) -> tuple[np.ndarray, ...]:
-    """Assigns each detection to a ground truth by the rules of the VOC devkit (VOCevaldet.m); tables as in average_precision.
+    """Assigns each detection to a ground truth by the rules of the VOC devkit (VOCevaldet.m);
+    tables as in average_precision.
 
     -> best_iou (D,) and best_truth (D,) of largest_overlaps, is_true_positive (D,), is_ignored (D,).
 
-    By descending confidence (stable for ties), each detection is assigned to the ground truth of its image and class with the
-    largest IoU, taken or not. At or above the threshold, it is a true positive if that ground truth is free, a false positive if
-    it is taken, and ignored if it is difficult.
+    By descending confidence (stable for ties), each detection is assigned to the ground truth of its image and class
+    with the largest IoU, taken or not. At or above the threshold, it is a true positive if that ground truth is free, a
+    false positive if it is taken, and ignored if it is difficult.
     """
     best_iou, best_truth = largest_overlaps(detections, truths, num_classes)
     matched = (best_iou >= iou_threshold) & (best_truth >= 0)
@@ -193,15 +203,17 @@ def assign_detections(
     is_ignored[matched] = truths[best_truth[matched], 2] > 0  # difficult
     order = np.argsort(-detections[:, 2], kind="stable")
     candidates = order[(matched & ~is_ignored)[order]]
-    _, first = np.unique(best_truth[candidates], return_index=True)  # the most confident detection takes the ground truth
+    _, first = np.unique(best_truth[candidates], return_index=True)  # the most confident detection takes the truth
     is_true_positive = np.zeros(len(detections), bool)
     is_true_positive[candidates[first]] = True
     return best_iou, best_truth, is_true_positive, is_ignored
 
 
-def precision_recall(detections, ground_truths, num_classes: int, iou_threshold: float = 0.5) -> list[tuple[np.ndarray, ...]]:
-    """(confidences, precisions, recalls) of each class after each detection that is not ignored, by descending confidence;
-    arguments as in average_precision. Recall is NaN for a class without ground truth."""
+def precision_recall(
+    detections, ground_truths, num_classes: int, iou_threshold: float = 0.5
+) -> list[tuple[np.ndarray, ...]]:
+    """(confidences, precisions, recalls) of each class after each detection that is not ignored, by descending
+    confidence; arguments as in average_precision. Recall is NaN for a class without ground truth."""
     detections = np.asarray(detections, dtype=np.float64).reshape(-1, 7)
     truths = np.asarray(ground_truths, dtype=np.float64).reshape(-1, 7)
     for name, table in (("detections", detections), ("ground_truths", truths)):
@@ -225,10 +237,10 @@ def average_precision(
 ) -> Tensor:
     """Average precision of each class by the rules of the VOC devkit (see assign_detections) -> (num_classes,) float64.
 
-    detections: (D, 7) image index, class, confidence, x1, y1, x2, y2; ground_truths: (G, 7) image index, class, difficult, x1,
-    y1, x2, y2; pixels, both end pixels belong to a box. metric: "voc2007" (11 points) or "all_points" (VOC 2010 and later, Padilla
-    et al.). NaN for a class without ground truth (difficult ones do not count). Raises ValueError for another metric or a class
-    out of range.
+    detections: (D, 7) image index, class, confidence, x1, y1, x2, y2; ground_truths: (G, 7) image index, class,
+    difficult, x1, y1, x2, y2; pixels, both end pixels belong to a box. metric: "voc2007" (11 points) or "all_points"
+    (VOC 2010 and later, Padilla et al.). NaN for a class without ground truth (difficult ones do not count). Raises
+    ValueError for another metric or a class out of range.
     """
     check_one_of(("voc2007", "all_points"), metric=metric)
     curves = precision_recall(detections, ground_truths, num_classes, iou_threshold)
@@ -263,11 +275,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def warm_batch_norm(model: nn.Module, batches_seen: int) -> None:
     """Sets the momentum of all batch norms: Darknet's .01, but more during the first 990 batches (ours).
 
-    With .01, the running statistics need some 500 batches to forget their initial values, too long for short runs.
-    10 / (batches + 10) averages over about the last tenth of the batches so far. A compiled model keeps .01, because every change
-    of momentum would compile it again.
+    With .01, the running statistics need some 500 batches to forget their initial values, too long for short runs. 10 /
+    (batches + 10) averages over about the last tenth of the batches so far. A compiled model keeps .01, because every
+    change of momentum would compile it again.
     """
-    if any(name.endswith("_orig_mod") for name, _ in model.named_modules()):  # torch.compile's name for the wrapped model
+    if any(name.endswith("_orig_mod") for name, _ in model.named_modules()):  # torch.compile's name for a wrapped model
         return
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
@@ -278,7 +290,13 @@ LR_SCHEDULES = ("constant", "steps", "polynomial", "cosine")
 
 
 def learning_rate_at(
-    step: int, total_steps: int, learning_rate: float, schedule: str, burn_in: int = 0, power: float = 4.0, drops: tuple = ()
+    step: int,
+    total_steps: int,
+    learning_rate: float,
+    schedule: str,
+    burn_in: int = 0,
+    power: float = 4.0,
+    drops: tuple = (),
 ) -> float:
     """The learning rate of one optimiser step, counted from 0 (get_current_rate in Darknet's src/network.c).
 
@@ -315,7 +333,9 @@ def pick_device(name: str = "auto") -> torch.device:
     if device.type == "cuda":
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= gpus:
-            raise ValueError(f"DEVICE={name}: PyTorch sees {gpus} GPUs; choose another device, or check PyTorch and the GPU driver")
+            raise ValueError(
+                f"DEVICE={name}: PyTorch sees {gpus} GPUs; choose another device, or check PyTorch and the GPU driver"
+            )
         if device.index is not None:
             torch.cuda.set_device(device)  # for functions that ask for the current device
     torch.backends.cudnn.benchmark = True  # chooses the fastest convolutions for each image size
@@ -326,10 +346,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_precision(name: str, device: torch.device, resumed: str = "") -> torch.dtype:
-    """The autocast dtype for "fp32", "bf16", "fp16" or "auto": bfloat16 if native, else float16 on a GPU and float32 on a CPU.
+    """The autocast dtype for "fp32", "bf16", "fp16" or "auto": bfloat16 if native, else float16 on a
+    GPU and float32 on a CPU.
 
-    "auto" keeps the type of the run in the checkpoint `resumed`, except bfloat16 on a GPU without it. On a CPU with native
-    bfloat16, it measures which type is faster: some Intel processors without AMX have the instructions, but run slower with them.
+    "auto" keeps the type of the run in the checkpoint `resumed`, except bfloat16 on a GPU without it. On a CPU
+    with native bfloat16, it measures which type is faster: some Intel processors without AMX have the
+    instructions, but run slower with them.
     """
     check_one_of(("auto", *DTYPES), PRECISION=name)
     if name != "auto":
@@ -354,7 +376,8 @@ def pick_precision(name: str, device: torch.device, resumed: str = "") -> torch.
 
 @torch.no_grad()
 def time_convolution() -> list[float]:
-    """Milliseconds that a convolution of the backbone (256 to 512 channels at 26 x 26) takes on the CPU in float32 and bfloat16."""
+    """Milliseconds that a convolution of the backbone (256 to 512 channels at 26 x 26) takes on the CPU
+    in float32 and bfloat16."""
     layers = []
     for dtype in (torch.float32, torch.bfloat16):  # ones: drawing random numbers would change the initial weights
         maps, kernel = torch.ones(1, 256, 26, 26, dtype=dtype), torch.ones(512, 256, 3, 3, dtype=dtype)
@@ -369,8 +392,8 @@ def time_convolution() -> list[float]:
 
 
 def keep_freed_memory() -> None:
-    """Stops glibc from returning the feature maps of each layer to the operating system: on a CPU, the page faults of the next use
-    would take up to half of the time. The process keeps its peak memory. Linux only."""
+    """Stops glibc from returning the feature maps of each layer to the operating system: on a CPU, the page faults of
+    the next use would take up to half of the time. The process keeps its peak memory. Linux only."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")
@@ -382,8 +405,9 @@ def keep_freed_memory() -> None:
 
 
 def catch_stop_signals(max_hours: float = 0.0) -> types.SimpleNamespace:
-    """Turns SIGTERM and the first SIGINT (Ctrl-C) into a request to stop -> the object that should_stop reads; its `reason` becomes
-    the signal's name. Another SIGINT, more than a second later, raises KeyboardInterrupt. max_hours: time limit, 0 for none.
+    """Turns SIGTERM and the first SIGINT (Ctrl-C) into a request to stop -> the object that should_stop reads; its
+    `reason` becomes the signal's name. Another SIGINT, more than a second later, raises KeyboardInterrupt.
+    max_hours: time limit, 0 for none.
     """
     deadline = time.monotonic() + 3600 * max_hours if max_hours > 0 else math.inf
     stop = types.SimpleNamespace(reason="", deadline=deadline, interrupted=math.inf)
@@ -425,8 +449,9 @@ def report_stop(bar, stop: types.SimpleNamespace, state: dict, checkpoint: str) 
 def problem_of_step(names: tuple[str, ...], losses: Tensor, norm: Tensor, scaler) -> str:
     """What is not finite before an optimiser step: "" (nothing), "the loss (coord, total)" or "the gradient".
 
-    losses: the terms called `names`, summed over the gradient accumulation; norm: of the gradient, not used in fp16: there, the
-    scaler skips steps with infinite gradients and halves its scale, and a scale below 1 means that the gradient has diverged.
+    losses: the terms called `names`, summed over the gradient accumulation; norm: of the gradient, not used in
+    fp16: there, the scaler skips steps with infinite gradients and halves its scale, and a scale below 1 means that
+    the gradient has diverged.
     """
     finite = torch.isfinite(torch.cat([losses, norm[None].to(losses.device)])).tolist()
     if bad := [name for name, fine in zip(names, finite, strict=False) if not fine]:
@@ -444,7 +469,8 @@ def divergence_message(problem: str, state: dict, files: list[str], checkpoint: 
 
 
 def ignore_signals(worker: int) -> None:
-    """worker_init_fn of a DataLoader: signals reach all processes of a run, but only the main process reacts to them."""
+    """worker_init_fn of a DataLoader: signals reach all processes of a run, but only the main
+    process reacts to them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -467,7 +493,8 @@ def first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def atomic_write(file: str | os.PathLike, suffix: str = ""):
-    """Yields a temporary name, renamed to `file` at the end; on failure the old file stays. Raises OSError, naming the file.
+    """Yields a temporary name, renamed to `file` at the end; on failure the old file stays. Raises
+    OSError, naming the file.
 
     suffix: of the temporary name, for a writer that takes the format from it."""
     target = os.path.realpath(file)  # keeps a symbolic link
@@ -477,19 +504,24 @@ def atomic_write(file: str | os.PathLike, suffix: str = ""):
         yield temporary
         os.replace(temporary, target)
     except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's own error for a failed write
+        # torch's own error for a failed write
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
-        raise OSError(f"{file}: could not be written ({first_line(error)}); is the disk full, or the folder read-only?") from error
+        raise OSError(
+            f"{file}: could not be written ({first_line(error)}); is the disk full, or the folder read-only?"
+        ) from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
 
 
 def check_writable(file: str | os.PathLike, is_folder: bool = False) -> None:
-    """Raises OSError or ValueError, naming the file, if atomic_write would fail: better before training than after an epoch.
-    is_folder: `file` is the folder of the files that will be written."""
+    """Raises OSError or ValueError, naming the file, if atomic_write would fail: better before training than after an
+    epoch. is_folder: `file` is the folder of the files that will be written."""
     if not (file if is_folder else os.path.basename(file)):
-        raise ValueError(f"{os.fspath(file)!r} is not the name of a file or folder; set CHECKPOINT, OUTPUT or OUTPUT_DIR")
+        raise ValueError(
+            f"{os.fspath(file)!r} is not the name of a file or folder; set CHECKPOINT, OUTPUT or OUTPUT_DIR"
+        )
     folder = os.path.realpath(file) if is_folder else os.path.dirname(os.path.realpath(file))
     try:
         if os.path.isdir(file) and not is_folder:
@@ -501,8 +533,8 @@ def check_writable(file: str | os.PathLike, is_folder: bool = False) -> None:
 
 
 def is_torch_file(file: str | os.PathLike) -> bool:
-    """Whether torch.save wrote a file, by its first bytes: a zip archive or a pickle. The suffix decides if the file is missing, or
-    damaged so that it is not a Darknet file either."""
+    """Whether torch.save wrote a file, by its first bytes: a zip archive or a pickle. The suffix decides if the file is
+    missing, or damaged so that it is not a Darknet file either."""
     suffix_fits = os.fspath(file).endswith((".pt", ".pth"))
     if not os.path.isfile(file):
         return suffix_fits
@@ -512,17 +544,24 @@ def is_torch_file(file: str | os.PathLike) -> bool:
     return start.startswith((b"PK", b"\x80")) or (suffix_fits and not is_darknet)
 
 
-LARGEST_WEIGHT = 1e9  # far above any trained weight; abs() < LARGEST_WEIGHT is false for NaN, infinity and most flipped exponents
+LARGEST_WEIGHT = 1e9  # far above any trained weight; abs() < it is false for NaN, infinity and most flipped exponents
 
 
 def check_weights(file: str | os.PathLike, weights: dict[str, Tensor]) -> None:
-    """Raises ValueError, naming the file, for damaged weights: not finite, a negative running variance, a kernel of zeros, or zeros
-    at the end of the last kernel (an incomplete download)."""
+    """Raises ValueError, naming the file, for damaged weights: not finite, a negative running variance, a kernel of
+    zeros, or zeros at the end of the last kernel (an incomplete download)."""
     dtypes = {*DTYPES.values(), torch.float64, torch.int64}  # int64: the number of batches that batch norm has seen
     for name, tensor in weights.items():
-        plain = isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+        plain = (
+            isinstance(name, str)
+            and isinstance(tensor, Tensor)
+            and tensor.layout == torch.strided
+            and not tensor.is_meta
+        )
         if not plain or tensor.dtype not in dtypes:
-            raise ValueError(f"{file}: damaged weights ({name!r:.40} is not a numeric tensor); download or train it again")
+            raise ValueError(
+                f"{file}: damaged weights ({name!r:.40} is not a numeric tensor); download or train it again"
+            )
     kernels = [tensor for tensor in weights.values() if tensor.ndim == 4]
     problem = ""
     if not all((tensor.abs() < LARGEST_WEIGHT).all() for tensor in weights.values()):
@@ -532,7 +571,9 @@ def check_weights(file: str | os.PathLike, weights: dict[str, Tensor]) -> None:
     elif not all(kernel.any() for kernel in kernels) or (kernels and not kernels[-1].flatten()[-16:].any()):
         problem = "a kernel of zeros"
     if problem:
-        raise ValueError(f"{file}: damaged weights ({problem}), or those of another network; download or train them again")
+        raise ValueError(
+            f"{file}: damaged weights ({problem}), or those of another network; download or train them again"
+        )
 
 
 def save_checkpoint(file: str | os.PathLike, **state) -> None:
@@ -542,7 +583,9 @@ def save_checkpoint(file: str | os.PathLike, **state) -> None:
     """
     if not all((tensor.abs() < LARGEST_WEIGHT).all() for tensor in state.get("model", {}).values()):
         kept = "those of the last save are kept" if os.path.isfile(file) else "it was not written"
-        raise ValueError(f"{file}: the new weights are NaN, infinite or huge; {kept}. Lower LEARNING_RATE or lengthen BURN_IN")
+        raise ValueError(
+            f"{file}: the new weights are NaN, infinite or huge; {kept}. Lower LEARNING_RATE or lengthen BURN_IN"
+        )
     with atomic_write(file) as temporary:
         torch.save(state, temporary)
 
@@ -550,7 +593,8 @@ def save_checkpoint(file: str | os.PathLike, **state) -> None:
 def load_checkpoint(file: str | os.PathLike, device: str | torch.device = "cpu", keys: tuple = ()) -> dict:
     """Reads a file of save_checkpoint without running any code that a foreign pickle may contain.
 
-    Raises FileNotFoundError or ValueError, naming the file, if it is missing, damaged, not a checkpoint or lacks one of `keys`.
+    Raises FileNotFoundError or ValueError, naming the file, if it is missing, damaged, not a
+    checkpoint or lacks one of `keys`.
     """
     if not os.path.isfile(file):
         raise FileNotFoundError(f"{file}: no such checkpoint; train it first, or correct the name")
@@ -563,7 +607,9 @@ def load_checkpoint(file: str | os.PathLike, device: str | torch.device = "cpu",
             warnings.simplefilter("ignore")  # about foreign pickles; the messages below say more
             state = torch.load(file, map_location=device, weights_only=True)
     except pickle.UnpicklingError:
-        raise ValueError(f"{file}: not a checkpoint of this repository, or it contains code; it was not loaded") from None
+        raise ValueError(
+            f"{file}: not a checkpoint of this repository, or it contains code; it was not loaded"
+        ) from None
     except Exception as error:  # a damaged file can raise anything
         raise ValueError(f"{file}: damaged or not a checkpoint ({first_line(error)[:80]})") from None
     if not isinstance(state, dict):
@@ -572,7 +618,9 @@ def load_checkpoint(file: str | os.PathLike, device: str | torch.device = "cpu",
         raise ValueError(f"{file}: this checkpoint cannot be used here (it has no {', '.join(missing)})")
     for key in {*keys, "classes"} & state.keys():
         if not CHECKPOINT_VALUES[key](state[key]):
-            raise ValueError(f"{file}: damaged checkpoint, its {key} is {' '.join(repr(state[key]).split())[:60]}; use another one")
+            raise ValueError(
+                f"{file}: damaged checkpoint, its {key} is {' '.join(repr(state[key]).split())[:60]}; use another one"
+            )
     if not isinstance(state.get("model", {}), dict):
         raise ValueError(f"{file}: not a checkpoint of this repository (its model is not a dict)")
     check_weights(file, state.get("model", {}))
@@ -590,14 +638,25 @@ CHECKPOINT_VALUES = {
     **dict.fromkeys(("model", "optimizer", "scaler", "settings"), lambda value: isinstance(value, dict)),
     **dict.fromkeys(("epoch", "step", "images_seen"), is_counter),
     **dict.fromkeys(("classes", "anchors"), lambda value: isinstance(value, (list, tuple))),
-    "best": lambda value: isinstance(value, (int, float)) and not value > 1,  # -1 before the first evaluation; may be NaN
-    "sums": lambda value: isinstance(value, Tensor) and value.dtype == torch.float64 and value.ndim == 1 and (value >= 0).all(),
+    "best": lambda value: isinstance(value, (int, float)) and not value > 1,  # -1 before any evaluation; may be NaN
+    "sums": lambda value: (
+        isinstance(value, Tensor) and value.dtype == torch.float64 and value.ndim == 1 and (value >= 0).all()
+    ),
     "image_size": lambda value: is_counter(value) and 32 <= value <= 10_000,
 }
 
 
 # may change silently on RESUME, because they do not affect what a run computes
-RUN_SETTINGS = {"DATA_DIR", "IMAGE_SETS", "NUM_WORKERS", "CHECKPOINT", "RESUME", "SAVE_EVERY_MINUTES", "MAX_HOURS", "DEVICE"}
+RUN_SETTINGS = {
+    "DATA_DIR",
+    "IMAGE_SETS",
+    "NUM_WORKERS",
+    "CHECKPOINT",
+    "RESUME",
+    "SAVE_EVERY_MINUTES",
+    "MAX_HOURS",
+    "DEVICE",
+}
 RUN_SETTINGS |= {"PRETRAINED", "RESUME_WEIGHTS", "EVAL_EVERY"}
 SCORE_SETTINGS = {"VAL_IMAGE_SETS", "EVAL_THRESHOLD", "EVAL_TRAIN_IMAGES"}  # a change of these resets the best score
 
@@ -605,11 +664,15 @@ SCORE_SETTINGS = {"VAL_IMAGE_SETS", "EVAL_THRESHOLD", "EVAL_TRAIN_IMAGES"}  # a 
 def fingerprint(samples: list[tuple]) -> str:
     """The number of samples (file, label) and a checksum of their file names, as readable text."""
     names = "\n".join(os.path.basename(file) for file, _ in samples)
-    return f"{len(samples)} images with the checksum {zlib.crc32(names.encode(errors='surrogateescape')):08x} of their names"
+    checksum = zlib.crc32(names.encode(errors="surrogateescape"))
+    return f"{len(samples)} images with the checksum {checksum:08x} of their names"
 
 
-def resume(file: str | os.PathLike, model: nn.Module, optimizer, scaler, settings: dict, fixed: tuple[str, ...]) -> dict:
-    """Loads a training checkpoint into model, optimizer and scaler -> the run's counters: epoch, step, images_seen, best, sums.
+def resume(
+    file: str | os.PathLike, model: nn.Module, optimizer, scaler, settings: dict, fixed: tuple[str, ...]
+) -> dict:
+    """Loads a training checkpoint into model, optimizer and scaler -> the run's counters: epoch,
+    step, images_seen, best, sums.
 
     Raises ValueError if a setting in `fixed` has changed or the file does not fit; prints other changed settings.
     """
@@ -620,12 +683,16 @@ def resume(file: str | os.PathLike, model: nn.Module, optimizer, scaler, setting
         raise ValueError(f"{file}: damaged, or a checkpoint of another script (it has {len(saved['sums'])} sums)")
     if missing := [name for name in fixed if name not in old]:
         raise ValueError(f"{file}: damaged, or a checkpoint of another script (its settings lack {', '.join(missing)})")
-    changed = [name for name in settings if name in old and json.dumps(old[name], default=repr) != json.dumps(settings[name])]
+    changed = [
+        name for name in settings if name in old and json.dumps(old[name], default=repr) != json.dumps(settings[name])
+    ]
 
     def shown(value):  # marked if cut: two long lists may differ only later
         return repr(value) if len(repr(value)) <= 200 else f"{value!r:.200}... ({len(value)} in all)"
 
-    if refused := [f"{name} was {shown(old[name])} and is {shown(settings[name])}" for name in changed if name in fixed]:
+    if refused := [
+        f"{name} was {shown(old[name])} and is {shown(settings[name])}" for name in changed if name in fixed
+    ]:
         advice = "set it back, or start a new run from its weights (RESUME_WEIGHTS, PRETRAINED)"
         raise ValueError(f"{file}: cannot resume with changed settings: {'; '.join(refused)}; {advice}")
     for name in changed:
@@ -637,7 +704,11 @@ def resume(file: str | os.PathLike, model: nn.Module, optimizer, scaler, setting
         for index, buffers in saved["optimizer"]["state"].items():  # a fused optimiser does not check them
             if buffers.keys() != ({"step", "exp_avg", "exp_avg_sq"} if adam else {"momentum_buffer"}):
                 raise ValueError("the optimiser's buffers are those of another one")
-            shapes = {(buffer.shape, buffer.is_sparse, 0 in buffer.stride()) for name, buffer in buffers.items() if name != "step"}
+            shapes = {
+                (buffer.shape, buffer.is_sparse, 0 in buffer.stride())
+                for name, buffer in buffers.items()
+                if name != "step"
+            }
             if shapes != {(parameters[index].shape, False, False)}:
                 raise ValueError("the optimiser's buffers have other shapes than the weights")
         model.load_state_dict(saved["model"])
@@ -647,7 +718,9 @@ def resume(file: str | os.PathLike, model: nn.Module, optimizer, scaler, setting
         if saved["scaler"]:  # empty unless the run is in fp16
             scaler.load_state_dict(saved["scaler"])
     except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: does not fit this model and optimiser ({first_line(error)[:90]}); start a new run") from None
+        raise ValueError(
+            f"{file}: does not fit this model and optimiser ({first_line(error)[:90]}); start a new run"
+        ) from None
     state = {name: saved[name] for name in counters}
     state["sums"] = state["sums"].to(next(model.parameters()).device)
     if SCORE_SETTINGS & set(changed):
@@ -678,7 +751,9 @@ def append_metrics(file: str | os.PathLike, row: dict) -> None:
         writer = csv.DictWriter(stream, fieldnames=list(row), extrasaction="ignore")
         writer.writeheader()
         for entry in [*rows, row]:
-            writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in entry.items()})
+            writer.writerow(
+                {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in entry.items()}
+            )
 
 
 def draw_charts(metrics_file: str | os.PathLike, chart_file: str | os.PathLike) -> None:
@@ -703,8 +778,10 @@ def draw_charts(metrics_file: str | os.PathLike, chart_file: str | os.PathLike) 
                 epochs, values = [int(row["epoch"]) for row in measured], [float(row[name]) for row in measured]
                 axis.plot(epochs, values, marker="." if len(values) < 40 else None, label=name)
         if title == "scores":
-            for name in ("val_map", "val_top1", "train_map"):  # the first one that was measured decides on the best checkpoint
-                measured = [(float(row[name]), int(row["epoch"])) for row in rows if row.get(name) not in (None, "", "nan")]
+            for name in ("val_map", "val_top1", "train_map"):  # the first one measured decides on the best checkpoint
+                measured = [
+                    (float(row[name]), int(row["epoch"])) for row in rows if row.get(name) not in (None, "", "nan")
+                ]
                 if measured:
                     value, epoch = max(measured)
                     axis.plot([epoch], [value], "k*", markersize=10, label=f"best: {value:.3f} in epoch {epoch}")
@@ -725,19 +802,25 @@ def draw_charts(metrics_file: str | os.PathLike, chart_file: str | os.PathLike) 
 
 
 def advance(bar, images: int, start: float, loss: Tensor) -> None:
-    """Moves the progress bar by one step and shows the images per second since `start` (time.monotonic()) and the step's loss."""
+    """Moves the progress bar by one step and shows the images per second since `start`
+    (time.monotonic()) and the step's loss."""
     if not bar.disable:
         if time.time() - bar.last_print_t >= bar.mininterval:  # reading the loss waits for the GPU
-            bar.set_postfix_str(f"{images / (time.monotonic() - start):.1f} images/s, loss {float(loss):.3g}", refresh=False)
+            bar.set_postfix_str(
+                f"{images / (time.monotonic() - start):.1f} images/s, loss {float(loss):.3g}", refresh=False
+            )
         bar.update()
 
 
 def time_left(began: float, done: int, remaining: int) -> str:
-    """How long the remaining steps take at the pace of those done since `began` (time.monotonic()), evaluations included."""
+    """How long the remaining steps take at the pace of those done since `began`
+    (time.monotonic()), evaluations included."""
     if not remaining:
         return ""
     minutes = (time.monotonic() - began) / max(done, 1) * remaining / 60
-    return f"{round(minutes) // 60} h {round(minutes) % 60:02d} min left" if minutes >= 60 else f"{minutes:.1f} min left"
+    return (
+        f"{round(minutes) // 60} h {round(minutes) % 60:02d} min left" if minutes >= 60 else f"{minutes:.1f} min left"
+    )
 
 
 def finish(bar, broken_list: str) -> None:
@@ -748,14 +831,18 @@ def finish(bar, broken_list: str) -> None:
 
 
 def log_epoch(stem: str, row: dict, left: str) -> None:
-    """Appends an epoch to `<stem>_metrics.csv`, redraws `<stem>_charts.png` and prints the epoch's values that are not empty, and
-    the time left."""
+    """Appends an epoch to `<stem>_metrics.csv`, redraws `<stem>_charts.png` and prints the epoch's values that are not
+    empty, and the time left."""
     try:
         append_metrics(f"{stem}_metrics.csv", row)
         draw_charts(f"{stem}_metrics.csv", f"{stem}_charts.png")
     except Exception as error:  # no chart or CSV error may end a run
         print(f"{stem}_metrics.csv or {stem}_charts.png could not be written: {first_line(error)}")
-    shown = [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items() if value != ""]
+    shown = [
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in row.items()
+        if value != ""
+    ]
     print("  ".join([*shown, left] if left else shown), flush=True)
 
 
@@ -778,8 +865,9 @@ def script_settings(script_globals: dict) -> dict:
 def override_globals(script_globals: dict, words: list[str]) -> None:
     """Sets a script's settings from the NAME=value arguments of its command line; `--help` prints them and exits.
 
-    Values are Python literals; text needs no quotes. A value must have the type of its default, except that an int is accepted for
-    a float; where the default is None, it must be an int or None. Other values end the script with a one-line message.
+    Values are Python literals; text needs no quotes. A value must have the type of its default, except that an
+    int is accepted for a float; where the default is None, it must be an int or None. Other values end the
+    script with a one-line message.
     """
     known = script_settings(script_globals)
     script = os.path.basename(script_globals.get("__file__", "script"))
@@ -814,7 +902,8 @@ def override_globals(script_globals: dict, words: list[str]) -> None:
 
 
 def check_at_least(least: float, **settings: float) -> None:
-    """Raises ValueError for the first setting, passed as NAME=value, that is less than `least` or an integer of absurd size."""
+    """Raises ValueError for the first setting, passed as NAME=value, that is less than `least` or an
+    integer of absurd size."""
     for name, value in settings.items():
         if not isinstance(value, (int, float)) or not value >= least or (type(value) is int and value >= 2**40):
             raise ValueError(f"{name} must be {least} or more, not {value!r:.40}")
@@ -830,7 +919,9 @@ def check_at_most(most: float, **settings: float) -> None:
 def check_numbers(**settings: list) -> None:
     """Raises ValueError for the first setting, passed as NAME=value, that is not a list of non-negative numbers."""
     for name, values in settings.items():
-        if not isinstance(values, (list, tuple)) or not all(type(value) in (int, float) and value >= 0 for value in values):
+        if not isinstance(values, (list, tuple)) or not all(
+            type(value) in (int, float) and value >= 0 for value in values
+        ):
             raise ValueError(f"{name} must be a list of non-negative numbers, not {values!r:.80}")
 
 
@@ -843,25 +934,30 @@ def check_one_of(choices: tuple[str, ...], **settings: str) -> None:
 
 
 def check_schedule(schedule: str, drops: list, epochs: int) -> None:
-    """Raises ValueError for an unknown LR_SCHEDULE, for LR_DROPS that are not a list of numbers, and if "steps" would drop the rate
-    before the first step or never."""
+    """Raises ValueError for an unknown LR_SCHEDULE, for LR_DROPS that are not a list of numbers, and if "steps" would
+    drop the rate before the first step or never."""
     check_one_of(LR_SCHEDULES, LR_SCHEDULE=schedule)
     check_numbers(LR_DROPS=drops)
     if schedule == "steps" and drops and min(drops) <= 0:
         raise ValueError(f"LR_DROPS {drops} must be above 0: they are epochs")
     if schedule == "steps" and drops and min(drops) > epochs:
-        raise ValueError(f"LR_DROPS {drops} are all above EPOCHS {epochs}: the rate would never drop; change one of them")
+        raise ValueError(
+            f"LR_DROPS {drops} are all above EPOCHS {epochs}: the rate would never drop; change one of them"
+        )
 
 
 def print_long_burn_in(burn_in: int, total_steps: int) -> None:
     """Prints a hint if a run is too short for its burn-in."""
     if burn_in > total_steps:
-        print(f"BURN_IN {burn_in} is longer than the run (steps: {total_steps}): the rate never reaches LEARNING_RATE; lower it")
+        print(
+            f"BURN_IN {burn_in} is longer than the run (steps: {total_steps}): "
+            "the rate never reaches LEARNING_RATE; lower it"
+        )
 
 
 def keep_earlier_run(checkpoint: str, start_file: str) -> None:
-    """Renames the files of an earlier run to `<file>.old`, so that a new run does not destroy them, and says so. start_file: the
-    weights that the new run starts from; it stays (and is copied), because a restart needs it."""
+    """Renames the files of an earlier run to `<file>.old`, so that a new run does not destroy them, and says so.
+    start_file: the weights that the new run starts from; it stays (and is copied), because a restart needs it."""
     stem, kept = checkpoint.removesuffix(".pt"), []
     for file in filter(os.path.isfile, (checkpoint, f"{stem}_best.pt", f"{stem}_metrics.csv")):
         path = os.path.realpath(file)  # a symbolic link stays
@@ -874,7 +970,8 @@ def keep_earlier_run(checkpoint: str, start_file: str) -> None:
 
 
 def check_classes(source: str, classes: list[str]) -> list[str]:
-    """Returns the class names; raises ValueError, naming their source, if one cannot be part of a file name or two would clash."""
+    """Returns the class names; raises ValueError, naming their source, if one cannot be part of a file
+    name or two would clash."""
     if not classes:
         raise ValueError(f"{source}: contains no class names")
     files = {}
@@ -887,7 +984,9 @@ def check_classes(source: str, classes: list[str]) -> list[str]:
             raise ValueError(f"{source}: {name!r} cannot be part of a file name; remove slashes and control characters")
         file = name.replace(" ", "_")
         if file in files:
-            raise ValueError(f"{source}: the classes {files[file]!r} and {name!r} would share a file of detections; rename one")
+            raise ValueError(
+                f"{source}: the classes {files[file]!r} and {name!r} would share a file of detections; rename one"
+            )
         files[file] = name
     return [str(name) for name in classes]  # not numpy's str_, which a checkpoint must not contain
 
@@ -908,11 +1007,13 @@ def plain_errors():
         yield
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, ValueError) as error:  # an error from a DataLoader worker contains its traceback: keep the last line
+    except (OSError, ValueError) as error:  # a DataLoader worker's error contains its traceback: keep the last line
         last = (str(error).strip().splitlines() or [""])[-1]
         sys.exit(f"error: {printable(re.sub(r'^[A-Za-z]+Error: ', '', last))}")
     except torch.OutOfMemoryError:
-        sys.exit("error: the GPU ran out of memory; lower BATCH_SIZE or the image size, or double SUBDIVISIONS in a new run")
+        sys.exit(
+            "error: the GPU ran out of memory; lower BATCH_SIZE or the image size, or double SUBDIVISIONS in a new run"
+        )
     except RuntimeError as error:
         signs = ("killed by signal", "No space left on device", "shared memory", "unable to mmap")
         for line in str(error).splitlines():
@@ -947,7 +1048,10 @@ def find_font(characters: frozenset) -> str | None:
         with contextlib.suppress(RuntimeError, OSError):  # unreadable font files
             if {ord(c) for c in characters} <= ft2font.FT2Font(file).get_charmap().keys():
                 return file
-    print(f"no installed font has {''.join(sorted(characters))}: pictures show numbers instead; install a font for this alphabet")
+    print(
+        f"no installed font has {''.join(sorted(characters))}: pictures show numbers instead; "
+        "install a font for this alphabet"
+    )
     return None
 
 
@@ -983,14 +1087,19 @@ def draw_boxes(image: np.ndarray, boxes, labels: list[str], class_indices) -> Im
     return picture
 
 
-def draw_samples(images: list[np.ndarray], classes: list[str], detections, ground_truths, file: str | os.PathLike) -> None:
-    """Draws the first images of a data set (H, W, 3) as a sheet: the six most confident detections of each, (D, 7), in the colours
-    of their classes, and all ground truths (G, 7) as thin white boxes on top; both as in average_precision."""
+def draw_samples(
+    images: list[np.ndarray], classes: list[str], detections, ground_truths, file: str | os.PathLike
+) -> None:
+    """Draws the first images of a data set (H, W, 3) as a sheet: the six most confident detections of each,
+    (D, 7), in the colours of their classes, and all ground truths (G, 7) as thin white boxes on top; both
+    as in average_precision."""
     width, height, columns = 400, 300, 4  # pixels of a picture
     sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height))
     for index, image in enumerate(images):
         scale = min(width / image.shape[1], height / image.shape[0])
-        small = Image.fromarray(image).resize((max(1, round(scale * image.shape[1])), max(1, round(scale * image.shape[0]))))
+        small = Image.fromarray(image).resize(
+            (max(1, round(scale * image.shape[1])), max(1, round(scale * image.shape[0])))
+        )
         found = detections[detections[:, 0] == index]
         found = found[np.argsort(-found[:, 2])[:6]]
         labels = [f"{classes[int(label)]} {confidence:.2f}" for label, confidence in found[:, 1:3]]

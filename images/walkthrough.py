@@ -1,4 +1,5 @@
-"""Draws walkthrough.png next to this script: one photograph on its way through YOLOv2, from grid and anchors to final boxes.
+"""Draws walkthrough.png next to this script: one photograph on its way through YOLOv2, from grid
+and anchors to final boxes.
 
     python train.py IMAGE_SIZE=416 EPOCHS=24 && python images/walkthrough.py
 
@@ -41,7 +42,8 @@ OUTLINE = [patheffects.withStroke(linewidth=3, foreground="white")]  # keeps tex
 
 
 def add_picture(page, x, y, number, title, notes, image, cells, dim=0.0):
-    """Adds a square picture with its title and notes -> its axes, in grid cells. dim: share of white mixed into the image."""
+    """Adds a square picture with its title and notes -> its axes, in grid cells. dim: share of
+    white mixed into the image."""
     page.text(x, y, f"{number}  {title}", fontsize=TITLE, weight="bold")
     axes = page.figure.add_axes((x / WIDTH, 1 - (y + 14 + SIDE) / HEIGHT, SIDE / WIDTH, SIDE / HEIGHT))
     axes.imshow(image * (1 - dim) + dim, extent=(0, cells, cells, 0), interpolation="bilinear")
@@ -114,7 +116,9 @@ def draw_network(page, y, image_size, outputs):
         page.text(x + width / 2, base + 38, f"x {channels}", ha="center", weight="bold", color=INK)
         page.text(x + width / 2, base + 57, note, ha="center", fontsize=LABEL - 0.5)
         if column:
-            page.annotate("", (x - 2, base - 17), (x - step + width + 2, base - 17), arrowprops={"arrowstyle": "->", "color": INK})
+            page.annotate(
+                "", (x - 2, base - 17), (x - step + width + 2, base - 17), arrowprops={"arrowstyle": "->", "color": INK}
+            )
             if shrink > stages[column - 1][1]:
                 page.text(x - (step - width) / 2, base - 25, "pool", ha="center", fontsize=LABEL - 0.5)
         tops.append((x + width / 2, base - height))
@@ -161,7 +165,9 @@ def main() -> None:
     numbers = {step: values for step, values, _ in lines}
     overlaps = numbers["IoU with the anchors"]
     slots = targets[..., 0].nonzero()  # (M, 3): anchor, row, column
-    boxes = torch.stack([torch.cat([slot[[2, 1]] + targets[tuple(slot)][1:3], targets[tuple(slot)][3:5]]) for slot in slots])
+    boxes = torch.stack(
+        [torch.cat([slot[[2, 1]] + targets[tuple(slot)][1:3], targets[tuple(slot)][3:5]]) for slot in slots]
+    )
     followed = int(boxes[:, 2:].prod(dim=1).argmax())
     slot = tuple(slots[followed].tolist())
     label = int(targets[slot][5])
@@ -198,20 +204,27 @@ def main() -> None:
     page.text(LEFT, 560, "3  The network", fontsize=TITLE, weight="bold")
     draw_network(page, 535, size, outputs.shape[1] * outputs.shape[4])
     notes = [
-        f"Per cell, {outputs.shape[1] * outputs.shape[4]} outputs = {len(anchors)} anchors x (t_x, t_y, t_w, t_h: the box; t_o: "
-        f"the objectness; {len(classes)} class scores, softmax).",
-        "The first 18 convolutions are Darknet-19. All but the last have batch norm and leaky ReLU. A pool halves both sides.",
+        f"Per cell, {outputs.shape[1] * outputs.shape[4]} outputs = {len(anchors)} anchors x "
+        f"(t_x, t_y, t_w, t_h: the box; t_o: the objectness; {len(classes)} class scores, softmax).",
+        "The first 18 convolutions are Darknet-19. All but the last have batch norm and leaky ReLU. "
+        "A pool halves both sides.",
     ]
     for row, note in enumerate(notes):
         page.text(LEFT, 829 + 20 * row, note)
 
     page.text(
-        LEFT, 893, f"4  One {classes[label]} (amber), from its label to its target, and the output", fontsize=TITLE, weight="bold"
+        LEFT,
+        893,
+        f"4  One {classes[label]} (amber), from its label to its target, and the output",
+        fontsize=TITLE,
+        weight="bold",
     )
     draw_table(page, 921, lines)
     formula = "x = sigma(t_x) + column, y = sigma(t_y) + row, w = anchor width * exp(t_w), h = anchor height * exp(t_h)"
     page.text(LEFT, 1125, f"The box, in cells: {formula}.")
-    page.text(LEFT, 1145, f"The network was trained on this photograph and {len(dataset) - 1} others: it knows the answer.")
+    page.text(
+        LEFT, 1145, f"The network was trained on this photograph and {len(dataset) - 1} others: it knows the answer."
+    )
 
     best = objectness.argmax(dim=0, keepdim=True)  # (1, S, S): the anchor with the highest objectness of each cell
     notes = [
@@ -222,7 +235,12 @@ def main() -> None:
     highest = objectness.amax(dim=0).numpy()
     axes.imshow(np.ones_like(highest), extent=(0, cells, cells, 0), cmap="Blues", vmin=0, vmax=1.3, alpha=0.9 * highest)
     for row, column in zip(*(highest >= 0.05).nonzero(), strict=True):
-        style = {"color": "white" if highest[row, column] > 0.6 else INK, "ha": "center", "va": "center", "fontsize": 11}
+        style = {
+            "color": "white" if highest[row, column] > 0.6 else INK,
+            "ha": "center",
+            "va": "center",
+            "fontsize": 11,
+        }
         axes.text(column + 0.5, row + 0.5, f"{highest[row, column]:.2f}".lstrip("0"), **style)
 
     likely = probabilities.argmax(dim=-1).gather(0, best)[0]  # (S, S)
@@ -240,7 +258,13 @@ def main() -> None:
     large = cv2.resize(image.permute(1, 2, 0).numpy(), (SIDE * 2, SIDE * 2))  # for sharp labels
     suppressed = f"Boxes that overlap a better one (IoU > {NMS_THRESHOLD}) are gone."
     for x, number, title, note, overlap in [
-        (LEFT, 7, f"Objectness x class probability >= {THRESHOLD}", "Several cells and anchors find the same object.", 1.0),
+        (
+            LEFT,
+            7,
+            f"Objectness x class probability >= {THRESHOLD}",
+            "Several cells and anchors find the same object.",
+            1.0,
+        ),
         (RIGHT, 8, "After non-maximum suppression", suppressed, NMS_THRESHOLD),
     ]:
         detections = utils.postprocess(outputs, anchors, THRESHOLD, overlap)[0]

@@ -3,11 +3,11 @@
     python tests/benchmark.py                                 all parts, some ten minutes on two cores
     python tests/benchmark.py "PARTS=['inference']" "BATCHES=[1]"
 
-Prints one table per part: medians, ratios to the first line, and for whole networks spread and peak memory. Each network runs in
-its own process, so that memory settings stay separate; their steps are interleaved, so that a slow minute of the machine affects
-all of them. Missing alternatives are listed and skipped (`pip install onnxruntime onnx onnxscript openvino torchmetrics
-pycocotools`; the repository needs none of them). "growth" draws `images/benchmark_growth.png`. It is a script, not a test: times
-depend on the machine.
+Prints one table per part: medians, ratios to the first line, and for whole networks spread and peak memory. Each
+network runs in its own process, so that memory settings stay separate; their steps are interleaved, so that a slow
+minute of the machine affects all of them. Missing alternatives are listed and skipped (`pip install onnxruntime onnx
+onnxscript openvino torchmetrics pycocotools`; the repository needs none of them). "growth" draws
+`images/benchmark_growth.png`. It is a script, not a test: times depend on the machine.
 """
 
 import contextlib
@@ -205,7 +205,8 @@ def darknet_order(outputs):
 
 
 def run_variant(connection, prepare, arguments):
-    """The process of one variant: sets it up, times one step per request, and finally sends its last output and peak memory."""
+    """The process of one variant: sets it up, times one step per request, and finally sends its last
+    output and peak memory."""
     try:
         warnings.simplefilter("ignore")
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
@@ -250,7 +251,9 @@ def time_processes(title, variants, rounds, compare=True):
             connection.send(True)
             times[name].append(1000 * connection.recv())
     print(f"\n{title}: median of {rounds}, interleaved")
-    print(f"{'':34s} {'ms':>9s} {'spread':>15s} {'x first':>8s} {'peak MB':>8s}" + (f" {'off by':>8s}" if compare else ""))
+    print(
+        f"{'':34s} {'ms':>9s} {'spread':>15s} {'x first':>8s} {'peak MB':>8s}" + (f" {'off by':>8s}" if compare else "")
+    )
     medians, reference = {}, None
     for name, connection in running.items():
         connection.send(False)
@@ -258,7 +261,8 @@ def time_processes(title, variants, rounds, compare=True):
         reference = output if reference is None else reference
         medians[name] = statistics.median(times[name])
         spread = f"{min(times[name]):.0f}..{max(times[name]):.0f}"
-        line = f"{name:34s} {medians[name]:9.1f} {spread:>15s} {next(iter(medians.values())) / medians[name]:8.2f} {memory:8.0f}"
+        speedup = next(iter(medians.values())) / medians[name]
+        line = f"{name:34s} {medians[name]:9.1f} {spread:>15s} {speedup:8.2f} {memory:8.0f}"
         if compare:  # distance of the outputs, relative to their size
             line += f" {np.linalg.norm(output - reference) / np.linalg.norm(reference):8.1e}"
         print(line, flush=True)
@@ -268,7 +272,8 @@ def time_processes(title, variants, rounds, compare=True):
 
 
 def time_steps(title, unit, steps, rounds, per_step=1.0, rate=False):
-    """steps: name -> function, timed in this process in turns; prints medians of milliseconds, or with `rate` units per second."""
+    """steps: name -> function, timed in this process in turns; prints medians of milliseconds, or with
+    `rate` units per second."""
     for step in steps.values():
         step()
     times = {name: [] for name in steps}
@@ -281,12 +286,16 @@ def time_steps(title, unit, steps, rounds, per_step=1.0, rate=False):
     medians = {name: statistics.median(values) / per_step for name, values in times.items()}
     print(f"{'':44s} {unit:>12s} {'x first':>8s}")
     for name, median in medians.items():
-        print(f"{name:44s} {1 / median if rate else 1000 * median:12.2f} {next(iter(medians.values())) / median:8.2f}", flush=True)
+        print(
+            f"{name:44s} {1 / median if rate else 1000 * median:12.2f} {next(iter(medians.values())) / median:8.2f}",
+            flush=True,
+        )
     return medians
 
 
 def each(function, items):
-    """Calls the function on every item and drops the results: keeping all would allocate memory that no script's loop does."""
+    """Calls the function on every item and drops the results: keeping all would allocate memory that
+    no script's loop does."""
     for item in items:
         function(item)
 
@@ -362,9 +371,17 @@ def data(weights):
         "VOCDataset, augmented and encoded": lambda: each(lambda index: voc[(index, IMAGE_SIZE, index)], range(count)),
     }
     size = sum(os.path.getsize(file) for file in files) / count / 1000
-    time_steps(f"Data, one core, JPEG of 500 x 375 ({size:.0f} kB) to {IMAGE_SIZE} px", "images/s", steps, ROUNDS, count, rate=True)
+    time_steps(
+        f"Data, one core, JPEG of 500 x 375 ({size:.0f} kB) to {IMAGE_SIZE} px",
+        "images/s",
+        steps,
+        ROUNDS,
+        count,
+        rate=True,
+    )
 
-    # the classifier's loader as its scripts have it: Darknet's crops from files of ImageNet's usual size, in a separate process
+    # the classifier's loader as its scripts have it: Darknet's crops from files of ImageNet's usual
+    # size, in a separate process
     shutil.copytree(folder / "VOC2007" / "JPEGImages", folder / "train" / "any")
     pictures = dataset.imagenet_dataset(folder, "train", 224, augment=True)
     loader = torch.utils.data.DataLoader(
@@ -384,7 +401,8 @@ def data(weights):
 
 
 def photograph_files(folder, count):
-    """A VOC folder of `count` JPEGs of 500 x 375 and about 70 kB, cut from the sample's photographs, each with two objects."""
+    """A VOC folder of `count` JPEGs of 500 x 375 and about 70 kB, cut from the sample's photographs,
+    each with two objects."""
     source = Path(__file__).parents[1] / "data_samples" / "voc" / "VOC2007"
     target = folder / "VOC2007"
     for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
@@ -446,18 +464,24 @@ def postprocessing(weights):
         boxes, objectness, probabilities = utils.decode_predictions(outputs, ANCHORS)
         candidates = int((objectness[..., None] * probabilities > 0.005).sum())
         steps[f"{candidates} candidates"] = lambda outputs=outputs: utils.postprocess(outputs, ANCHORS, 0.005, 0.45)
-    time_steps("The worst case: random outputs of one image, with hardly any overlapping boxes", "ms", steps, 3 * ROUNDS)
+    time_steps(
+        "The worst case: random outputs of one image, with hardly any overlapping boxes", "ms", steps, 3 * ROUNDS
+    )
 
 
 def ap(weights):
     images, objects, classes = 4952, 12_000, 20
     for count, rounds in ((50_000, 5), (500_000, 3)):
         rng = np.random.default_rng(0)
-        truths = np.column_stack([rng.integers(images, size=objects), rng.integers(classes, size=objects), np.zeros(objects)])
+        truths = np.column_stack(
+            [rng.integers(images, size=objects), rng.integers(classes, size=objects), np.zeros(objects)]
+        )
         corners = rng.uniform(1, 300, (objects, 2))
         truths = np.concatenate([truths, corners, corners + rng.uniform(20, 200, (objects, 2))], axis=1)
         hits = truths[rng.integers(objects, size=count // 5), :]
-        found = np.column_stack([hits[:, 0], hits[:, 1], rng.random(len(hits)), hits[:, 3:] + rng.normal(0, 5, (len(hits), 4))])
+        found = np.column_stack(
+            [hits[:, 0], hits[:, 1], rng.random(len(hits)), hits[:, 3:] + rng.normal(0, 5, (len(hits), 4))]
+        )
         corners = rng.uniform(1, 300, (count - len(hits), 2))
         noise = np.column_stack([rng.integers(images, size=len(corners)), rng.integers(classes, size=len(corners))])
         noise = np.concatenate(
@@ -468,12 +492,16 @@ def ap(weights):
         try:
             from torchmetrics.detection import MeanAveragePrecision
 
-            steps["torchmetrics (pycocotools)"] = lambda d=detections, t=truths: torchmetrics_ap(MeanAveragePrecision, d, t, images)
+            steps["torchmetrics (pycocotools)"] = lambda d=detections, t=truths: torchmetrics_ap(
+                MeanAveragePrecision, d, t, images
+            )
             steps["torchmetrics (pycocotools)"]()
         except ImportError as error:
             steps.pop("torchmetrics (pycocotools)", None)
             print(f"\ntorchmetrics left out: {utils.first_line(error)}")
-        time_steps(f"Average precision of {count:,} detections, {images} images, {objects:,} truths", "ms", steps, rounds)
+        time_steps(
+            f"Average precision of {count:,} detections, {images} images, {objects:,} truths", "ms", steps, rounds
+        )
 
 
 def torchmetrics_ap(metric_class, detections, truths, images):
@@ -485,7 +513,9 @@ def torchmetrics_ap(metric_class, detections, truths, images):
         return [torch.from_numpy(rows[order[ends[i] : ends[i + 1]]]) for i in range(images)]
 
     metric = metric_class(iou_thresholds=[0.5], max_detection_thresholds=[1, 10, 10_000])
-    predicted = [{"boxes": rows[:, 3:], "scores": rows[:, 2], "labels": rows[:, 1].long()} for rows in split(detections)]
+    predicted = [
+        {"boxes": rows[:, 3:], "scores": rows[:, 2], "labels": rows[:, 1].long()} for rows in split(detections)
+    ]
     expected = [{"boxes": rows[:, 3:], "labels": rows[:, 1].long()} for rows in split(truths)]
     metric.update(predicted, expected)
     return metric.compute()
@@ -501,8 +531,8 @@ def memory(weights):
 
 
 def resident(name="VmRSS"):
-    """Resident memory of this process in MB, now or at its peak ("VmHWM"), from /proc/self/status; getrusage would report the peak
-    of the parent process if that is higher. NaN on systems other than Linux."""
+    """Resident memory of this process in MB, now or at its peak ("VmHWM"), from /proc/self/status; getrusage would
+    report the peak of the parent process if that is higher. NaN on systems other than Linux."""
     if not os.path.isfile("/proc/self/status"):
         return math.nan
     with open("/proc/self/status") as stream:
@@ -515,13 +545,18 @@ def measure_growth(steps, device):
         step()
         if number in (20, 100, steps):
             held[number] = resident()
-    print("\nMemory of a training run, batch 2 at 128 px: " + ", ".join(f"{mb:.0f} MB after {n} steps" for n, mb in held.items()))
+    print(
+        "\nMemory of a training run, batch 2 at 128 px: "
+        + ", ".join(f"{mb:.0f} MB after {n} steps" for n, mb in held.items())
+    )
 
 
 def measure_loading(weights):
     file = f"{weights}.pt"
     model = YOLOv2()
-    utils.save_checkpoint(file, model=model.state_dict(), classes=list(dataset.VOC_CLASSES), anchors=ANCHORS, image_size=416)
+    utils.save_checkpoint(
+        file, model=model.state_dict(), classes=list(dataset.VOC_CLASSES), anchors=ANCHORS, image_size=416
+    )
     for name in (file, weights):
         before = resident()
         start = time.perf_counter()
@@ -554,11 +589,19 @@ def growth(weights):
     times = list(by_size.values())
     pixels = [size**2 for size in GROWTH_SIZES]
     left.plot(GROWTH_SIZES, times, marker="o", label="measured")
-    left.plot(GROWTH_SIZES, [times[-1] * p / pixels[-1] for p in pixels], "--", color="grey", label="proportional to the pixels")
+    left.plot(
+        GROWTH_SIZES,
+        [times[-1] * p / pixels[-1] for p in pixels],
+        "--",
+        color="grey",
+        label="proportional to the pixels",
+    )
     left.set(title="batch 1", xlabel="image size, pixels", ylabel="ms", ylim=(0, None))
     times = list(by_batch.values())
     right.plot(GROWTH_BATCHES, [t / b for t, b in zip(times, GROWTH_BATCHES, strict=True)], marker="o")
-    right.set(title=f"{IMAGE_SIZE} x {IMAGE_SIZE} pixels", xlabel="images in a batch", ylabel="ms per image", ylim=(0, None))
+    right.set(
+        title=f"{IMAGE_SIZE} x {IMAGE_SIZE} pixels", xlabel="images in a batch", ylabel="ms per image", ylim=(0, None)
+    )
     for axis in (left, right):
         axis.grid(alpha=0.3)
     left.legend()
@@ -577,7 +620,8 @@ def machine():
         name = torch.cuda.get_device_name(DEVICE)
     native = "native" if torch.cpu._is_avx512_bf16_supported() else "not native"
     return (
-        f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, "
+        f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}, "
         f"bfloat16 {native}, PyTorch {torch.__version__}, {datetime.date.today()}"
     )
 

@@ -27,15 +27,16 @@ TIMEOUT = 240  # seconds until a hanging test is stopped
 
 
 def narrow() -> None:
-    """Makes every Darknet19 and YOLOv2 built from now on in this process narrow; skips charts, which take a second per epoch."""
+    """Makes every Darknet19 and YOLOv2 built from now on in this process narrow; skips charts, which
+    take a second per epoch."""
     darknet_model.DARKNET19_LAYERS[:] = NARROW  # in place: model.py has imported the list
     utils.draw_charts = lambda metrics_file, chart_file: None
     torch.set_num_threads(1)  # layers this small are slower on several threads
 
 
 # ---------------------------------------------------------------- several processes
-# They are forked from a server that has imported the scripts and has computed nothing: importing takes 5 s per process, and a fork
-# of pytest itself could inherit a lock that some thread holds.
+# They are forked from a server that has imported the scripts and has computed nothing: importing takes 5 s per process,
+# and a fork of pytest itself could inherit a lock that some thread holds.
 
 
 def start_fork_server() -> None:

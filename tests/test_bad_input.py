@@ -1,7 +1,8 @@
-"""Wrong or unusual input of the kind that people report: bad input is never accepted silently, and one sentence names the cause.
+"""Wrong or unusual input of the kind that people report: bad input is never accepted silently, and one
+sentence names the cause.
 
-Each test sets up one case with as few files as possible: labels made for other image sizes or units, lists and encodings written by
-other tools, damaged weights, names that cannot be file names, contradictory settings.
+Each test sets up one case with as few files as possible: labels made for other image sizes or units, lists and
+encodings written by other tools, damaged weights, names that cannot be file names, contradictory settings.
 """
 
 import io
@@ -36,7 +37,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def annotation(box=(11, 11, 51, 41), name="bolt", size=(100, 60), difficult="0", extra="") -> str:
-    sides = "".join(f"<{side}>{value}</{side}>" for side, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
+    sides = "".join(
+        f"<{side}>{value}</{side}>" for side, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
+    )
     return (
         f"<annotation><size><width>{size[0]}</width><height>{size[1]}</height></size><object><name>{name}</name>"
         f"<difficult>{difficult}</difficult><bndbox>{sides}</bndbox>{extra}</object></annotation>"
@@ -44,8 +47,8 @@ def annotation(box=(11, 11, 51, 41), name="bolt", size=(100, 60), difficult="0",
 
 
 def write_devkit(root: Path, files: dict[str, str], size=(100, 60), suffix=".jpg", **save) -> Path:
-    """Writes a devkit, VOC2026, and returns its folder; `files` maps each image id to the text of its annotation. The list is
-    `train`."""
+    """Writes a devkit, VOC2026, and returns its folder; `files` maps each image id to the text of its
+    annotation. The list is `train`."""
     folder = root / "VOC2026"
     for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -70,9 +73,9 @@ def read(root: Path, image_sets=(("2026", "train"),), **options) -> dataset.VOCD
 
 def set_training(monkeypatch, root: Path, **values):
     small = {
-        "DATA_DIR": str(root), "IMAGE_SETS": [("2026", "train")], "VAL_IMAGE_SETS": [], "CLASSES": ["bolt"], "IMAGE_SIZE": 64,
-        "BATCH_SIZE": 2, "REPEAT": 1, "EPOCHS": 1, "EVAL_EVERY": 1, "BURN_IN": 0, "NUM_WORKERS": 0, "PRECISION": "fp32",
-        "CHECKPOINT": str(root / "runs/yolov2.pt"),
+        "DATA_DIR": str(root), "IMAGE_SETS": [("2026", "train")], "VAL_IMAGE_SETS": [], "CLASSES": ["bolt"],
+        "IMAGE_SIZE": 64, "BATCH_SIZE": 2, "REPEAT": 1, "EPOCHS": 1, "EVAL_EVERY": 1, "BURN_IN": 0, "NUM_WORKERS": 0,
+        "PRECISION": "fp32", "CHECKPOINT": str(root / "runs/yolov2.pt"),
     }  # fmt: skip
     for name, value in (small | values).items():
         monkeypatch.setattr(train, name, value)
@@ -124,7 +127,11 @@ def test_labels_made_for_another_image_size_are_reported(declared, cause, tmp_pa
     train.main()
     warning = re.compile(rf"^1 of 2 label files look wrong .*a\.xml: {sizes}", re.MULTILINE)
     assert len(warning.findall(capsys.readouterr().out)) == 1
-    tested = {"DATA_DIR": str(tmp_path), "IMAGE_SETS": [("2026", "train")], "CHECKPOINT": str(tmp_path / "runs/yolov2.pt")}
+    tested = {
+        "DATA_DIR": str(tmp_path),
+        "IMAGE_SETS": [("2026", "train")],
+        "CHECKPOINT": str(tmp_path / "runs/yolov2.pt"),
+    }
     for name, value in (tested | {"OUTPUT": str(tmp_path / "test"), "NUM_WORKERS": 0, "PRECISION": "fp32"}).items():
         monkeypatch.setattr(test_script, name, value)
     test_script.main()
@@ -132,7 +139,10 @@ def test_labels_made_for_another_image_size_are_reported(declared, cause, tmp_pa
 
 
 def test_labels_that_leave_no_target_are_reported(tmp_path, capsys):
-    write_devkit(tmp_path, {"a": annotation(box=(0.1, 0.2, 0.5, 0.6)), "b": annotation(box=(150, 10, 180, 50)), "c": annotation()})
+    write_devkit(
+        tmp_path,
+        {"a": annotation(box=(0.1, 0.2, 0.5, 0.6)), "b": annotation(box=(150, 10, 180, 50)), "c": annotation()},
+    )
     data = read(tmp_path)
     dataset.print_suspicious_labels(data)
     out = capsys.readouterr().out
@@ -163,7 +173,9 @@ def test_xml_that_is_not_a_valid_voc_annotation_is_refused(tmp_path, xml, reason
         read(tmp_path)
 
 
-@pytest.mark.parametrize(("flag", "value"), [("", 0), ("Unspecified", 0), ("\n 0 \n", 0), ("0.0", 0), ("True", 1), ("yes", 1)])
+@pytest.mark.parametrize(
+    ("flag", "value"), [("", 0), ("Unspecified", 0), ("\n 0 \n", 0), ("0.0", 0), ("True", 1), ("yes", 1)]
+)
 def test_common_spellings_of_the_difficult_flag_are_read(tmp_path, flag, value):
     write_devkit(tmp_path, {"a": annotation(difficult=flag)})
     assert read(tmp_path).labels[0][0, 1] == value
@@ -193,7 +205,9 @@ def test_xml_namespaces_are_ignored_and_parts_are_not_objects(tmp_path):
 
 
 def test_image_ids_may_contain_spaces(tmp_path):
-    folder = write_devkit(tmp_path, {"photo": annotation(), "photo (1)": annotation(box=(1, 1, 9, 9)), "photo 2": annotation()})
+    folder = write_devkit(
+        tmp_path, {"photo": annotation(), "photo (1)": annotation(box=(1, 1, 9, 9)), "photo 2": annotation()}
+    )
     (folder / "ImageSets/Main/train.txt").write_text("photo (1)\nphoto 2\nphoto  1\nphoto -1\n")
     names = [Path(image).stem for image, _ in read(tmp_path).samples]
     assert names == ["photo (1)", "photo 2", "photo", "photo"]
@@ -331,8 +345,15 @@ def test_detections_are_written_for_images_without_annotations(tmp_path, monkeyp
     folder = write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
     for file in (folder / "Annotations").iterdir():
         file.unlink()
-    values = {"CHECKPOINT": str(checkpoint), "DATA_DIR": str(tmp_path), "IMAGE_SETS": [("2026", "train")], "NUM_WORKERS": 0}
-    for script, name, value in ((script, name, value) for script in (detect_txt, test_script) for name, value in values.items()):
+    values = {
+        "CHECKPOINT": str(checkpoint),
+        "DATA_DIR": str(tmp_path),
+        "IMAGE_SETS": [("2026", "train")],
+        "NUM_WORKERS": 0,
+    }
+    for script, name, value in (
+        (script, name, value) for script in (detect_txt, test_script) for name, value in values.items()
+    ):
         monkeypatch.setattr(script, name, value)
     monkeypatch.setattr(detect_txt, "OUTPUT_DIR", str(tmp_path / "out"))
     monkeypatch.setattr(test_script, "OUTPUT", str(tmp_path / "test"))
@@ -347,7 +368,9 @@ def test_detections_are_written_for_images_without_annotations(tmp_path, monkeyp
         test_script.main()
 
 
-def test_a_validation_set_without_objects_is_reported_and_the_last_checkpoint_becomes_the_best(tmp_path, monkeypatch, capsys):
+def test_a_validation_set_without_objects_is_reported_and_the_last_checkpoint_becomes_the_best(
+    tmp_path, monkeypatch, capsys
+):
     folder = write_devkit(tmp_path, {"a": annotation(), "b": annotation(), "c": annotation(difficult="1")})
     (folder / "ImageSets/Main/train.txt").write_text("a\nb\n")
     (folder / "ImageSets/Main/val.txt").write_text("c\n")
@@ -435,7 +458,8 @@ def test_detect_refuses_to_overwrite_a_source_image(tmp_path, monkeypatch, check
         detect.main()
     assert (tmp_path / "data/street.jpg").read_bytes() == before
     (tmp_path / "out").mkdir()
-    os.link(tmp_path / "data/street.jpg", tmp_path / "out/street.jpg")  # like IMG.JPG and IMG.jpg on macOS: two names, one file
+    # like IMG.JPG and IMG.jpg on macOS: two names, one file
+    os.link(tmp_path / "data/street.jpg", tmp_path / "out/street.jpg")
     monkeypatch.setattr(detect, "OUTPUT_DIR", str(tmp_path / "out"))
     with pytest.raises(ValueError, match=r"street\.jpg: a drawing would replace this source"):
         detect.main()
@@ -478,9 +502,9 @@ def test_names_are_printed_with_escapes():
     ("key", "value"),
     [
         ("classes", 3), ("classes", "abc"), ("classes", None), ("anchors", None), ("anchors", [[1.0]] * 5),
-        ("anchors", [["1", 1]] * 5), ("anchors", [(-1.0, 2.0)] * 5), ("anchors", [(math.nan, 2.0)] * 5), ("image_size", "64"),
-        ("image_size", None), ("image_size", 63), ("image_size", 2**63), ("image_size", 64.0), ("model", [1]),
-        ("model", {3: torch.ones(1)}), ("model", {"w": torch.ones(3, dtype=torch.bool)}),
+        ("anchors", [["1", 1]] * 5), ("anchors", [(-1.0, 2.0)] * 5), ("anchors", [(math.nan, 2.0)] * 5),
+        ("image_size", "64"), ("image_size", None), ("image_size", 63), ("image_size", 2**63), ("image_size", 64.0),
+        ("model", [1]), ("model", {3: torch.ones(1)}), ("model", {"w": torch.ones(3, dtype=torch.bool)}),
         ("model", {"w": torch.ones(3).to_sparse()}), ("model", {"w": 3}),
     ],
 )  # fmt: skip
@@ -496,9 +520,9 @@ def test_a_detector_with_a_damaged_value_is_refused_by_its_name(key, value, chec
     ("key", "value"),
     [
         ("settings", None), ("settings", {}), ("settings", []), ("sums", [1.0]), ("sums", torch.zeros(6) > 1),
-        ("sums", torch.zeros(5).double()), ("epoch", "1"), ("epoch", -1), ("epoch", 1.5), ("step", math.nan), ("step", -1),
-        ("step", torch.tensor(1)), ("images_seen", None), ("best", None), ("best", 1e9), ("scaler", torch.tensor([])),
-        ("optimizer", 3),
+        ("sums", torch.zeros(5).double()), ("epoch", "1"), ("epoch", -1), ("epoch", 1.5), ("step", math.nan),
+        ("step", -1), ("step", torch.tensor(1)), ("images_seen", None), ("best", None), ("best", 1e9),
+        ("scaler", torch.tensor([])), ("optimizer", 3),
     ],
 )  # fmt: skip
 def test_resuming_a_checkpoint_with_a_damaged_value_is_refused(key, value, tmp_path, monkeypatch):
@@ -509,14 +533,17 @@ def test_resuming_a_checkpoint_with_a_damaged_value_is_refused(key, value, tmp_p
     state |= {"model": detector.state_dict(), "optimizer": {"state": {}}, "scaler": {}, "settings": settings}
     torch.save(state | {key: value}, tmp_path / "odd.pt")
     with pytest.raises(ValueError, match=r"odd\.pt: .*(damaged|does not fit)"):
-        utils.resume(str(tmp_path / "odd.pt"), detector, torch.optim.SGD(detector.parameters()), None, settings, train.FIXED)
+        utils.resume(
+            str(tmp_path / "odd.pt"), detector, torch.optim.SGD(detector.parameters()), None, settings, train.FIXED
+        )
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"exp_avg": torch.tensor(1.0)}, {"exp_avg_sq": torch.ones(1).expand(4, 3, 3, 3)}, {"exp_avg": torch.ones(3)},
-        {"exp_avg": torch.ones(4, 3, 3, 3).to_sparse()}, {"exp_avg_sq": None}, {"momentum_buffer": torch.ones(4, 3, 3, 3)},
+        {"exp_avg": torch.ones(4, 3, 3, 3).to_sparse()}, {"exp_avg_sq": None},
+        {"momentum_buffer": torch.ones(4, 3, 3, 3)},
     ],
 )  # fmt: skip
 def test_damaged_buffers_of_the_optimiser_are_refused(change, tmp_path):
@@ -546,7 +573,12 @@ def test_damaged_buffers_of_the_optimiser_are_refused(change, tmp_path):
 
 
 def damage(tensors: dict, kind: str) -> None:
-    name = {"nan": "head.0.0.weight", "zeros": "head.0.0.weight", "variance": "head.0.1.running_var", "tail": "output.weight"}[kind]
+    name = {
+        "nan": "head.0.0.weight",
+        "zeros": "head.0.0.weight",
+        "variance": "head.0.1.running_var",
+        "tail": "output.weight",
+    }[kind]
     tensors[name] = tensors[name].clone()
     if kind == "nan":
         tensors[name].view(-1)[5] = math.nan
@@ -558,7 +590,12 @@ def damage(tensors: dict, kind: str) -> None:
         tensors[name][-1, -20:] = 0
 
 
-DAMAGES = {"nan": "NaN, infinite or huge", "zeros": "kernel of zeros", "variance": "negative variance", "tail": "kernel of zeros"}
+DAMAGES = {
+    "nan": "NaN, infinite or huge",
+    "zeros": "kernel of zeros",
+    "variance": "negative variance",
+    "tail": "kernel of zeros",
+}
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
@@ -627,7 +664,9 @@ def test_only_the_backbone_is_loaded_if_the_classes_or_their_order_differ(tmp_pa
     assert not torch.equal(own.output.weight, donor.output.weight)
     assert model.load_pretrained_backbone(own, tmp_path / "two.pt", ["nut", "bolt"]) == 23
     assert torch.equal(own.output.weight, donor.output.weight)
-    utils.save_checkpoint(tmp_path / "classifier.pt", model=darknet_model.Darknet19(3).state_dict(), classes=["n1", "n2", "n3"])
+    utils.save_checkpoint(
+        tmp_path / "classifier.pt", model=darknet_model.Darknet19(3).state_dict(), classes=["n1", "n2", "n3"]
+    )
     capsys.readouterr()
     assert model.load_pretrained_backbone(own, tmp_path / "classifier.pt", ["nut", "bolt"]) == 18
     assert capsys.readouterr().out.endswith("loaded 18 of 23 convolutions, the backbone\n")  # its classes do not matter
@@ -670,7 +709,10 @@ def test_an_unreadable_metrics_file_is_renamed_and_a_new_one_is_started(tmp_path
         ({"LR_DROPS": 60}, "LR_DROPS must be a list of non-negative numbers"),
         ({"LR_DROPS": [np.float64(60)]}, "LR_DROPS must be a list of non-negative numbers"),
         ({"LR_SCHEDULE": "steps", "LR_DROPS": [0, 60]}, r"LR_DROPS \[0, 60\] must be above 0: they are epochs"),
-        ({"LR_SCHEDULE": "steps", "LR_DROPS": [40000, 60000], "EPOCHS": 310}, r"LR_DROPS \[40000, 60000\] are all above"),
+        (
+            {"LR_SCHEDULE": "steps", "LR_DROPS": [40000, 60000], "EPOCHS": 310},
+            r"LR_DROPS \[40000, 60000\] are all above",
+        ),
         ({"MULTI_SCALE": range(320, 609, 32)}, "MULTI_SCALE must be a list of non-negative numbers"),
         ({"MULTI_SCALE": "x.txt"}, "MULTI_SCALE must be a list of non-negative numbers"),
         ({"ANCHORS": [("a", 1)]}, "ANCHORS must hold pairs"),
@@ -709,7 +751,8 @@ def test_settings_of_other_types_are_saved_as_text(tmp_path, monkeypatch):
 
 
 def test_a_new_run_keeps_the_files_of_an_earlier_one(tmp_path, monkeypatch, capsys):
-    """Otherwise, forgetting RESUME=True would cost the weights of a long run, even if the new one is stopped at once."""
+    """Otherwise, forgetting RESUME=True would cost the weights of a long run, even if the new
+    one is stopped at once."""
     write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
     files = [tmp_path / "runs" / name for name in ("yolov2.pt", "yolov2_best.pt", "yolov2_metrics.csv")]
     kept = [Path(f"{file}.old") for file in files]
@@ -724,7 +767,9 @@ def test_a_new_run_keeps_the_files_of_an_earlier_one(tmp_path, monkeypatch, caps
         monkeypatch.setattr(train, name, value)
     train.main()
     assert [file.read_bytes() for file in kept] == contents
-    assert f"files of an earlier one are now {', '.join(map(str, kept))}: to continue that run" in capsys.readouterr().out
+    assert (
+        f"files of an earlier one are now {', '.join(map(str, kept))}: to continue that run" in capsys.readouterr().out
+    )
     assert utils.load_checkpoint(files[0])["settings"]["SEED"] == 1 and not files[2].exists()
     assert files[1].read_bytes() == contents[1]  # the weights to start from, which a restart needs again
 
@@ -802,7 +847,10 @@ def test_a_killed_dataloader_worker_is_reported_as_out_of_memory(tmp_path):
 
 
 def test_a_full_gpu_ends_with_the_setting_that_helps():
-    with pytest.raises(SystemExit, match="the GPU ran out of memory; lower BATCH_SIZE .* SUBDIVISIONS"), utils.plain_errors():
+    with (
+        pytest.raises(SystemExit, match="the GPU ran out of memory; lower BATCH_SIZE .* SUBDIVISIONS"),
+        utils.plain_errors(),
+    ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
@@ -883,7 +931,11 @@ def test_detect_goes_on_after_a_file_name_that_is_not_utf8(checkpoint, tmp_path,
     for name in (b"caf\xe9.png", b"z.png"):
         Image.new("RGB", (80, 60)).save(stream := io.BytesIO(), "PNG")
         Path(os.fsdecode(os.fsencode(source) + b"/" + name)).write_bytes(stream.getvalue())
-    for name, value in {"SOURCE": str(source), "CHECKPOINT": str(checkpoint), "OUTPUT_DIR": str(tmp_path / "out")}.items():
+    for name, value in {
+        "SOURCE": str(source),
+        "CHECKPOINT": str(checkpoint),
+        "OUTPUT_DIR": str(tmp_path / "out"),
+    }.items():
         monkeypatch.setattr(detect, name, value)
     detect.main()
     out = capsys.readouterr().out
@@ -903,7 +955,9 @@ def test_charts_are_drawn_in_the_environment_of_a_notebook(tmp_path):
 def test_spawned_workers_give_the_same_items(tmp_path):
     write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
     data = read(tmp_path, augment=True)
-    loader = torch.utils.data.DataLoader(data, batch_sampler=[[(0, 64, 5)]], num_workers=1, multiprocessing_context="spawn")
+    loader = torch.utils.data.DataLoader(
+        data, batch_sampler=[[(0, 64, 5)]], num_workers=1, multiprocessing_context="spawn"
+    )
     (images, targets), *_ = loader
     image, target = data[(0, 64, 5)]
     assert torch.equal(images[0], image) and torch.equal(targets[0], target)

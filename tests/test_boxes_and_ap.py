@@ -65,8 +65,9 @@ def test_decode_predictions_by_hand_on_a_grid_that_is_not_square():
     raw[0, 1, 1, 2] = torch.tensor([ln(3), -ln(3), ln(2), -ln(2), -ln(4), 0, ln(3)])
     boxes, objectness, probabilities = utils.decode_predictions(raw, [(1, 1), (2, 3)])
     assert boxes.shape == (1, 16, 4) and objectness.shape == (1, 16) and probabilities.shape == (1, 16, 2)
-    # Slot (anchor 1, row 1, column 2) is number (1 * 2 + 1) * 4 + 2 = 14. sigma(ln 3) = 3/4, sigma(-ln 3) = 1/4, sigma(-ln 4) = .2.
-    # x = (3/4 + 2) / 4, y = (1/4 + 1) / 2, w = 2 * 2 / 4, h = 3 / 2 / 2; the softmax of 0 and ln 3 is 1/4, 3/4.
+    # Slot (anchor 1, row 1, column 2) is number (1 * 2 + 1) * 4 + 2 = 14. sigma(ln 3) = 3/4, sigma(-ln 3) =
+    # 1/4, sigma(-ln 4) = .2. x = (3/4 + 2) / 4, y = (1/4 + 1) / 2, w = 2 * 2 / 4, h = 3 / 2 / 2; the softmax
+    # of 0 and ln 3 is 1/4, 3/4.
     torch.testing.assert_close(boxes[0, 14], torch.tensor([0.6875, 0.625, 1.0, 0.75]))
     assert objectness[0, 14].item() == pytest.approx(0.2)
     torch.testing.assert_close(probabilities[0, 14], torch.tensor([0.25, 0.75]))
@@ -98,7 +99,8 @@ def test_decode_predictions_computes_in_float32_and_leaves_its_input_unchanged()
 
 
 def raw_outputs(slots: dict, classes: int = 2, grid: int = 4, anchors: int = 2) -> torch.Tensor:
-    """(1, anchors, grid, grid, 5 + classes) without objects except in `slots`: (anchor, row, column) -> 5 + classes values."""
+    """(1, anchors, grid, grid, 5 + classes) without objects except in `slots`: (anchor, row, column)
+    -> 5 + classes values."""
     raw = torch.zeros(1, anchors, grid, grid, 5 + classes)
     raw[..., 4] = -30
     for (anchor, row, column), values in slots.items():
@@ -210,7 +212,8 @@ def test_precision_and_recall_after_each_detection_by_hand():
 
 @pytest.mark.parametrize("hits", range(6))
 def test_a_recall_equal_to_one_of_the_11_levels_reaches_that_level(hits):
-    # `hits` of 5 truths found, no false positive: recall hits/5 reaches the levels 0, .1 .. 2 hits/10, which are 2 hits + 1 of 11
+    # `hits` of 5 truths found, no false positive: recall hits/5 reaches the levels 0, .1 .. 2 hits/10,
+    # which are 2 hits + 1 of 11
     truths = [truth(BOX_A, image=image) for image in range(5)]
     found = [detection(0.9, BOX_A, image=image) for image in range(hits)]
     assert ap(found, truths, "voc2007") == pytest.approx((2 * hits + 1) / 11 if hits else 0, abs=1e-12)
@@ -218,7 +221,8 @@ def test_a_recall_equal_to_one_of_the_11_levels_reaches_that_level(hits):
 
 def test_a_second_detection_of_an_object_is_a_false_positive():
     truths = [truth(BOX_A), truth(BOX_B)]
-    found = [detection(0.9, BOX_A), detection(0.8, BOX_A), detection(0.7, BOX_B)]  # true, false, true positive: as above
+    # true, false, true positive: as above
+    found = [detection(0.9, BOX_A), detection(0.8, BOX_A), detection(0.7, BOX_B)]
     assert ap(found, truths) == pytest.approx(5 / 6, abs=1e-12)
 
 
@@ -284,8 +288,8 @@ def test_detections_match_according_to_the_given_iou_threshold():
 
 
 def test_a_detection_is_assigned_to_its_best_overlap_even_if_that_truth_is_taken():
-    # Rows 1..10 and 4..13; the second detection, rows 2..11, overlaps the first truth by 9/11 and the second by 8/12. The first
-    # truth is taken, so this is a false positive although the second is free: 1 of 2 found.
+    # Rows 1..10 and 4..13; the second detection, rows 2..11, overlaps the first truth by 9/11 and the second by 8/12.
+    # The first truth is taken, so this is a false positive although the second is free: 1 of 2 found.
     truths = [truth((1, 1, 10, 10)), truth((1, 4, 10, 13))]
     found = [detection(0.9, (1, 1, 10, 10)), detection(0.8, (1, 2, 10, 11))]
     assert ap(found, truths) == pytest.approx(1 / 2)
@@ -334,7 +338,8 @@ def reference_average_precision(detections, truths, label: int, metric: str) -> 
     count = sum(row[2] == 0 for row in truths)
     if count == 0:
         return NAN
-    found = sorted((row for row in detections if row[1] == label), key=lambda row: -row[2])  # sorted() keeps the order of ties
+    # sorted() keeps the order of ties
+    found = sorted((row for row in detections if row[1] == label), key=lambda row: -row[2])
     taken = [False] * len(truths)
     hits = misses = 0
     points = []  # (true positives, false positives) after each detection that is not ignored
@@ -373,7 +378,8 @@ def reference_average_precision(detections, truths, label: int, metric: str) -> 
 
 
 def random_data_set(rng) -> tuple[np.ndarray, np.ndarray]:
-    """A few images of 30 x 30 pixels with integer boxes of 3 classes; many detections near truths, confidences in tenths."""
+    """A few images of 30 x 30 pixels with integer boxes of 3 classes; many detections near truths,
+    confidences in tenths."""
 
     def boxes(count):
         corner = rng.integers(1, 20, size=(count, 2))
@@ -381,13 +387,20 @@ def random_data_set(rng) -> tuple[np.ndarray, np.ndarray]:
 
     images, count, loose = rng.integers(1, 4), rng.integers(0, 25), rng.integers(0, 10)
     truths = np.concatenate(
-        [rng.integers(0, images, (count, 1)), rng.integers(0, 3, (count, 1)), rng.random((count, 1)) < 0.2, boxes(count)], axis=1
+        [
+            rng.integers(0, images, (count, 1)),
+            rng.integers(0, 3, (count, 1)),
+            rng.random((count, 1)) < 0.2,
+            boxes(count),
+        ],
+        axis=1,
     ).astype(float)
     near = truths[rng.integers(0, count, rng.integers(0, 30))] if count else truths
     near = np.concatenate([near[:, :3], near[:, 3:] + rng.integers(-1, 2, size=(len(near), 4))], axis=1)
     near[:, 5:] = np.maximum(near[:, 5:], near[:, 3:5])
     far = np.concatenate(
-        [rng.integers(0, images + 1, (loose, 1)), rng.integers(0, 3, (loose, 1)), np.zeros((loose, 1)), boxes(loose)], axis=1
+        [rng.integers(0, images + 1, (loose, 1)), rng.integers(0, 3, (loose, 1)), np.zeros((loose, 1)), boxes(loose)],
+        axis=1,
     )
     detections = np.concatenate([near, far])
     detections[:, 2] = rng.integers(1, 11, len(detections)) / 10
@@ -400,7 +413,9 @@ def test_average_precision_agrees_with_the_reference_on_random_data_sets(metric)
     values = []
     for number in range(200):
         detections, truths = random_data_set(rng)
-        expected = [reference_average_precision(detections.tolist(), truths.tolist(), label, metric) for label in range(3)]
+        expected = [
+            reference_average_precision(detections.tolist(), truths.tolist(), label, metric) for label in range(3)
+        ]
         actual = utils.average_precision(detections, truths, 3, metric=metric).numpy()
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12, err_msg=f"data set {number}")
         values += expected

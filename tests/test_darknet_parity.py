@@ -17,7 +17,14 @@ import darknet_model
 import model as yolov2_model
 import train
 import utils
-from darknet_model import Darknet19, darknet_tensors, layer_table, load_darknet_weights, open_darknet_file, save_darknet_weights
+from darknet_model import (
+    Darknet19,
+    darknet_tensors,
+    layer_table,
+    load_darknet_weights,
+    open_darknet_file,
+    save_darknet_weights,
+)
 from dataset import COCO_CLASSES, VOC_CLASSES, encode_targets
 from loss import YoloLoss
 from model import (
@@ -45,7 +52,8 @@ CONVOLUTIONS = [
 
 
 def write_random_darknet_file(file, seed):
-    """Writes the weights file that the golden output was computed from: 203 MB of random numbers, determined by the seed."""
+    """Writes the weights file that the golden output was computed from: 203 MB of random numbers,
+    determined by the seed."""
     rng = np.random.default_rng(seed)
     with open(file, "wb") as stream:
         np.array([0, 2, 0], "<i4").tofile(stream)
@@ -128,12 +136,19 @@ def test_opencv_computes_the_same_output_from_a_file_we_wrote(golden_model, tmp_
 
 @pytest.fixture
 def exported(narrow, tmp_path, monkeypatch):
-    """A detector with own classes and anchors, the anchors, and the folder of its checkpoint and the files that model.py writes."""
+    """A detector with own classes and anchors, the anchors, and the folder of its checkpoint and the
+    files that model.py writes."""
     torch.manual_seed(10)  # with this seed, no confidence is within .005 of .6, and no IoU within .02 of .4
     detector, anchors = YOLOv2(num_classes=3, num_anchors=4).eval(), [[0.6, 0.9], [1.5, 2.5], [2.25, 1.0], [2.0, 2.8]]
     randomise_batch_norm(detector)
-    detector.output.weight.data.view(4, 8, -1)[:, 2:4] *= 0.1  # t_w and t_h, so that boxes are not much larger than the image
-    metadata = {"classes": ["bolt", "nut", "Schraubenschlüssel"], "anchors": anchors, "image_size": 128, "images_seen": 640}
+    # t_w and t_h, so that boxes are not much larger than the image
+    detector.output.weight.data.view(4, 8, -1)[:, 2:4] *= 0.1
+    metadata = {
+        "classes": ["bolt", "nut", "Schraubenschlüssel"],
+        "anchors": anchors,
+        "image_size": 128,
+        "images_seen": 640,
+    }
     utils.save_checkpoint(tmp_path / "bolts.pt", model=detector.state_dict(), **metadata)
     monkeypatch.setattr(yolov2_model, "CHECKPOINT", str(tmp_path / "bolts.pt"))
     monkeypatch.setattr(yolov2_model, "OUTPUT", str(tmp_path / "bolts.weights"))
@@ -150,7 +165,8 @@ def test_opencv_finds_the_same_boxes_with_the_exported_files(exported):
     with torch.no_grad():
         predictions = detector(images)
     assert raw.shape == (1, 4 * 8, 4, 4)
-    np.testing.assert_allclose(raw, channels_first(predictions), atol=1e-3)  # OpenCV's batch norm has eps 1e-6, ours 1e-5
+    # OpenCV's batch norm has eps 1e-6, ours 1e-5
+    np.testing.assert_allclose(raw, channels_first(predictions), atol=1e-3)
 
     # OpenCV's rows are boxes (cell, then anchor), its columns are x y w h, objectness and the confidence of each class
     boxes, objectness, probabilities = utils.decode_predictions(predictions, anchors)
@@ -185,10 +201,12 @@ def test_opencv_finds_the_same_boxes_with_the_weights_of_80_classes(tmp_path):
     torch.manual_seed(2)
     donor = YOLOv2(num_classes=80).eval()
     randomise_batch_norm(donor)
-    donor.output.weight.data.view(5, 85, -1)[:, 2:4] *= 0.1  # t_w and t_h, so that boxes are not much larger than the image
+    # t_w and t_h, so that boxes are not much larger than the image
+    donor.output.weight.data.view(5, 85, -1)[:, 2:4] *= 0.1
     save_darknet_weights(donor, tmp_path / "new.weights")
     content = (tmp_path / "new.weights").read_bytes()
-    (tmp_path / "yolov2.weights").write_bytes(np.array([0, 1, 0, 32_013_312], "<i4").tobytes() + content[20:])  # header 0.1
+    # header 0.1
+    (tmp_path / "yolov2.weights").write_bytes(np.array([0, 1, 0, 32_013_312], "<i4").tobytes() + content[20:])
     assert (tmp_path / "yolov2.weights").stat().st_size == 203_934_260
     detector, classes, anchors, size = load_detector(tmp_path / "yolov2.weights", [], [], torch.device("cpu"), "fp32")
     assert (classes, size) == (list(COCO_CLASSES), 608)
@@ -201,7 +219,8 @@ def test_opencv_finds_the_same_boxes_with_the_weights_of_80_classes(tmp_path):
     with torch.no_grad():
         predictions = detector(images)
     assert raw.shape == (1, 425, 3, 3)
-    np.testing.assert_allclose(raw, channels_first(predictions), atol=0.01 * np.abs(raw).max())  # OpenCV's batch norm has eps 1e-6
+    # OpenCV's batch norm has eps 1e-6
+    np.testing.assert_allclose(raw, channels_first(predictions), atol=0.01 * np.abs(raw).max())
     boxes, objectness, _ = utils.decode_predictions(predictions, anchors)
     ours = torch.cat([boxes, objectness[..., None]], dim=-1)[0].reshape(5, 9, 5).transpose(0, 1).reshape(45, 5)
     np.testing.assert_allclose(region[:, :5], ours, atol=5e-3)
@@ -216,9 +235,14 @@ def test_the_cfg_has_the_layers_of_yolov2_voc():
         "[route]", "[convolutional]", "[reorg]", "[route]", "[convolutional]", "[convolutional]", "[region]"
     ]  # fmt: skip
     assert kinds.count("[convolutional]") == 23 and kinds.count("[maxpool]") == 5
-    filters = [section.partition("filters=")[2].split("\n")[0] for section in sections if section.startswith("[convolutional]")]
+    filters = [
+        section.partition("filters=")[2].split("\n")[0] for section in sections if section.startswith("[convolutional]")
+    ]
     assert filters == [str(outputs) for _, outputs, _ in CONVOLUTIONS]
-    assert "anchors=1.3221, 1.73145, 3.19275, 4.00944, 5.05587, 8.09892, 9.47112, 4.84053, 11.2364, 10.0071\n" in sections[-1]
+    assert (
+        "anchors=1.3221, 1.73145, 3.19275, 4.00944, 5.05587, 8.09892, 9.47112, 4.84053, 11.2364, 10.0071\n"
+        in sections[-1]
+    )
 
 
 def test_a_classifier_is_exported_as_a_darknet_file_or_as_its_backbone(narrow, tmp_path, monkeypatch):
@@ -254,9 +278,9 @@ def test_the_layers_of_darknet19_are_those_of_table_6():
 
 def test_kernels_and_output_sizes_are_those_of_table_6():
     table_6 = [
-        "32 3x3 224", "32 max 112", "64 3x3 112", "64 max 56", "128 3x3 56", "64 1x1 56", "128 3x3 56", "128 max 28", "256 3x3 28",
-        "128 1x1 28", "256 3x3 28", "256 max 14", "512 3x3 14", "256 1x1 14", "512 3x3 14", "256 1x1 14", "512 3x3 14", "512 max 7",
-        "1024 3x3 7", "512 1x1 7", "1024 3x3 7", "512 1x1 7", "1024 3x3 7", "1000 1x1 7",
+        "32 3x3 224", "32 max 112", "64 3x3 112", "64 max 56", "128 3x3 56", "64 1x1 56", "128 3x3 56", "128 max 28",
+        "256 3x3 28", "128 1x1 28", "256 3x3 28", "256 max 14", "512 3x3 14", "256 1x1 14", "512 3x3 14", "256 1x1 14",
+        "512 3x3 14", "512 max 7", "1024 3x3 7", "512 1x1 7", "1024 3x3 7", "512 1x1 7", "1024 3x3 7", "1000 1x1 7",
     ]  # fmt: skip
     _, *rows, _ = rows_of(layer_table(Darknet19(), 224))
     found = []
@@ -270,12 +294,20 @@ def test_kernels_and_output_sizes_are_those_of_table_6():
 def test_the_operations_of_yolov2_are_those_that_darknet_prints():
     model = YOLOv2()
     *rows, total = rows_of(layer_table(model, 416))[1:]
-    assert [row[1] for row in rows if row[2] == "convolution"][18:] == ["head.0", "head.1", "passthrough", "merge", "output"]
+    assert [row[1] for row in rows if row[2] == "convolution"][18:] == [
+        "head.0",
+        "head.1",
+        "passthrough",
+        "merge",
+        "output",
+    ]
     assert total == ["total", f"{sum(parameter.numel() for parameter in model.parameters()):,}", "29.360"]
     pools = [np.prod([int(side) for side in row[4].split(" x ")]) for row in rows if row[2] == "max-pool"]
-    assert 29.360 + 4 * sum(pools) / 1e9 == pytest.approx(29.371, abs=6e-4)  # which counts 2 x 2 operations per output of a pool
+    # which counts 2 x 2 operations per output of a pool
+    assert 29.360 + 4 * sum(pools) / 1e9 == pytest.approx(29.371, abs=6e-4)
     # without the convolution in the passthrough, as in an earlier cfg: the 34.90 of the YOLOv2 page
-    wider = 2 * 9 * (4 * 512 - 4 * 64) * 1024 * 13 * 13 / 1e9  # merge takes 2048 instead of 256 channels of the passthrough
+    # merge takes 2048 instead of 256 channels of the passthrough
+    wider = 2 * 9 * (4 * 512 - 4 * 64) * 1024 * 13 * 13 / 1e9
     assert rows[25][-1] == "0.044" and 29.360 - 0.044 + wider == pytest.approx(34.90, abs=5e-3)
     assert model.training and not model.output._forward_hooks and next(model.parameters()).device.type == "cpu"
 
@@ -435,7 +467,9 @@ def test_a_detector_is_built_from_a_darknet_file_or_a_checkpoint(narrow, tmp_pat
     randomise_batch_norm(donor)
     classes = [f"class {number}" for number in range(20)]
     save_darknet_weights(donor, tmp_path / "ours.weights")
-    utils.save_checkpoint(tmp_path / "ours.pt", model=donor.state_dict(), classes=classes, anchors=ANCHORS, image_size=96)
+    utils.save_checkpoint(
+        tmp_path / "ours.pt", model=donor.state_dict(), classes=classes, anchors=ANCHORS, image_size=96
+    )
     images = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(3))
     for file, size in (("ours.weights", 416), ("ours.pt", 96)):
         model, names, anchors, image_size = load_detector(tmp_path / file, classes, [], torch.device("cpu"), "fp32")
@@ -447,7 +481,9 @@ def test_a_detector_is_built_from_a_darknet_file_or_a_checkpoint(narrow, tmp_pat
 def test_a_backbone_or_a_foreign_checkpoint_is_not_a_detector(narrow, tmp_path):
     save_darknet_weights(torch.nn.Sequential(YOLOv2().features), tmp_path / "backbone.conv.23")
     utils.save_checkpoint(tmp_path / "foreign.pt", model={}, epoch=3)
-    utils.save_checkpoint(tmp_path / "odd.pt", model={"a": torch.zeros(1)}, classes=["a"], anchors=ANCHORS, image_size=96)
+    utils.save_checkpoint(
+        tmp_path / "odd.pt", model={"a": torch.zeros(1)}, classes=["a"], anchors=ANCHORS, image_size=96
+    )
     for name in ("backbone.conv.23", "foreign.pt", "odd.pt"):
         with pytest.raises(ValueError, match=name):
             load_detector(tmp_path / name, [], [], torch.device("cpu"))
@@ -463,7 +499,10 @@ def test_a_darknet_file_of_own_classes_needs_classes_and_anchors(narrow, tmp_pat
     donor = YOLOv2(3)
     save_darknet_weights(donor, file)
     (tmp_path / "bolts.names").write_text("bolt\nnut\nsmall screw\n")
-    fits = r"bolts\.weights: has 40 outputs per cell, which fits 3 classes and 5 anchors, not {} and {}; set CLASSES .* and ANCHORS"
+    fits = (
+        r"bolts\.weights: has 40 outputs per cell, which fits 3 classes and 5 anchors, not {} and {}; "
+        r"set CLASSES .* and ANCHORS"
+    )
     for arguments, counts in (
         ((), (0, 0)),
         (([], anchors), (0, 5)),
@@ -495,8 +534,12 @@ def test_the_published_detectors_are_known_by_their_size(count, names, anchors, 
 def test_the_published_sizes_are_those_of_the_full_network():
     assert len(set(COCO_CLASSES)) == 80 and (COCO_CLASSES[0], COCO_CLASSES[79]) == ("person", "toothbrush")
     with torch.device("meta"):
-        numbers = [sum(tensor.numel() for tensors in darknet_tensors(YOLOv2(count)) for tensor in tensors) for count in (20, 80)]
-    assert numbers == [YOLOV2_NUMBERS, 50_983_561] and 4 * numbers[1] + 16 == 203_934_260  # bytes of COCO's yolov2.weights
+        numbers = [
+            sum(tensor.numel() for tensors in darknet_tensors(YOLOv2(count)) for tensor in tensors)
+            for count in (20, 80)
+        ]
+    # bytes of COCO's yolov2.weights
+    assert numbers == [YOLOV2_NUMBERS, 50_983_561] and 4 * numbers[1] + 16 == 203_934_260
 
 
 def test_a_checkpoint_refuses_other_classes_and_anchors_than_its_own(narrow, tmp_path):
@@ -560,8 +603,8 @@ def test_a_batch_gives_the_outputs_of_its_images_one_by_one(golden_model):
 
 
 def trajectory_inputs(seed=11, count=80, size=96, classes=20):
-    """The images (80, 3, 96, 96) in 0..1 with which Darknet was trained for the golden trajectory, and the truths (80, 30, 5):
-    x y w h class in fractions, rows of zeros after the last object. Every object has a cell of its own."""
+    """The images (80, 3, 96, 96) in 0..1 with which Darknet was trained for the golden trajectory, and the truths
+    (80, 30, 5): x y w h class in fractions, rows of zeros after the last object. Every object has a cell of its own."""
     rng = np.random.default_rng(seed)
     images = rng.random((count, 3, size, size), dtype=np.float32)
     truths = np.zeros((count, 30, 5), np.float32)
@@ -602,9 +645,9 @@ def cost_of(predictions, gradient):
 
 @pytest.fixture(scope="module")
 def trajectory(golden_file, tmp_path_factory):
-    """Five optimiser steps of train.main() -> per step the movement of each tensor since the start, and the cost per sub-batch.
-    Darknet (a CPU copy that computes what its GPU version does) had random weights, batches of 4 in 2 sub-batches, learning rate
-    2e-5, burn-in 5, momentum .9 and weight decay 1."""
+    """Five optimiser steps of train.main() -> per step the movement of each tensor since the start, and the cost per
+    sub-batch. Darknet (a CPU copy that computes what its GPU version does) had random weights, batches of 4 in 2
+    sub-batches, learning rate 2e-5, burn-in 5, momentum .9 and weight decay 1."""
     model = YOLOv2()
     load_darknet_weights(model, golden_file)
     start = [tensor.detach().clone() for tensors in darknet_tensors(model) for tensor in tensors]
@@ -631,7 +674,8 @@ def trajectory(golden_file, tmp_path_factory):
     settings = {
         "OPTIMIZER": "sgd", "BATCH_SIZE": 4, "SUBDIVISIONS": 2, "LEARNING_RATE": 2e-5, "BURN_IN": 5, "MOMENTUM": 0.9,
         "WEIGHT_DECAY": 1.0, "CLIP_NORM": 0.0, "LR_SCHEDULE": "constant", "EPOCHS": 1, "REPEAT": 1, "IMAGE_SIZE": 96,
-        "NUM_WORKERS": 0, "PRECISION": "fp32", "DEVICE": "cpu", "CHECKPOINT": str(tmp_path_factory.mktemp("trajectory") / "run.pt"),
+        "NUM_WORKERS": 0, "PRECISION": "fp32", "DEVICE": "cpu",
+        "CHECKPOINT": str(tmp_path_factory.mktemp("trajectory") / "run.pt"),
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
@@ -659,7 +703,10 @@ def test_learning_rates_match_darknet():
 
 def test_the_costs_of_five_steps_match_darknet(trajectory):
     costs, golden = trajectory[1], np.load(GOLDEN / "trajectory.npz")["cost"][:10].tolist()
-    print("largest difference of the costs:", max(abs(ours / darknets - 1) for ours, darknets in zip(costs, golden, strict=True)))
+    print(
+        "largest difference of the costs:",
+        max(abs(ours / darknets - 1) for ours, darknets in zip(costs, golden, strict=True)),
+    )
     assert costs == pytest.approx(golden, rel=1e-3)
 
 
@@ -673,7 +720,9 @@ def test_weights_and_statistics_move_as_in_darknet(step, trajectory):
     kinds = ["bias", "scale", "mean", "variance", "kernel"] * 22 + ["bias", "kernel"]
     for kind, limit in (("kernel", 0.05), ("bias", 0.05), ("scale", 0.05), ("mean", 1e-4), ("variance", 1e-4)):
         pairs = [
-            (ours, golden["movement"][place, column, : len(ours)]) for place, ours in enumerate(sampled) if kinds[place] == kind
+            (ours, golden["movement"][place, column, : len(ours)])
+            for place, ours in enumerate(sampled)
+            if kinds[place] == kind
         ]
         ours, darknets = (np.concatenate(side) for side in zip(*pairs, strict=True))
         difference, moved = np.sqrt(np.mean((ours - darknets) ** 2)), np.sqrt(np.mean(darknets**2))

@@ -31,7 +31,13 @@ SCRIPTS = [darknet_train, darknet_train_multigpu, darknet_train_multigpu_distr]
 
 def set_small(monkeypatch, script, folder, **values):
     """Settings of a short run."""
-    small = {"IMAGE_SIZE": 32, "EPOCHS": 1, "NUM_WORKERS": 0, "PRECISION": "fp32", "CHECKPOINT": str(folder / "darknet19.pt")}
+    small = {
+        "IMAGE_SIZE": 32,
+        "EPOCHS": 1,
+        "NUM_WORKERS": 0,
+        "PRECISION": "fp32",
+        "CHECKPOINT": str(folder / "darknet19.pt"),
+    }
     for name, value in ({"DATA_DIR": str(SAMPLE)} | small | values).items():
         monkeypatch.setattr(script, name, value)
 
@@ -49,16 +55,22 @@ def read_lines(source):
         if token.type == tokenize.COMMENT:
             comments[token.start[0]] = token.string
     source_lines = source.splitlines()
-    lines = [(line.removesuffix(comments.get(n, "")).rstrip(), comments.get(n, "")) for n, line in enumerate(source_lines, start=1)]
+    lines = [
+        (line.removesuffix(comments.get(n, "")).rstrip(), comments.get(n, ""))
+        for n, line in enumerate(source_lines, start=1)
+    ]
     lines = lines[lines.index(("", "# data")) :]
-    headings = [place for place, (_, comment) in enumerate(lines) if re.fullmatch("# -+ DDP: several processes", comment)]
+    headings = [
+        place for place, (_, comment) in enumerate(lines) if re.fullmatch("# -+ DDP: several processes", comment)
+    ]
     if headings:
         del lines[headings[0] : lines.index(("def main():", ""))]
     return [line for line in lines if line != ("", "")]
 
 
 def compare(shorter, longer):
-    """Compares two scripts, of which `longer` must be `shorter` plus explained lines -> problems: missing and unexplained lines.
+    """Compares two scripts, of which `longer` must be `shorter` plus explained lines -> problems:
+    missing and unexplained lines.
 
     Added lines must directly follow a comment that begins with "# DataParallel:" or "# DDP:", or end in one.
     """
@@ -84,7 +96,8 @@ def test_the_multi_gpu_scripts_are_darknet_train_plus_explained_lines(script):
     assert compare(one, several) == []
     step, seen = "            scaler.step(optimizer)\n", '            state["step"] += 1\n'
     assert several.count(step) == several.count(seen) == 1
-    assert compare(one, several.replace(step, step.replace("scaler", "optimizer")))  # compare() must find each of these changes
+    # compare() must find each of these changes
+    assert compare(one, several.replace(step, step.replace("scaler", "optimizer")))
     assert compare(one, several.replace(step, ""))
     assert compare(one, several.replace(step, step[4:]))  # outside the loop
     assert compare(one, several.replace(seen, f"{seen}            # here too\n            bar.refresh()\n"))
@@ -135,7 +148,14 @@ def test_resume_weights_starts_a_new_run_from_the_weights_alone(tmp_path, monkey
     set_small(monkeypatch, darknet_train, tmp_path)
     darknet_train.main()
     first = utils.load_checkpoint(tmp_path / "darknet19.pt")["model"]
-    set_small(monkeypatch, darknet_train, tmp_path, IMAGE_SIZE=64, RESUME_WEIGHTS=str(tmp_path / "darknet19.pt"), LEARNING_RATE=0.0)
+    set_small(
+        monkeypatch,
+        darknet_train,
+        tmp_path,
+        IMAGE_SIZE=64,
+        RESUME_WEIGHTS=str(tmp_path / "darknet19.pt"),
+        LEARNING_RATE=0.0,
+    )
     darknet_train.main()
     second = utils.load_checkpoint(tmp_path / "darknet19.pt")
     assert second["epoch"] == 1
@@ -172,7 +192,9 @@ def test_identity_init_makes_new_layers_start_as_a_scaled_identity(tmp_path, mon
 def test_fp16_scales_its_gradients_and_skips_steps_that_overflow(tmp_path, monkeypatch, no_charts):
     set_small(monkeypatch, darknet_train, tmp_path, PRECISION="fp16", EPOCHS=2, BURN_IN=2)
     scaler = torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=2.0**40, enabled=enabled))
+    monkeypatch.setattr(
+        torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=2.0**40, enabled=enabled)
+    )
     darknet_train.main()
     state = utils.load_checkpoint(tmp_path / "darknet19.pt")
     assert state["scaler"]["scale"] < 2.0**40  # steps were skipped
@@ -180,7 +202,8 @@ def test_fp16_scales_its_gradients_and_skips_steps_that_overflow(tmp_path, monke
 
 
 def count_validation_images(rank, folder):
-    """Runs in each of three processes; writes the number of validation images that it counted, and the total, to a file."""
+    """Runs in each of three processes; writes the number of validation images that it counted,
+    and the total, to a file."""
     run_narrow.narrow()
     script, counts = darknet_train_multigpu_distr, []
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=3)
@@ -350,7 +373,8 @@ def test_validation_crops_the_centre_square_and_training_crops_depend_on_the_see
 
 
 def test_the_crop_scale_sets_how_much_of_an_image_a_crop_shows(tmp_path):
-    """32 black and white stripes of 8 pixels: full-size crops show at least 21 edges, crops of a quarter of the side at most 12."""
+    """32 black and white stripes of 8 pixels: full-size crops show at least 21 edges, crops of a quarter
+    of the side at most 12."""
     pixels = np.zeros((256, 256, 3), np.uint8)
     pixels[:, np.arange(256) // 8 % 2 == 1] = 255
     (tmp_path / "train" / "a").mkdir(parents=True)
@@ -358,7 +382,7 @@ def test_the_crop_scale_sets_how_much_of_an_image_a_crop_shows(tmp_path):
 
     def edges(crop_scale):
         data = imagenet_dataset(tmp_path, "train", 128, augment=True, crop_scale=crop_scale)
-        rows = [data[(0, 128, seed)][0].float().mean(dim=0)[64] > 100 for seed in range(10)]  # the middle row of each crop
+        rows = [data[(0, 128, seed)][0].float().mean(dim=0)[64] > 100 for seed in range(10)]  # the middle row of a crop
         return [int((row[1:] != row[:-1]).sum()) for row in rows]
 
     assert min(edges((1, 1))) >= 21 and max(edges((4, 4))) <= 12

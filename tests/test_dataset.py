@@ -30,13 +30,16 @@ def voc_xml(objects) -> str:
     """A VOC annotation; objects are rows (class name, difficult, (xmin, ymin, xmax, ymax))."""
     text = ""
     for name, difficult, box in objects:
-        sides = "".join(f"<{side}>{value}</{side}>" for side, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
+        sides = "".join(
+            f"<{side}>{value}</{side}>" for side, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
+        )
         text += f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>{sides}</bndbox></object>"
     return f"<annotation>{text}</annotation>"
 
 
 def make_devkit(root: Path, samples: dict, layout: str = "VOC2007", size=(100, 80)) -> Path:
-    """Writes a small devkit; `samples` maps each image id to its objects (see voc_xml), or to the text of its annotation."""
+    """Writes a small devkit; `samples` maps each image id to its objects (see voc_xml), or to the
+    text of its annotation."""
     folder = root / layout
     for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (folder / part).mkdir(parents=True)
@@ -72,7 +75,8 @@ def test_decoding_inverts_the_encoding(grid_height, grid_width):
     assert targets.shape == (5, grid_height, grid_width, 6) and targets.dtype == torch.float32
     assert targets[..., 0].sum() == 12  # no two of these share a slot
 
-    # the inverse of YOLO9000 Fig. 3: t_x = ln(x / (1 - x)), t_w = ln(w / p_w); logits of objectness and classes far from 0
+    # the inverse of YOLO9000 Fig. 3: t_x = ln(x / (1 - x)), t_w = ln(w / p_w); logits of
+    # objectness and classes far from 0
     objectness, x, y, w, h, label = targets.double().unbind(-1)
     p_w, p_h = torch.tensor(ANCHORS, dtype=torch.float64).T[:, :, None, None]
     has_object = objectness > 0
@@ -107,7 +111,9 @@ def test_the_later_of_two_objects_in_one_slot_wins():
 
 
 def test_objects_of_different_shapes_in_one_cell_get_separate_slots():
-    targets = dataset.encode_targets([[0.5, 0.5, 0.1, 0.4], [0.5, 0.5, 0.4, 0.1]], [3, 7], [(1.3, 5.2), (5.2, 1.3)], 13, 13)
+    targets = dataset.encode_targets(
+        [[0.5, 0.5, 0.1, 0.4], [0.5, 0.5, 0.4, 0.1]], [3, 7], [(1.3, 5.2), (5.2, 1.3)], 13, 13
+    )
     assert targets[:, 6, 6, 0].tolist() == [1, 1] and targets[:, 6, 6, 5].tolist() == [3, 7]
 
 
@@ -117,7 +123,9 @@ def test_without_objects_the_targets_are_zero(boxes):
     assert targets.shape == (5, 3, 4, 6) and not targets.any()
 
 
-@pytest.mark.parametrize(("centre", "cell"), [((1.0, 0.5), (1, 3)), ((0.5, 1.0), (2, 2)), ((1.0, 1.0), (2, 3)), ((0, 0), (0, 0))])
+@pytest.mark.parametrize(
+    ("centre", "cell"), [((1.0, 0.5), (1, 3)), ((0.5, 1.0), (2, 2)), ((1.0, 1.0), (2, 3)), ((0, 0), (0, 0))]
+)
 def test_a_centre_on_the_border_of_the_image_belongs_to_the_cell_inside_it(centre, cell):
     # 3 rows, 4 columns; x = offset + column must still be the centre: 1.0 * 4 = 1 + 3
     targets = dataset.encode_targets([[*centre, 0.2, 0.2]], [0], [(1, 1)], 3, 4)
@@ -182,8 +190,8 @@ def test_ground_truth_is_class_difficult_flag_and_the_pixels_of_the_annotation(t
 
 
 def test_targets_are_in_grid_cells(tmp_path):
-    # 100 x 80 pixels on 2 x 2 cells; devkit pixels 21..71 x 11..51 are .2 to .7 of the width and .125 to .625 of the height:
-    # centre .45, .375 -> .9, .75 cells; size .5, .5 -> 1 x 1 cells
+    # 100 x 80 pixels on 2 x 2 cells; devkit pixels 21..71 x 11..51 are .2 to .7 of the width and .125 to .625 of the
+    # height: centre .45, .375 -> .9, .75 cells; size .5, .5 -> 1 x 1 cells
     make_devkit(tmp_path, {"a": [("cat", 0, (21, 11, 71, 51))]})
     _, targets = open_devkit(tmp_path)[0]
     assert targets[..., 0].sum() == 1
@@ -258,7 +266,8 @@ def test_csv_lists_with_xml_or_yolo_labels_give_the_same_samples_as_the_devkit(t
 
 
 def coco(images, annotations, names=("dog", "cat")) -> dict:
-    """COCO's format from rows (image id, file name) and (image id, category id, bbox); the category ids are 11, 21, 31 ..."""
+    """COCO's format from rows (image id, file name) and (image id, category id, bbox); the category
+    ids are 11, 21, 31 ..."""
     return {
         "images": [{"id": image_id, "file_name": name, "width": 100, "height": 80} for image_id, name in images],
         "categories": [{"id": 10 * place + 11, "name": name} for place, name in enumerate(names)],
@@ -285,15 +294,18 @@ def open_coco(root: Path, content: dict | str, **options) -> VOCDataset:
 
 
 def test_the_same_boxes_as_voc_xml_yolo_txt_and_coco_json_give_the_same_targets_and_ground_truth(tmp_path):
-    """x = 10, w = 20 of COCO are .1 to .3 of 100 pixels, and devkit pixels 11 to 31: an edge is 1 + its distance from the border
-    (Darknet's voc_label.py and detector.c). The box at the right and lower border ends at 101, 81."""
+    """x = 10, w = 20 of COCO are .1 to .3 of 100 pixels, and devkit pixels 11 to 31: an edge is 1 + its distance from
+    the border (Darknet's voc_label.py and detector.c). The box at the right and lower border ends at 101, 81."""
     boxes = {"a": [("dog", (10, 20, 20, 40)), ("cat", (50.5, 8, 12.25, 16))], "b": [], "c": [("cat", (60, 40, 40, 40))]}
     devkit, images, annotations, yolo = {}, [], [], []
     for number, (name, rows) in enumerate(boxes.items()):
         devkit[name] = [(label, 0, (x + 1, y + 1, x + w + 1, y + h + 1)) for label, (x, y, w, h) in rows]
         images.append((number + 7, f"{name}.jpg"))
         annotations += [(number + 7, {"dog": 11, "cat": 21}[label], box) for label, box in rows]
-        lines = [(VOC_CLASSES.index(label), (x + w / 2) / 100, (y + h / 2) / 80, w / 100, h / 80) for label, (x, y, w, h) in rows]
+        lines = [
+            (VOC_CLASSES.index(label), (x + w / 2) / 100, (y + h / 2) / 80, w / 100, h / 80)
+            for label, (x, y, w, h) in rows
+        ]
         (tmp_path / f"{name}.txt").write_text("".join(" ".join(map(repr, line)) + "\n" for line in lines))
         yolo.append(f"VOC2007/JPEGImages/{name}.jpg,{name}.txt\n")
     folder = make_devkit(tmp_path, devkit)
@@ -317,12 +329,15 @@ def test_the_same_boxes_as_voc_xml_yolo_txt_and_coco_json_give_the_same_targets_
 
 
 def test_coco_categories_are_matched_by_name_and_labels_by_image_id(tmp_path):
-    content = coco([(9, "b.jpg"), (4, "a.jpg")], [(4, 21, [0, 0, 50, 40]), (9, 11, [0, 0, 10, 8]), (4, 11, [50, 40, 50, 40])])
+    content = coco(
+        [(9, "b.jpg"), (4, "a.jpg")], [(4, 21, [0, 0, 50, 40]), (9, 11, [0, 0, 10, 8]), (4, 11, [50, 40, 50, 40])]
+    )
     data = open_coco(tmp_path, content, classes=["cat", "dog"])
     assert [Path(image).name for image, _ in data.samples] == ["b.jpg", "a.jpg"]
     assert data.labels[0].tolist() == [[1, 0, 0, 0, 0.1, 0.1]]
     assert data.labels[1].tolist() == [[0, 0, 0, 0, 0.5, 0.5], [1, 0, 0.5, 0.5, 1, 1]]
-    assert torch.equal(VOCDataset(tmp_path / "train.json", [], ANCHORS, 64, ["cat", "dog"])[1][1], data[1][1])  # as DATA_DIR
+    # as DATA_DIR
+    assert torch.equal(VOCDataset(tmp_path / "train.json", [], ANCHORS, 64, ["cat", "dog"])[1][1], data[1][1])
 
 
 def test_coco_boxes_without_width_or_height_are_left_out_and_counted(tmp_path, capsys):
@@ -349,7 +364,9 @@ def test_crowds_are_difficult_and_images_without_annotations_are_background(tmp_
 
 def test_other_categories_of_coco_are_an_error_or_skipped(tmp_path):
     content = coco([(1, "a.jpg")], [(1, 11, [0, 0, 10, 8]), (1, 21, [50, 40, 20, 20])], names=("dog", "unicorn"))
-    with pytest.raises(ValueError, match=r"train\.json: annotation 501: unknown class 'unicorn'; .*TOLERATE=\['other classes'\]"):
+    with pytest.raises(
+        ValueError, match=r"train\.json: annotation 501: unknown class 'unicorn'; .*TOLERATE=\['other classes'\]"
+    ):
         open_coco(tmp_path, content)
     assert open_coco(tmp_path, content, tolerate=["other classes"]).labels[0][:, 0].tolist() == [DOG]
 
@@ -478,7 +495,8 @@ def test_custom_classes_are_numbered_in_their_own_order(tmp_path):
 
 
 def test_a_model_that_outputs_the_targets_has_an_average_precision_of_1(tmp_path):
-    """Labels -> targets -> raw outputs -> detections -> average precision: no step is off by one pixel, row or class."""
+    """Labels -> targets -> raw outputs -> detections -> average precision: no step is off by
+    one pixel, row or class."""
     make_devkit(
         tmp_path,
         {
@@ -543,7 +561,8 @@ def test_the_image_size_is_part_of_the_key():
 
 @pytest.mark.parametrize("kind", ["detector", "classifier"])
 def test_flips_and_colours_are_independent(kind, tmp_path):
-    """The transforms must not draw the same random numbers: with and without a flip, the hue is shifted in both directions."""
+    """The transforms must not draw the same random numbers: with and without a flip, the hue is
+    shifted in both directions."""
     pixels = np.full((64, 64, 3), (200, 40, 40), np.uint8)
     pixels[:, :32] //= 2  # the left half is darker
     (tmp_path / "train" / "a").mkdir(parents=True)
@@ -634,7 +653,8 @@ def test_a_box_with_less_than_a_tenth_of_its_area_left_is_dropped(tmp_path):
 
 
 def test_padding_repeats_the_pixels_at_the_border(tmp_path):
-    """As crop_image in Darknet's src/image.c; a picture of vertical stripes stays one however far its top and bottom move out."""
+    """As crop_image in Darknet's src/image.c; a picture of vertical stripes stays one however far its
+    top and bottom move out."""
     picture = np.zeros((200, 200, 3), np.uint8)
     picture[:, :, :] = np.random.default_rng(0).integers(60, 200, (1, 200, 1))
     folder = make_devkit(tmp_path, {"a": []})
@@ -646,7 +666,8 @@ def test_padding_repeats_the_pixels_at_the_border(tmp_path):
 
 
 def darknet_distortion(image, shift, saturation, exposure):
-    """distort_image of Darknet's src/image.c in floating point: image (H, W, 3) in 0..1; only the RGB values are clipped."""
+    """distort_image of Darknet's src/image.c in floating point: image (H, W, 3) in 0..1; only the
+    RGB values are clipped."""
     distorted = np.empty_like(image)
     for place in np.ndindex(image.shape[:2]):
         hue, s, v = colorsys.rgb_to_hsv(*image[place])
@@ -660,7 +681,8 @@ def test_colours_are_distorted_as_in_darknet(shift, saturation, exposure):
     image = np.random.default_rng(3).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     ours = dataset.DarknetColour(0.1, 1.5, 1.5).apply(image, shift=shift, factors=(saturation, exposure))
     error = np.abs(ours / 255.0 - darknet_distortion(image / 255.0, shift, saturation, exposure))
-    assert np.mean(error > 10 / 255) < (0.03 if saturation > 1 else 0.005)  # 8-bit; clipping before RGB: value .07, saturation .1
+    # 8-bit; clipping before RGB: value .07, saturation .1
+    assert np.mean(error > 10 / 255) < (0.03 if saturation > 1 else 0.005)
 
 
 @pytest.mark.parametrize(("kind", "limit"), [("detector", 1.5), ("classifier", 1 / 0.75)])
@@ -698,7 +720,9 @@ def test_crops_of_the_classifier_fill_the_ranges_of_darknet19_cfg():
 # ---------------------------------------------------------------- batches of a training run
 
 
-def batches_of_epoch(epoch, count, batch_size, subdivisions=1, image_sizes=(320,), seed=0, repeat=1) -> list[list[tuple]]:
+def batches_of_epoch(
+    epoch, count, batch_size, subdivisions=1, image_sizes=(320,), seed=0, repeat=1
+) -> list[list[tuple]]:
     steps = dataset.steps_per_epoch(count * repeat, batch_size, subdivisions)
     batches = dataset.training_batches(count, batch_size, subdivisions, list(image_sizes), seed, epoch * steps, repeat)
     return list(itertools.islice(batches, steps * subdivisions))
@@ -779,7 +803,8 @@ def test_subdivisions_split_each_batch_and_change_nothing_else():
 @pytest.mark.parametrize("repeat", [1, 2])
 @pytest.mark.parametrize("subdivisions", [1, 3])
 def test_a_resumed_run_sees_the_rest_of_the_batches(subdivisions, repeat):
-    """17 images in batches of 6: 2 or 5 steps per epoch. A run may resume at any step, also in the middle of an epoch."""
+    """17 images in batches of 6: 2 or 5 steps per epoch. A run may resume at any step, also in
+    the middle of an epoch."""
     arguments = (17, 6, subdivisions, [320, 352, 384], 5)
     whole = list(itertools.islice(dataset.training_batches(*arguments, repeat=repeat), 24 * subdivisions))
     for first_step in range(24):
@@ -799,13 +824,14 @@ def test_the_files_of_a_step_are_those_of_all_its_subdivisions():
 
 
 def test_average_best_iou_by_hand():
-    # (2, 2) is an anchor itself: 1. (4, 1) against (2, 2): 2 / (4 + 4 - 2) = 1/3, against (4, 4): 4 / 16; the mean is 2/3.
+    # (2, 2) is an anchor itself: 1. (4, 1) against (2, 2): 2 / (4 + 4 - 2) = 1/3, against
+    # (4, 4): 4 / 16; the mean is 2/3.
     assert dataset.average_best_iou(np.array([[2, 2], [4, 1]]), [(2, 2), (4, 4)]) == pytest.approx(2 / 3, abs=1e-12)
 
 
 def test_badly_fitting_anchors_are_reported(tmp_path, capsys):
-    """At 64 px, an object that fills the image has 2 x 2 cells: IoU 1 x 2 / 4 with an anchor of half its width, .8 / 4 with .4 x 2.
-    Crowds do not count."""
+    """At 64 px, an object that fills the image has 2 x 2 cells: IoU 1 x 2 / 4 with an anchor of half its width, .8 / 4
+    with .4 x 2. Crowds do not count."""
     content = coco([(1, "a.jpg"), (2, "b.jpg")], [(1, 11, [0, 0, 100, 80]), (1, 21, [0, 0, 1, 1])])
     content["annotations"][1]["iscrowd"] = 1
     data = open_coco(tmp_path, content)
@@ -880,7 +906,9 @@ def test_a_csv_file_as_data_folder_together_with_image_sets_is_an_error(tmp_path
     (tmp_path / "mine.csv").write_text("a.png,a.txt\n")
     assert len(VOCDataset(tmp_path / "mine.csv", [], ANCHORS)) == 1
     for image_sets in (["mine.csv"], [("2007", "trainval")]):
-        with pytest.raises(ValueError, match=r"mine\.csv: DATA_DIR must be the folder of the lists that IMAGE_SETS names"):
+        with pytest.raises(
+            ValueError, match=r"mine\.csv: DATA_DIR must be the folder of the lists that IMAGE_SETS names"
+        ):
             VOCDataset(tmp_path / "mine.csv", image_sets, ANCHORS)
 
 
@@ -911,7 +939,9 @@ def truncated_jpeg() -> bytes:
     return stream.getvalue()[: len(stream.getvalue()) // 2]
 
 
-@pytest.mark.parametrize("content", [truncated_jpeg(), b"this is not an image", b""], ids=["truncated", "text", "empty"])
+@pytest.mark.parametrize(
+    "content", [truncated_jpeg(), b"this is not an image", b""], ids=["truncated", "text", "empty"]
+)
 def test_a_damaged_image_is_named(tmp_path, content):
     folder = make_devkit(tmp_path, {"a": []})
     (folder / "JPEGImages/a.jpg").write_bytes(content)
@@ -978,7 +1008,10 @@ def damage(table=None, **values):
     ("content", "reason"),
     [
         (damage("annotations", bbox=[50, 40, 20, -1]), "annotation 501 has the bbox [50, 40, 20, -1] of no extent"),
-        (damage("annotations", bbox=[50, math.nan, 20, 20]), "annotation 501 has the bbox [50, nan, 20, 20] of no extent"),
+        (
+            damage("annotations", bbox=[50, math.nan, 20, 20]),
+            "annotation 501 has the bbox [50, nan, 20, 20] of no extent",
+        ),
         (damage("annotations", bbox=[50, 40, 20]), "annotation 501 needs a bbox of four numbers"),
         (damage("annotations", bbox=7), "annotation 501 needs a bbox of four numbers"),
         (damage("annotations", bbox=None), "annotation 501 has no 'bbox'"),
@@ -986,7 +1019,10 @@ def damage(table=None, **values):
         (damage("annotations", image_id=None), "annotation 501 has no 'image_id'"),
         (damage("annotations", id=None), "entry 1 of annotations has no 'id'"),
         (damage("annotations", image_id=77), "annotation 501 has the image_id 77, which the file does not define"),
-        (damage("annotations", category_id=77), "annotation 501 has the category_id 77, which the file does not define"),
+        (
+            damage("annotations", category_id=77),
+            "annotation 501 has the category_id 77, which the file does not define",
+        ),
         (damage("images", id=1), "two images have the id 1"),
         (damage("categories", id=11), "two categories have the same id"),
         (damage("images", file_name=None), "entry 1 of images has no 'file_name'"),
@@ -1049,10 +1085,10 @@ def test_an_image_size_that_is_not_a_multiple_of_32_is_an_error(size):
         (Image.new("1", (8, 6), 1), "bits.png", (255, 255, 255)),
         (Image.new("RGBA", (8, 6), (200, 0, 100, 255)), "opaque.png", (200, 0, 100)),
         (Image.new("RGBA", (8, 6), (200, 0, 100, 0)), "transparent.png", (255, 255, 255)),  # over white
-        (Image.new("RGBA", (8, 6), (200, 0, 100, 51)), "faint.png", (244, 204, 224)),  # 51/255 = .2: .2 * 200 + .8 * 255 = 244 ...
+        (Image.new("RGBA", (8, 6), (200, 0, 100, 51)), "faint.png", (244, 204, 224)),  # 51/255 = .2: .2*200 + .8*255
         (Image.new("LA", (8, 6), (100, 0)), "grey_transparent.png", (255, 255, 255)),
         (Image.new("CMYK", (8, 6), (0, 255, 255, 0)), "cmyk.jpg", (255, 0, 0)),
-        (Image.fromarray(np.full((6, 8), 0x6412, np.uint16)), "sixteen.png", (100, 100, 100)),  # the upper eight bits, 0x64
+        (Image.fromarray(np.full((6, 8), 0x6412, np.uint16)), "sixteen.png", (100, 100, 100)),  # the upper 8 bits: 0x64
         (Image.new("P", (8, 6)), "palette.gif", (0, 0, 0)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -1061,11 +1097,14 @@ def test_images_of_every_mode_are_read_as_rgb(tmp_path, picture, name, expected)
     picture.save(tmp_path / name)
     image = dataset.read_image(tmp_path / name)
     assert image.shape == (6, 8, 3) and image.dtype == np.uint8
-    np.testing.assert_allclose(image.reshape(-1, 3).astype(int), np.tile(expected, (48, 1)), atol=3 if name.endswith("jpg") else 1)
+    np.testing.assert_allclose(
+        image.reshape(-1, 3).astype(int), np.tile(expected, (48, 1)), atol=3 if name.endswith("jpg") else 1
+    )
     assert dataset.image_size(tmp_path / name) == (8, 6)
 
 
-# orientation -> where the stored image's top left corner is shown (row, column) and whether width and height are swapped
+# orientation -> where the stored image's top left corner is shown (row, column) and whether
+# width and height are swapped
 UNSWAPPED = {1: (0, 0, False), 2: (0, -1, False), 3: (-1, -1, False), 4: (-1, 0, False)}
 ORIENTATIONS = {**UNSWAPPED, 5: (0, 0, True), 6: (0, -1, True), 7: (-1, -1, True), 8: (-1, 0, True)}
 
@@ -1167,7 +1206,14 @@ def test_the_check_names_every_problem_and_fails(monkeypatch, tmp_path, capsys):
     good = [("cat", 0, (5, 5, 60, 60))]
     folder = make_devkit(
         tmp_path,
-        {"fine": good, "broken": "<annotation>", "cut": good, "twice": good, "wide": [("dog", 0, (50, 5, 140, 60))], "gone": good},
+        {
+            "fine": good,
+            "broken": "<annotation>",
+            "cut": good,
+            "twice": good,
+            "wide": [("dog", 0, (50, 5, 140, 60))],
+            "gone": good,
+        },
     )
     (folder / "JPEGImages/cut.jpg").write_bytes(truncated_jpeg())
     (folder / "JPEGImages/gone.jpg").unlink()

@@ -51,7 +51,8 @@ def test_gradient_equals_darknets(file):
 
 
 def one_object():
-    """A 2 x 2 grid, two anchors, two classes, one object in row 0, column 1 of anchor 0; other raw outputs are 0, except t_o."""
+    """A 2 x 2 grid, two anchors, two classes, one object in row 0, column 1 of anchor 0; other raw
+    outputs are 0, except t_o."""
     predictions = torch.zeros(1, 2, 2, 2, 7, dtype=torch.float64)
     predictions[..., 4] = -math.log(3)  # sigma = 1/4 everywhere
     predictions[0, 0, 0, 1] = torch.tensor([0, 0, math.log(1.44), 0, math.log(3), 0, math.log(3)], dtype=torch.float64)
@@ -84,7 +85,8 @@ def test_darknet_equation_by_hand():
     # the object covers 1 of 4 cells: weight 2 - .25; t_w = ln 1.44 against ln 1/1 = 0
     assert terms["coord"].item() == pytest.approx(0.5 * 1.75 * (0.25**2 + math.log(1.44) ** 2))
     assert terms["object"].item() == pytest.approx(0.5 * 5 * (0.75 - 0.75 / 1.69) ** 2)
-    # the box of anchor 1 in the same cell spans .25..0.75: inside the object, .5 x .5 = .25 of its area: IoU .25, not ignored
+    # the box of anchor 1 in the same cell spans .25..0.75: inside the object, .5 x .5 = .25 of its
+    # area: IoU .25, not ignored
     assert terms["no_object"].item() == pytest.approx(0.5 * 7 * 0.0625)
     assert terms["class"].item() == pytest.approx(-math.log(1 / 4))
     assert terms["prior"].item() == 0  # sigma(0) = .5 and t_w = t_h = 0 in all other slots: each box equals its anchor
@@ -96,9 +98,9 @@ def test_only_darknet_ignores_boxes_that_overlap_an_object():
     predictions[0, 0, 0, 0] = torch.tensor([20, -math.log(3), math.log(2), 0, -math.log(3), 0, 0], dtype=torch.float64)
     # x 0..2, y -.25..0.75: the object 1..2 x -.25..0.75 is half of it: IoU .5
     assert YoloLoss(anchors, 1, 5, 1, 1)(predictions, targets)["no_object"].item() == pytest.approx(0.5 * 7 / 16)
-    assert YoloLoss(anchors, 1, 5, 1, 1, ignore_threshold=0.49)(predictions, targets)["no_object"].item() == pytest.approx(
-        0.5 * 6 / 16
-    )
+    assert YoloLoss(anchors, 1, 5, 1, 1, ignore_threshold=0.49)(predictions, targets)[
+        "no_object"
+    ].item() == pytest.approx(0.5 * 6 / 16)
     loss = YoloLoss(anchors, 1, 5, 1, 1, ignore_threshold=0.49, equation="yolov1")
     assert loss(predictions, targets)["no_object"].item() == pytest.approx(7 / 16)
 
@@ -195,7 +197,9 @@ def test_each_lambda_scales_its_own_term_linearly(name):
     """A lambda inside the square would multiply the term by 9."""
     predictions, targets = random_batch()
     once = YoloLoss(ANCHORS, 1, 1, 1, 1)(predictions, targets)
-    thrice = YoloLoss(ANCHORS, **({f"lambda_{other}": 1 for other in TERMS[:4]} | {f"lambda_{name}": 3}))(predictions, targets)
+    thrice = YoloLoss(ANCHORS, **({f"lambda_{other}": 1 for other in TERMS[:4]} | {f"lambda_{name}": 3}))(
+        predictions, targets
+    )
     for term in TERMS:
         assert thrice[term].item() == pytest.approx((3 if term == name else 1) * once[term].item())
 

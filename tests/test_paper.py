@@ -20,7 +20,8 @@ def read_rows(text):
         if line.startswith("#"):
             heading = line.lstrip("# ")
         elif line.lstrip().startswith("|"):
-            cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip())[1:]]  # the last one follows the closing |
+            # the last one follows the closing |
+            cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip())[1:]]
             if cells[:3] != HEADER and not set(line) <= set("|-: "):
                 rows.append((number, heading, cells))
     return rows
@@ -42,7 +43,8 @@ def names_in(file):
 
 
 def missing_names(cell):
-    """Checks every `file.py::name` of a cell -> the names, and a sentence for each that is malformed or does not exist."""
+    """Checks every `file.py::name` of a cell -> the names, and a sentence for each that is
+    malformed or does not exist."""
     found, problems = [], []
     for quoted in re.findall(r"`([^`]*(?:\.py\b|::)[^`]*)`", cell):
         file, separator, name = quoted.partition("::")
@@ -63,7 +65,9 @@ def problems_of(cells):
         return [f"expected three cells with text, found {cells}"]
     code, problems = missing_names(cells[1])
     tests, more = missing_names(cells[2])
-    problems += more + [f"{name} is not a test" for name in tests if not re.match(r"tests/test_\w+\.py::test_\w+$", name)]
+    problems += more + [
+        f"{name} is not a test" for name in tests if not re.match(r"tests/test_\w+\.py::test_\w+$", name)
+    ]
     if problems:
         return problems
     if not code and cells[1] != "none":

@@ -37,11 +37,17 @@ pytestmark = pytest.mark.usefixtures("narrow_module", "fork_server")
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "data_samples"
 DETECTOR = {
-    "DATA_DIR": str(SAMPLE / "voc"), "IMAGE_SETS": [("2007", "tiny")], "VAL_IMAGE_SETS": [], "IMAGE_SIZE": 32, "BATCH_SIZE": 4,
-    "REPEAT": 1, "EPOCHS": 2, "EVAL_EVERY": 2, "BURN_IN": 2, "NUM_WORKERS": 0, "PRECISION": "fp32", "AUGMENT": True,
-    "OPTIMIZER": "sgd", "LEARNING_RATE": 1e-3,
+    "DATA_DIR": str(SAMPLE / "voc"), "IMAGE_SETS": [("2007", "tiny")], "VAL_IMAGE_SETS": [], "IMAGE_SIZE": 32,
+    "BATCH_SIZE": 4, "REPEAT": 1, "EPOCHS": 2, "EVAL_EVERY": 2, "BURN_IN": 2, "NUM_WORKERS": 0, "PRECISION": "fp32",
+    "AUGMENT": True, "OPTIMIZER": "sgd", "LEARNING_RATE": 1e-3,
 }  # fmt: skip
-CLASSIFIER = {"DATA_DIR": str(SAMPLE / "imagenet"), "IMAGE_SIZE": 32, "EPOCHS": 2, "NUM_WORKERS": 0, "PRECISION": "fp32"}
+CLASSIFIER = {
+    "DATA_DIR": str(SAMPLE / "imagenet"),
+    "IMAGE_SIZE": 32,
+    "EPOCHS": 2,
+    "NUM_WORKERS": 0,
+    "PRECISION": "fp32",
+}
 BOTH_SCRIPTS = pytest.mark.parametrize("script", [train, darknet_train], ids=["train", "darknet_train"])
 
 
@@ -67,7 +73,9 @@ def run(monkeypatch, script, folder, draw_charts=lambda metrics_file, chart_file
     """Calls main() of a script, without its charts (a second per epoch) -> the checkpoint that it leaves."""
     monkeypatch.setattr(utils, "draw_charts", draw_charts)
     defaults = DETECTOR if script is train else CLASSIFIER
-    for name, value in (defaults | {"CHECKPOINT": str(folder / "run.pt"), "RESUME": False, "MAX_HOURS": 0.0} | values).items():
+    for name, value in (
+        defaults | {"CHECKPOINT": str(folder / "run.pt"), "RESUME": False, "MAX_HOURS": 0.0} | values
+    ).items():
         monkeypatch.setattr(script, name, value)
     with handlers_kept():
         script.main()
@@ -143,7 +151,9 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
 def test_saving_inside_an_epoch_changes_nothing(uninterrupted, tmp_path, monkeypatch):
     saved = []
     save = utils.save_checkpoint
-    monkeypatch.setattr(utils, "save_checkpoint", lambda file, **state: (saved.append(state.get("step")), save(file, **state)))
+    monkeypatch.setattr(
+        utils, "save_checkpoint", lambda file, **state: (saved.append(state.get("step")), save(file, **state))
+    )
     whole, rows = uninterrupted[darknet_train]
     state = run(monkeypatch, darknet_train, tmp_path, SAVE_EVERY_MINUTES=0.0)
     assert_equal(whole["model"], state["model"])
@@ -151,8 +161,10 @@ def test_saving_inside_an_epoch_changes_nothing(uninterrupted, tmp_path, monkeyp
     assert set(range(1, whole["step"] + 1)) == {step for step in saved if step}
 
 
-@pytest.mark.parametrize("write", [5, 6, 7, 8])  # each epoch writes run.pt, run_best.pt, run_metrics.csv and run.pt again
-def test_a_run_that_dies_between_two_files_loses_neither_a_row_nor_the_best_network(write, uninterrupted, tmp_path, monkeypatch):
+@pytest.mark.parametrize("write", [5, 6, 7, 8])  # each epoch writes run.pt, run_best.pt, run_metrics.csv, run.pt again
+def test_a_run_that_dies_between_two_files_loses_neither_a_row_nor_the_best_network(
+    write, uninterrupted, tmp_path, monkeypatch
+):
     whole, rows = uninterrupted[darknet_train]
     writes = itertools.count(1)
 
@@ -174,10 +186,12 @@ def test_a_run_that_dies_between_two_files_loses_neither_a_row_nor_the_best_netw
 def test_a_failed_evaluation_loses_no_training_steps(script, uninterrupted, tmp_path, monkeypatch):
     whole, rows = uninterrupted[script]
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
-        patch.setattr(script, "evaluate" if script is train else "validate", Mock(side_effect=RuntimeError("out of memory")))
+        patch.setattr(
+            script, "evaluate" if script is train else "validate", Mock(side_effect=RuntimeError("out of memory"))
+        )
         run(patch, script, tmp_path)
     state = utils.load_checkpoint(tmp_path / "run.pt")
-    assert state["step"] == (whole["step"] if script is train else whole["step"] // 2)  # train evaluates after epoch 2 only
+    assert state["step"] == (whole["step"] if script is train else whole["step"] // 2)  # train evaluates after epoch 2
     resumed = run(monkeypatch, script, tmp_path, RESUME=True)
     assert_equal(whole["model"], resumed["model"])
     assert metrics(tmp_path) == rows
@@ -186,10 +200,15 @@ def test_a_failed_evaluation_loses_no_training_steps(script, uninterrupted, tmp_
 def test_an_unreadable_log_or_a_failed_chart_does_not_end_the_run(uninterrupted, tmp_path, monkeypatch, capsys):
     run(monkeypatch, darknet_train, tmp_path, MAX_HOURS=1e-9)
     (tmp_path / "run_metrics.csv").write_bytes(b"\xff\xfe\x00broken")
-    state = run(monkeypatch, darknet_train, tmp_path, RESUME=True, draw_charts=Mock(side_effect=RuntimeError("no font")))
+    state = run(
+        monkeypatch, darknet_train, tmp_path, RESUME=True, draw_charts=Mock(side_effect=RuntimeError("no font"))
+    )
     assert_equal(uninterrupted[darknet_train][0]["model"], state["model"])
     out = capsys.readouterr().out
-    assert "run_metrics.csv was not readable; it is kept as" in out and "run_charts.png could not be written: no font" in out
+    assert (
+        "run_metrics.csv was not readable; it is kept as" in out
+        and "run_charts.png could not be written: no font" in out
+    )
     assert metrics(tmp_path) == uninterrupted[darknet_train][1]
 
 
@@ -241,7 +260,9 @@ def test_batches_are_a_function_of_seed_and_step(workers):
     batches_from = functools.partial(dataset.training_batches, len(data), 4, 2, [32, 64], 1, repeat=2)
 
     def load(first_step, count, num_workers):
-        return list(itertools.islice(DataLoader(data, batch_sampler=batches_from(first_step), num_workers=num_workers), count))
+        return list(
+            itertools.islice(DataLoader(data, batch_sampler=batches_from(first_step), num_workers=num_workers), count)
+        )
 
     whole = load(0, 24, num_workers=0)
     assert {images.shape for images, _ in whole} == {(2, 3, 32, 32), (2, 3, 64, 64)}
@@ -303,11 +324,13 @@ def test_a_changed_evaluation_setting_resets_the_best_score(uninterrupted, tmp_p
     assert 0 <= state["best"] < 0.99 and (tmp_path / "run_best.pt").exists()
 
 
-# ---------------------------------------------------------------- losses that are not finite, images that cannot be read
+# ---------------------------------------------------------------- losses not finite, images that cannot be read
 
 
 @BOTH_SCRIPTS
-def test_a_loss_that_is_not_finite_names_its_images_and_keeps_the_checkpoint(script, uninterrupted, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_names_its_images_and_keeps_the_checkpoint(
+    script, uninterrupted, tmp_path, monkeypatch
+):
     utils.save_checkpoint(tmp_path / "run.pt", **uninterrupted[script][0])
     before = (tmp_path / "run.pt").read_bytes()
     monkeypatch.setattr(torch, "isfinite", lambda tensor, original=torch.isfinite: original(tensor) & False)
@@ -358,7 +381,9 @@ class InfiniteGradient(nn.Module):
 
 def set_infinite_gradients(monkeypatch):
     monkeypatch.setattr(train, "YoloLoss", InfiniteGradient)
-    monkeypatch.setattr(nn.functional, "cross_entropy", lambda logits, labels, **options: zero_with_an_infinite_slope(logits))
+    monkeypatch.setattr(
+        nn.functional, "cross_entropy", lambda logits, labels, **options: zero_with_an_infinite_slope(logits)
+    )
 
 
 @pytest.mark.parametrize(
@@ -369,7 +394,9 @@ def set_infinite_gradients(monkeypatch):
 def test_a_gradient_that_is_not_finite_stops_before_the_step(script, setting, tmp_path, monkeypatch):
     unchanged = watch_weights(monkeypatch)
     set_infinite_gradients(monkeypatch)
-    with pytest.raises(ValueError, match="the gradient is not finite in epoch 1, step 1, images .*no checkpoint has been written"):
+    with pytest.raises(
+        ValueError, match="the gradient is not finite in epoch 1, step 1, images .*no checkpoint has been written"
+    ):
         run(monkeypatch, script, tmp_path, LEARNING_RATE=0.1, **setting)
     assert unchanged()
 
@@ -396,7 +423,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(optimizer, tmp_path, mo
 
     monkeypatch.setattr(dataset.VOCDataset, "__getitem__", item)
     unchanged = watch_weights(monkeypatch)
-    with pytest.raises(ValueError, match=r"^the loss \(no_object, prior, total\) is not finite in epoch 1, step 1, images"):
+    with pytest.raises(
+        ValueError, match=r"^the loss \(no_object, prior, total\) is not finite in epoch 1, step 1, images"
+    ):
         run(monkeypatch, train, tmp_path, OPTIMIZER=optimizer, LEARNING_RATE=0.1)
     assert unchanged()
 
@@ -483,7 +512,8 @@ def test_a_folder_of_broken_images_only_is_an_error(tmp_path):
 
 @pytest.fixture
 def start():
-    """start(folder, *words) starts Python in that folder, in a new session; processes still running at the end are killed."""
+    """start(folder, *words) starts Python in that folder, in a new session; processes still running
+    at the end are killed."""
     started = []
 
     def start(folder, *words):
@@ -530,7 +560,8 @@ def group_members(group):
 
 
 def ranks_and_workers(folder):
-    """The processes that torchrun has started in this folder, each in a session of its own, and their loaders' workers."""
+    """The processes that torchrun has started in this folder, each in a session of its own, and
+    their loaders' workers."""
 
     def belongs(process):
         words = (process / "cmdline").read_bytes().split(b"\0")
@@ -563,7 +594,9 @@ def test_sigint_sigterm_and_an_error_leave_no_process_running(tmp_path, start):
         assert utils.load_checkpoint(folder / "run.pt")["step"] >= 1
         assert not list(folder.glob("*.tmp*"))
     _, err = processes["error"].communicate(timeout=120)
-    assert processes["error"].returncode == 1 and "error: " in err and "infinite or huge" in err and "Traceback" not in err
+    assert (
+        processes["error"].returncode == 1 and "error: " in err and "infinite or huge" in err and "Traceback" not in err
+    )
     assert group_members(processes["error"].pid) == []
 
 
@@ -581,7 +614,9 @@ def ignore_signals_late(worker):
     utils.ignore_signals(worker)
 
 
-@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="only fork blocks signals before the worker starts")
+@pytest.mark.skipif(
+    multiprocessing.get_start_method() != "fork", reason="only fork blocks signals before the worker starts"
+)
 def test_a_signal_does_not_end_a_worker_that_is_just_starting():
     with handlers_kept():
         stop = utils.catch_stop_signals()
@@ -663,7 +698,13 @@ def test_a_full_disk_gives_a_clear_error_and_keeps_the_old_checkpoint(tmp_path):
 
 # ---------------------------------------------------------------- DistributedDataParallel
 
-DISTRIBUTED = CLASSIFIER | {"LR_SCHEDULE": "constant", "MAX_HOURS": 0.0, "RESUME": False, "SUBDIVISIONS": 1, "BATCH_SIZE": 6}
+DISTRIBUTED = CLASSIFIER | {
+    "LR_SCHEDULE": "constant",
+    "MAX_HOURS": 0.0,
+    "RESUME": False,
+    "SUBDIVISIONS": 1,
+    "BATCH_SIZE": 6,
+}
 
 
 def run_rank(rank, folder, name, stop_rank_1_in, values):
@@ -721,7 +762,8 @@ def test_two_processes_stop_at_the_same_step_and_resume_bit_identically(how, rea
 
 
 def test_two_processes_validate_the_network_that_the_first_one_saves(two_uninterrupted):
-    """Batch norm sees different images in each process, so the running statistics differ until those of rank 0 are broadcast."""
+    """Batch norm sees different images in each process, so the running statistics differ until those
+    of rank 0 are broadcast."""
     state, rows, _ = two_uninterrupted
     model = darknet_model.Darknet19(5)
     model.load_state_dict(state["model"])
@@ -734,7 +776,8 @@ def test_two_processes_validate_the_network_that_the_first_one_saves(two_uninter
 
 
 def run_elastic_rank(folder):
-    """One of two processes that torchrun's agent starts: main() of the DDP script; rank 1 is killed in the first two starts."""
+    """One of two processes that torchrun's agent starts: main() of the DDP script; rank 1 is killed
+    in the first two starts."""
     run_narrow.narrow()
     script, rank, restarts = darknet_train_multigpu_distr, os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
     vars(script).update(DISTRIBUTED | {"CHECKPOINT": f"{folder}/run.pt", "EPOCHS": 8})
@@ -746,7 +789,8 @@ def run_elastic_rank(folder):
 
 
 def test_a_killed_process_is_restarted_and_the_run_completes(tmp_path):
-    """As with `torchrun --max-restarts=2`. Rank 1 is killed in the fifth step of the first two starts; an epoch has three steps."""
+    """As with `torchrun --max-restarts=2`. Rank 1 is killed in the fifth step of the first two starts; an
+    epoch has three steps."""
     (tmp_path / "run.pt").write_bytes(b"an older run's")
     with handlers_kept():
         run_narrow.run_elastic(run_elastic_rank, 2, 2, str(tmp_path))
@@ -784,7 +828,12 @@ def test_ctrl_c_and_a_loss_that_is_not_finite_end_all_processes_of_torchrun(tmp_
     ]
     stopped = start(tmp_path / "stopped", *command)
     diverging = start(
-        tmp_path / "diverging", *command, "LEARNING_RATE=1e30", "SAVE_EVERY_MINUTES=30", "BATCH_SIZE=8", "SUBDIVISIONS=2"
+        tmp_path / "diverging",
+        *command,
+        "LEARNING_RATE=1e30",
+        "SAVE_EVERY_MINUTES=30",
+        "BATCH_SIZE=8",
+        "SUBDIVISIONS=2",
     )
     wait_for(tmp_path / "stopped" / "run.pt", stopped)
     assert len(ranks_and_workers(tmp_path / "stopped")) >= 6  # two workers each
@@ -793,7 +842,8 @@ def test_ctrl_c_and_a_loss_that_is_not_finite_end_all_processes_of_torchrun(tmp_
     assert "stopped by SIGINT" in out, err[-3000:]
     assert utils.load_checkpoint(tmp_path / "stopped" / "run.pt")["step"] >= 1
     _, err = diverging.communicate(timeout=120)
-    assert diverging.returncode == 1 and err.count("is not finite in epoch") == 2, err[-3000:]  # neither rank waits for the other
+    # neither rank waits for the other
+    assert diverging.returncode == 1 and err.count("is not finite in epoch") == 2, err[-3000:]
     for process, name in ((stopped, "stopped"), (diverging, "diverging")):
         assert ranks_and_workers(tmp_path / name) == [] and group_members(process.pid) == []
 
@@ -838,7 +888,9 @@ def record_gradients(rank, folder, subdivisions):
     )
     values = {"EPOCHS": 2, "BATCH_SIZE": 8, "SUBDIVISIONS": subdivisions, "CHECKPOINT": f"{folder}/{subdivisions}.pt"}
     vars(script).update(DISTRIBUTED | values)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/{subdivisions}_group", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/{subdivisions}_group", rank=rank, world_size=2
+    )
     script.main()
     torch.save(gradients, f"{folder}/{subdivisions}_{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -875,7 +927,9 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
         elif kind == 2:
             data[place:place] = data[low : min(high, low + 50)]
         elif kind == 3:
-            data[place:place] = rng.choice([b"nan", b"-1", b"1e400", b"\0\0", b"<", b"&x;", b"\xff\xfe", b"9" * 30, b"\n"])
+            data[place:place] = rng.choice(
+                [b"nan", b"-1", b"1e400", b"\0\0", b"<", b"&x;", b"\xff\xfe", b"9" * 30, b"\n"]
+            )
         elif kind == 4:
             del data[place:]
         else:
@@ -902,10 +956,11 @@ def readers(folder):
                 lambda file: dataset.read_labels(file, dataset.VOC_CLASSES)),
         "txt": (b"3 0.5 0.5 0.2 0.3\n0 .25 .25 .1 .1\n19 0.9 0.9 0.2 0.1\n", "x.txt",
                 lambda file: dataset.read_labels(file, dataset.VOC_CLASSES)),
-        "csv": (b"image,label\na.jpg,a.txt\na.jpg,a.txt\n", "x.csv", lambda file: dataset.VOCDataset(file, [], ANCHORS, 32)),
+        "csv": (b"image,label\na.jpg,a.txt\na.jpg,a.txt\n", "x.csv",
+                lambda file: dataset.VOCDataset(file, [], ANCHORS, 32)),
         "json": (b'{"images": [{"id": 1, "file_name": "a.jpg", "width": 64, "height": 48}], '
-                 b'"annotations": [{"id": 9, "image_id": 1, "category_id": 5, "bbox": [1.5, 2, 30, 40], "iscrowd": 0}], '
-                 b'"categories": [{"id": 5, "name": "cat"}]}', "x.json",
+                 b'"annotations": [{"id": 9, "image_id": 1, "category_id": 5, "bbox": [1.5, 2, 30, 40], '
+                 b'"iscrowd": 0}], "categories": [{"id": 5, "name": "cat"}]}', "x.json",
                  lambda file: dataset.VOCDataset(file, [], ANCHORS, 32)),
         "jpeg": (small.getvalue(), "x.jpg", dataset.read_image),
         "checkpoint": (checkpoint.read_bytes(), "x.pt", lambda file: utils.load_checkpoint(file, keys=keys)),

@@ -1,6 +1,8 @@
-"""Whole scripts on the sample at a small image size, through main() and from the command line, and their errors for bad input.
+"""Whole scripts on the sample at a small image size, through main() and from the command line, and
+their errors for bad input.
 
-Tests inside the pytest process use networks with an eighth of the channels; scripts in separate processes use full networks.
+Tests inside the pytest process use networks with an eighth of the channels; scripts in separate
+processes use full networks.
 """
 
 import contextlib
@@ -64,9 +66,9 @@ def set_globals(monkeypatch, script, **values):
 
 def set_small_training(monkeypatch, folder, **values):
     small = {
-        "DATA_DIR": str(SAMPLE), "IMAGE_SETS": [("2007", "one")], "VAL_IMAGE_SETS": [], "IMAGE_SIZE": 64, "BATCH_SIZE": 2,
-        "REPEAT": 4, "EPOCHS": 2, "EVAL_EVERY": 2, "BURN_IN": 2, "NUM_WORKERS": 0, "PRECISION": "fp32",
-        "CHECKPOINT": str(folder / "yolov2.pt"),
+        "DATA_DIR": str(SAMPLE), "IMAGE_SETS": [("2007", "one")], "VAL_IMAGE_SETS": [], "IMAGE_SIZE": 64,
+        "BATCH_SIZE": 2, "REPEAT": 4, "EPOCHS": 2, "EVAL_EVERY": 2, "BURN_IN": 2, "NUM_WORKERS": 0,
+        "PRECISION": "fp32", "CHECKPOINT": str(folder / "yolov2.pt"),
     }  # fmt: skip
     set_globals(monkeypatch, train, **(small | values))
 
@@ -77,7 +79,9 @@ def trained(tmp_path_factory, narrow_module):
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as monkeypatch:
         draw = utils.draw_charts  # of the last epoch only: it takes a second
-        monkeypatch.setattr(utils, "draw_charts", lambda table, chart: draw(table, chart) if len(read_rows(table)) == 4 else None)
+        monkeypatch.setattr(
+            utils, "draw_charts", lambda table, chart: draw(table, chart) if len(read_rows(table)) == 4 else None
+        )
         set_small_training(monkeypatch, folder, VAL_IMAGE_SETS=[("2007", "one")], EPOCHS=4, MULTI_SCALE=[32, 64])
         train.main()
     return folder
@@ -98,7 +102,12 @@ def test_training_writes_checkpoints_metrics_and_charts(trained):
     assert all((row["val_map"] != "") == (row["train_map"] != "") for row in rows)
     assert float(rows[-1]["total"]) < float(rows[0]["total"])
     state = utils.load_checkpoint(trained / "yolov2.pt")
-    assert (state["classes"], state["image_size"], state["epoch"], state["images_seen"]) == (list(VOC_CLASSES), 64, 4, 16)
+    assert (state["classes"], state["image_size"], state["epoch"], state["images_seen"]) == (
+        list(VOC_CLASSES),
+        64,
+        4,
+        16,
+    )
     assert set(state["model"]) == set(YOLOv2().state_dict())
     assert state["step"] == 8 and state["settings"]["EPOCHS"] == 4 and state["settings"]["MULTI_SCALE"] == [32, 64]
     assert (trained / "yolov2_best.pt").is_file()
@@ -121,7 +130,9 @@ def test_the_rate_is_divided_by_10_at_the_ends_of_the_epochs_in_lr_drops(tmp_pat
     rates, asked = [], utils.learning_rate_at
     monkeypatch.setattr(utils, "learning_rate_at", lambda *arguments: rates.append(asked(*arguments)) or rates[-1])
     monkeypatch.setattr(train, "evaluate", lambda *arguments: 0.0)
-    set_small_training(monkeypatch, tmp_path, EPOCHS=4, LEARNING_RATE=0.01, LR_SCHEDULE="steps", LR_DROPS=[1, 3], BURN_IN=0)
+    set_small_training(
+        monkeypatch, tmp_path, EPOCHS=4, LEARNING_RATE=0.01, LR_SCHEDULE="steps", LR_DROPS=[1, 3], BURN_IN=0
+    )
     train.main()
     # 2 steps per epoch: updates 1 | 2 to 5 | 6 to 8, as a drop at 40,000 acts on Darknet's update 40,000
     assert rates == pytest.approx([0.01] + 4 * [0.001] + 3 * [0.0001])
@@ -151,8 +162,9 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(optimizer, tmp_pat
     for subdivisions in (1, 2):
         folder = tmp_path / str(subdivisions)
         set_small_training(
-            monkeypatch, folder, DATA_DIR=str(tmp_path), IMAGE_SETS=["two.csv"], REPEAT=1, EPOCHS=1, SUBDIVISIONS=subdivisions,
-            OPTIMIZER=optimizer, LEARNING_RATE=1e-3, LR_SCHEDULE="constant", BURN_IN=0, CLIP_NORM=5.0,
+            monkeypatch, folder, DATA_DIR=str(tmp_path), IMAGE_SETS=["two.csv"], REPEAT=1, EPOCHS=1,
+            SUBDIVISIONS=subdivisions, OPTIMIZER=optimizer, LEARNING_RATE=1e-3, LR_SCHEDULE="constant", BURN_IN=0,
+            CLIP_NORM=5.0,
         )  # fmt: skip
         train.main()
         state = utils.load_checkpoint(folder / "yolov2.pt")
@@ -208,14 +220,15 @@ def test_an_invalid_setting_of_train_is_named_in_the_error(tmp_path, monkeypatch
 
 def test_test_prints_a_table_and_writes_a_csv_and_curves(trained, tmp_path, monkeypatch, capsys):
     set_globals(
-        monkeypatch, test_script, DATA_DIR=str(SAMPLE), IMAGE_SETS=[("2007", "one")], CHECKPOINT=str(trained / "yolov2.pt"),
-        OUTPUT=str(tmp_path / "test"), NUM_WORKERS=0, INPUT_SIZES=[64, 96], PRECISION="fp32",
+        monkeypatch, test_script, DATA_DIR=str(SAMPLE), IMAGE_SETS=[("2007", "one")],
+        CHECKPOINT=str(trained / "yolov2.pt"), OUTPUT=str(tmp_path / "test"), NUM_WORKERS=0, INPUT_SIZES=[64, 96],
+        PRECISION="fp32",
     )  # fmt: skip
     test_script.main()
     out = capsys.readouterr().out
     assert all(name in out for name in ("aeroplane", "AP 11", "AP all", "AP@0.4", "mAP", "images/s", "at 96 px"))
     rows = {row["class"]: row for row in read_rows(tmp_path / "test.csv")}
-    assert len(rows) == 21 and float(rows["mAP"]["ap_all"]) == float(rows["dog"]["ap_all"])  # the only class with truths
+    assert len(rows) == 21 and float(rows["mAP"]["ap_all"]) == float(rows["dog"]["ap_all"])  # the only class with truth
     assert rows["dog"]["truths"] == "1" and rows["cat"]["truths"] == "0"
     assert math.isnan(float(rows["cat"]["ap_all"])) and 0 <= float(rows["dog"]["ap_all"]) <= 1
     with Image.open(tmp_path / "test_curves.png") as picture:
@@ -226,13 +239,17 @@ def test_test_prints_a_table_and_writes_a_csv_and_curves(trained, tmp_path, monk
 
 
 def test_measure_equals_values_computed_by_hand():
-    """Class 0 has two truths: the detection at .9 is right, .6 wrong, .3 right. At a threshold of .4 only the first two count."""
+    """Class 0 has two truths: the detection at .9 is right, .6 wrong, .3 right. At a threshold of .4
+    only the first two count."""
     truths = np.array([[0, 0, 0, 10, 10, 19, 19], [1, 0, 0, 10, 10, 19, 19], [1, 0, 1, 50, 50, 59, 59]], float)
-    detections = np.array([[0, 0, 0.9, 10, 10, 19, 19], [0, 0, 0.6, 80, 80, 89, 89], [1, 0, 0.3, 10, 10, 19, 19]], float)
+    detections = np.array(
+        [[0, 0, 0.9, 10, 10, 19, 19], [0, 0, 0.6, 80, 80, 89, 89], [1, 0, 0.3, 10, 10, 19, 19]], float
+    )
     rows, curves = test_script.measure(detections, truths, ["a", "b"], 0.4)
     row = rows[0]
     assert (row["truths"], row["difficult"], row["detections"]) == (2, 1, 3)
-    assert (row["precision"], row["recall"], row["f1"]) == (0.5, 0.5, 0.5)  # 1 of 2 detections is right, 1 of 2 truths is found
+    # 1 of 2 detections is right, 1 of 2 truths is found
+    assert (row["precision"], row["recall"], row["f1"]) == (0.5, 0.5, 0.5)
     assert row["ap_all"] == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
     assert row["ap_at_fixed"] == pytest.approx(0.5)
     assert row["ap_11"] == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)
@@ -271,8 +288,8 @@ def test_each_kind_of_error_by_hand():
     ]
     kinds, confused_with, missed = kinds_of(detections)
     assert kinds == [
-        "duplicate", "correct", "ignored", "ignored", "localisation", "localisation", "confusion", "confusion", "background",
-        "background", "background", "confusion",
+        "duplicate", "correct", "ignored", "ignored", "localisation", "localisation", "confusion", "confusion",
+        "background", "background", "background", "confusion",
     ]  # fmt: skip
     assert confused_with == [-1] * 6 + [1, 1] + [-1] * 3 + [0]
     assert missed == [False, False, True, True]  # HARD is difficult; C has no detection of its class, D a bad one
@@ -287,7 +304,8 @@ def test_the_precedence_of_the_kinds_of_errors():
     assert missed == [False, False, True, True, True, True, True]
     truths = np.array([[0, 0, 0, *rows_of(D, 2)], [0, 1, 0, *D]], float)
     assert kinds_of([[0, 0, 0.9, *D]], truths)[0] == ["localisation"]  # IoU .2 with class 0 comes before 1 with class 1
-    assert kinds_of([[0, 0, 0.9, *rows_of(HARD, 4)]])[0] == ["localisation"]  # too far from a difficult object to be ignored
+    # too far from a difficult object to be ignored
+    assert kinds_of([[0, 0, 0.9, *rows_of(HARD, 4)]])[0] == ["localisation"]
 
 
 def test_a_confusion_names_the_class_with_the_largest_overlap():
@@ -305,7 +323,8 @@ def test_errors_are_counted_and_printed_per_class(capsys):
     detections = np.array([[0, 0, 0.9, *A], [0, 0, 0.9, *C], [0, 0, 0.9, *D], [0, 2, 0.9, *C], [0, 2, 0.8, *C]], float)
     classes = ["dog", "cat", "cow", "boat"]
     rows = test_script.count_errors(detections, truths, classes, test_script.error_kinds(detections, truths, 4))
-    assert [list(row.values()) for row in rows] == [  # duplicate, localisation, confusion, background, missed, confused_with
+    # duplicate, localisation, confusion, background, missed, confused_with
+    assert [list(row.values()) for row in rows] == [
         [0, 0, 3, 0, 0, "cat", 2],  # on two cats and a cow; there are no dogs
         [0, 0, 0, 0, 2, "", 0],
         [1, 0, 0, 0, 0, "", 0],
@@ -328,7 +347,11 @@ def worst_of(monkeypatch, dataset, detections, file):
     errors = test_script.error_kinds(detections, truths, len(dataset.classes))
     count = test_script.draw_worst(dataset, detections, truths, errors, file)
     axes = [axis for figure in figures for axis in figure.axes if axis.get_title()]
-    return count, [axis.get_title() for axis in axes], [[patch.get_bbox().extents for patch in axis.patches] for axis in axes]
+    return (
+        count,
+        [axis.get_title() for axis in axes],
+        [[patch.get_bbox().extents for patch in axis.patches] for axis in axes],
+    )
 
 
 def test_the_sheet_shows_the_8_most_confident_false_positives_and_the_4_largest_missed_objects(tmp_path, monkeypatch):
@@ -345,7 +368,9 @@ def test_the_sheet_shows_the_8_most_confident_false_positives_and_the_4_largest_
     np.testing.assert_allclose(boxes[0][-1], [box[0] - 1, box[1] - 1, box[2], box[3]])  # the detection is drawn last
     areas = [np.prod(patches[-1][2:] - patches[-1][:2]) for patches in boxes[8:]]
     every = [row for i in range(len(dataset)) if i != dog for row in dataset.ground_truth(i)[0].tolist() if not row[1]]
-    np.testing.assert_allclose(areas, sorted(((row[4] - row[2] + 1) * (row[5] - row[3] + 1) for row in every), reverse=True)[:4])
+    np.testing.assert_allclose(
+        areas, sorted(((row[4] - row[2] + 1) * (row[5] - row[3] + 1) for row in every), reverse=True)[:4]
+    )
     with Image.open(tmp_path / "worst.jpg") as picture:
         assert picture.format == "JPEG" and picture.size == (1200, 1360)
 
@@ -360,8 +385,9 @@ def test_the_sheet_has_more_missed_objects_if_there_are_few_false_positives(tmp_
 
 def test_no_sheet_is_drawn_without_errors(trained, tmp_path, monkeypatch, capsys):
     set_globals(
-        monkeypatch, test_script, DATA_DIR=str(SAMPLE), IMAGE_SETS=[("2007", "one")], CHECKPOINT=str(trained / "yolov2.pt"),
-        OUTPUT=str(tmp_path / "test"), PRECISION="fp32", draw_curves=lambda *arguments: None,
+        monkeypatch, test_script, DATA_DIR=str(SAMPLE), IMAGE_SETS=[("2007", "one")],
+        CHECKPOINT=str(trained / "yolov2.pt"), OUTPUT=str(tmp_path / "test"), PRECISION="fp32",
+        draw_curves=lambda *arguments: None,
     )  # fmt: skip
     truths = np.array([[0, 11, 0, *A]], float)
     found = np.array([[0, 11, 0.9, *A], [0, 7, 0.39, *A]])  # the wrong one is below the threshold
@@ -386,8 +412,8 @@ def test_detect_draws_on_images_of_every_mode(trained, tmp_path, monkeypatch, ca
     exif[0x0112] = 6  # to be rotated by 90 degrees
     photo.crop((0, 0, 300, 200)).save(source / "rotated.jpg", exif=exif)
     set_globals(
-        monkeypatch, detect, SOURCE=str(source), CHECKPOINT=str(trained / "yolov2.pt"), OUTPUT_DIR=str(tmp_path / "out"),
-        CONFIDENCE_THRESHOLD=0.0001, PRECISION="fp32",
+        monkeypatch, detect, SOURCE=str(source), CHECKPOINT=str(trained / "yolov2.pt"),
+        OUTPUT_DIR=str(tmp_path / "out"), CONFIDENCE_THRESHOLD=0.0001, PRECISION="fp32",
     )  # fmt: skip
     detect.main()
     out = capsys.readouterr().out
@@ -403,7 +429,9 @@ def test_detect_skips_a_broken_image_and_reports_it(trained, tmp_path, monkeypat
     data = (SAMPLE / "VOC2007" / "JPEGImages" / "000005.jpg").read_bytes()
     (source / "a_truncated.jpg").write_bytes(data[: len(data) // 2])
     (source / "b_good.jpg").write_bytes(data)
-    set_globals(monkeypatch, detect, SOURCE=str(source), CHECKPOINT=str(trained / "yolov2.pt"), OUTPUT_DIR=str(tmp_path / "out"))
+    set_globals(
+        monkeypatch, detect, SOURCE=str(source), CHECKPOINT=str(trained / "yolov2.pt"), OUTPUT_DIR=str(tmp_path / "out")
+    )
     with pytest.raises(SystemExit, match="1 of 2"):
         detect.main()
     assert "a_truncated.jpg" in capsys.readouterr().out
@@ -420,8 +448,8 @@ COLOUR = np.array(utils.class_colour(1))  # a blue
 
 
 def square_in_frame(index):
-    """Corners x1, y1, x2, y2 of the yellow square. The box around it has lines of two pixels; x1 and y1 are even, x2 and y2 odd,
-    because a video has one colour per 2 x 2 pixels."""
+    """Corners x1, y1, x2, y2 of the yellow square. The box around it has lines of two pixels; x1 and y1 are even, x2
+    and y2 odd, because a video has one colour per 2 x 2 pixels."""
     return 4 + 2 * index, 18, 25 + 2 * index, 39
 
 
@@ -462,7 +490,8 @@ class SquareDetector(torch.nn.Module):
         rows, columns = torch.where((images[0, 0] > 128) & (images[0, 2] < 128))
         output = torch.full((1, len(ANCHORS), height // 32, width // 32, 7), -20.0)
         if len(rows):
-            x1, y1, x2, y2 = columns.min() / 32, rows.min() / 32, (columns.max() + 1) / 32, (rows.max() + 1) / 32  # in grid cells
+            # in grid cells
+            x1, y1, x2, y2 = columns.min() / 32, rows.min() / 32, (columns.max() + 1) / 32, (rows.max() + 1) / 32
             x, y = (x1 + x2) / 2, (y1 + y2) / 2
             anchor = torch.tensor(ANCHORS[0])
             output[0, 0, int(y), int(x), :2] = torch.logit(torch.tensor([x % 1, y % 1]), eps=1e-6)
@@ -485,7 +514,8 @@ def is_coloured(pixels):
 
 
 def check_boxes(frames):
-    """Compares the drawn boxes with the squares: the lower edge and the lower half of the sides, which no label covers."""
+    """Compares the drawn boxes with the squares: the lower edge and the lower half of the sides,
+    which no label covers."""
     for index, frame in enumerate(frames):
         x1, y1, x2, y2 = square_in_frame(index)
         lower = is_coloured(frame[30:])  # (H - 30, W)
@@ -541,7 +571,9 @@ def test_a_folder_may_mix_images_and_videos_and_unreadable_ones_are_counted(trai
     write_clip(source / "b_clip.avi", frames=3, codec="MJPG")
     shutil.copy(SAMPLE / "VOC2007" / "JPEGImages" / "000005.jpg", source / "c_photo.jpg")
     (source / "notes.txt").write_text("x")
-    set_globals(monkeypatch, detect, SOURCE=str(source), CHECKPOINT=str(trained / "yolov2.pt"), OUTPUT_DIR=str(tmp_path / "out"))
+    set_globals(
+        monkeypatch, detect, SOURCE=str(source), CHECKPOINT=str(trained / "yolov2.pt"), OUTPUT_DIR=str(tmp_path / "out")
+    )
     with pytest.raises(SystemExit, match="1 of 3 files could not be read"):
         detect.main()
     out = capsys.readouterr().out
@@ -595,7 +627,9 @@ def test_an_error_in_the_middle_of_a_video_leaves_the_older_file(squares, tmp_pa
 def test_a_video_that_cannot_be_written_is_an_error_that_names_it(squares, tmp_path, monkeypatch):
     write_clip(tmp_path / "wide.avi", frames=2, size=(8200, 48), codec="MJPG")  # MPEG-4 has at most 8191 columns
     monkeypatch.setattr(detect, "SOURCE", str(tmp_path / "wide.avi"))
-    with pytest.raises(ValueError, match=r"wide\.avi: could not be stored as MPEG-4 \(8200 x 48 pixels, 12\.5 frames per second\)"):
+    with pytest.raises(
+        ValueError, match=r"wide\.avi: could not be stored as MPEG-4 \(8200 x 48 pixels, 12\.5 frames per second\)"
+    ):
         detect.main()
     assert os.listdir(tmp_path / "out") == []
 
@@ -720,7 +754,10 @@ def run_here(script, *words):
         (("dataset.py", "IMAGE_SETS=[('2007','nothing')]"), "nothing.txt"),
         (("model.py", "OUTPUT=runs/yolov2.weights"), "OUTPUT needs CHECKPOINT"),
         (("model.py", "CHECKPOINT=/nowhere/yolov2.pt"), "/nowhere/yolov2.pt"),
-        (("model.py", "CHECKPOINT=runs/yolov2.pt", "OUTPUT=runs/yolov2.onnx"), "runs/yolov2.onnx: OUTPUT must end in .weights"),
+        (
+            ("model.py", "CHECKPOINT=runs/yolov2.pt", "OUTPUT=runs/yolov2.onnx"),
+            "runs/yolov2.onnx: OUTPUT must end in .weights",
+        ),
         (("model.py", "CHECKPOINT=x.weights", "OUTPUT=./x.weights"), "./x.weights: OUTPUT would replace CHECKPOINT"),
         (("model.py", "IMAGE_SIZE=100"), "IMAGE_SIZE must be a multiple of 32"),
         (("model.py", "ANCHORS=[]"), "unknown setting 'ANCHORS'; the known ones are CHECKPOINT, OUTPUT, IMAGE_SIZE"),
@@ -762,7 +799,9 @@ def test_model_py_writes_the_files_of_a_training_run(trained, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "20 classes, 64 px, 16 images seen" in result.stdout
     assert (tmp_path / "new" / "yolov2.names").read_text().split() == list(VOC_CLASSES)
-    model, *_ = yolov2_model.load_detector(tmp_path / "new" / "yolov2.weights", VOC_CLASSES, [], torch.device("cpu"), "fp32")
+    model, *_ = yolov2_model.load_detector(
+        tmp_path / "new" / "yolov2.weights", VOC_CLASSES, [], torch.device("cpu"), "fp32"
+    )
     expected, *_ = yolov2_model.load_detector(trained / "yolov2.pt", [], [], torch.device("cpu"), "fp32")
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
@@ -771,7 +810,9 @@ def test_model_py_writes_the_files_of_a_training_run(trained, tmp_path):
 
 def run(*words):
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # two such processes share two cores
-    return subprocess.run([sys.executable, *words], cwd=ROOT, env=one_thread, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=one_thread, capture_output=True, text=True, timeout=300
+    )
 
 
 def train_on_a_truncated_image(folder, workers, run_script):
@@ -779,7 +820,13 @@ def train_on_a_truncated_image(folder, workers, run_script):
         data, file = (SAMPLE / "VOC2007" / name).read_bytes(), folder / "VOC2007" / name
         file.parent.mkdir(parents=True)
         file.write_bytes(data[: len(data) // 2] if name.endswith(".jpg") else data)
-    words = [f"DATA_DIR={folder}", "IMAGE_SETS=[('2007','one')]", "VAL_IMAGE_SETS=[]", "IMAGE_SIZE=32", f"NUM_WORKERS={workers}"]
+    words = [
+        f"DATA_DIR={folder}",
+        "IMAGE_SETS=[('2007','one')]",
+        "VAL_IMAGE_SETS=[]",
+        "IMAGE_SIZE=32",
+        f"NUM_WORKERS={workers}",
+    ]
     return run_script("train.py", *words, f"CHECKPOINT={folder}/y.pt")
 
 
@@ -791,7 +838,10 @@ def train_and_detect(folder):
 
 
 def import_without_network():
-    guard = "import socket\ndef refuse(*a, **k): raise SystemExit('network')\nsocket.getaddrinfo = socket.socket.connect = refuse\n"
+    guard = (
+        "import socket\ndef refuse(*a, **k): raise SystemExit('network')\n"
+        "socket.getaddrinfo = socket.socket.connect = refuse\n"
+    )
     return run("-c", guard + "import train, test, detect, dataset")
 
 
@@ -823,7 +873,9 @@ def test_scripts_run_from_the_command_line(processes):
     trained, detected = processes["train and detect"].result()
     assert trained.returncode == 0, trained.stderr
     line = trained.stdout.strip().splitlines()[-1]
-    assert re.match(r"epoch 1  learning_rate \S+  coord \S+  object \S+  no_object \S+  class \S+  prior \S+  total \S+  ", line)
+    assert re.match(
+        r"epoch 1  learning_rate \S+  coord \S+  object \S+  no_object \S+  class \S+  prior \S+  total \S+  ", line
+    )
     assert detected.returncode == 0, detected.stderr
     assert os.listdir(processes["folder"] / "d") == ["000005.jpg"]
 
@@ -839,8 +891,15 @@ def test_importing_the_scripts_does_not_use_the_network(processes):
 
 def test_the_files_of_detect_txt_give_the_average_precisions_of_test(trained, tmp_path, monkeypatch, capsys):
     """The comp4 files hold unrounded boxes and give test.py's APs; the files with whole pixels give nearly the same."""
-    data = {"DATA_DIR": str(SAMPLE), "IMAGE_SETS": [("2007", "tiny")], "CHECKPOINT": str(trained / "yolov2.pt"), "NUM_WORKERS": 0}
-    set_globals(monkeypatch, test_script, **data, OUTPUT=str(tmp_path / "test"), PRECISION="fp32", CONFIDENCE_THRESHOLD=1e-4)
+    data = {
+        "DATA_DIR": str(SAMPLE),
+        "IMAGE_SETS": [("2007", "tiny")],
+        "CHECKPOINT": str(trained / "yolov2.pt"),
+        "NUM_WORKERS": 0,
+    }
+    set_globals(
+        monkeypatch, test_script, **data, OUTPUT=str(tmp_path / "test"), PRECISION="fp32", CONFIDENCE_THRESHOLD=1e-4
+    )
     set_globals(monkeypatch, detect_txt, **data, OUTPUT_DIR=str(tmp_path), PRECISION="fp32", CONFIDENCE_THRESHOLD=1e-4)
     for name in ("draw_curves", "draw_worst"):  # they take three seconds
         monkeypatch.setattr(test_script, name, lambda *arguments: None)
@@ -881,8 +940,9 @@ def test_the_files_of_detect_txt_give_the_average_precisions_of_test(trained, tm
 def test_detect_txt_marks_difficult_objects_if_asked(trained, tmp_path, monkeypatch):
     """Image 000014 of the sample has difficult objects."""
     set_globals(
-        monkeypatch, detect_txt, DATA_DIR=str(SAMPLE), IMAGE_SETS=[("2007", "tiny")], CHECKPOINT=str(trained / "yolov2.pt"),
-        NUM_WORKERS=0, OUTPUT_DIR=str(tmp_path), PRECISION="fp32", MARK_DIFFICULT=True, CONFIDENCE_THRESHOLD=1.0,
+        monkeypatch, detect_txt, DATA_DIR=str(SAMPLE), IMAGE_SETS=[("2007", "tiny")],
+        CHECKPOINT=str(trained / "yolov2.pt"), NUM_WORKERS=0, OUTPUT_DIR=str(tmp_path), PRECISION="fp32",
+        MARK_DIFFICULT=True, CONFIDENCE_THRESHOLD=1.0,
     )  # fmt: skip
     detect_txt.main()
     lines = [line for file in (tmp_path / "groundtruths").iterdir() for line in file.read_text().splitlines()]
@@ -921,7 +981,8 @@ class PerfectDetector(torch.nn.Module):
 
 
 def run_perfect_detector(monkeypatch, root, image_sets, classes, **options) -> list[dict]:
-    """coco_results.json of a detector that finds every object that is not difficult, with a confidence of sigmoid(4)."""
+    """coco_results.json of a detector that finds every object that is not difficult, with a
+    confidence of sigmoid(4)."""
     data = VOCDataset(root, image_sets, ANCHORS, 128, classes, **options)
     monkeypatch.setattr(detect_txt, "load_detector", lambda *_, **__: (PerfectDetector(data), classes, ANCHORS, 128))
     set_globals(
@@ -933,15 +994,20 @@ def run_perfect_detector(monkeypatch, root, image_sets, classes, **options) -> l
 
 
 def write_coco(root, annotations, size=(200, 160)) -> Path:
-    """annotations/instances_val2017.json with the images 30 and 7, val2017/*.png of 200 x 160 pixels, and the categories 18, 3 and
-    90; annotations are rows (image id, category id, bbox, iscrowd), size is the declared one."""
+    """annotations/instances_val2017.json with the images 30 and 7, val2017/*.png of 200 x 160 pixels, and the
+    categories 18, 3 and 90; annotations are rows (image id, category id, bbox, iscrowd), size is the declared one."""
     for folder in ("annotations", "val2017"):
         (root / folder).mkdir()
-    images = [{"id": number, "file_name": f"{number:012d}.png", "width": size[0], "height": size[1]} for number in (30, 7)]
+    images = [
+        {"id": number, "file_name": f"{number:012d}.png", "width": size[0], "height": size[1]} for number in (30, 7)
+    ]
     for image in images:
         Image.new("RGB", (200, 160), (90, 120, 30)).save(root / "val2017" / image["file_name"])
     keys = ("image_id", "category_id", "bbox", "iscrowd")
-    rows = [{"id": n, **dict(zip(keys, row, strict=True)), "area": row[2][2] * row[2][3]} for n, row in enumerate(annotations, 1)]
+    rows = [
+        {"id": n, **dict(zip(keys, row, strict=True)), "area": row[2][2] * row[2][3]}
+        for n, row in enumerate(annotations, 1)
+    ]
     categories = [{"id": number, "name": name} for number, name in ((18, "dog"), (3, "car"), (90, "toothbrush"))]
     file = root / "annotations/instances_val2017.json"
     file.write_text(json.dumps({"info": {}, "images": images, "annotations": rows, "categories": categories}))
@@ -1039,10 +1105,21 @@ def test_the_walkthrough_draws_what_the_network_says(trained, tmp_path, monkeypa
     walkthrough = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(walkthrough)
     figures, save = [], walkthrough.plt.Figure.savefig
-    monkeypatch.setattr(walkthrough.plt.Figure, "savefig", lambda figure, *a, **k: (figures.append(figure), save(figure, *a, **k)))
-    set_globals(monkeypatch, walkthrough, CHECKPOINT=str(trained / "yolov2.pt"), FILE=tmp_path / "walkthrough.png", THRESHOLD=0.0)
+    monkeypatch.setattr(
+        walkthrough.plt.Figure, "savefig", lambda figure, *a, **k: (figures.append(figure), save(figure, *a, **k))
+    )
+    set_globals(
+        monkeypatch,
+        walkthrough,
+        CHECKPOINT=str(trained / "yolov2.pt"),
+        FILE=tmp_path / "walkthrough.png",
+        THRESHOLD=0.0,
+    )
     walkthrough.main()
-    with Image.open(tmp_path / "walkthrough.png") as picture, Image.open(ROOT / "images" / "walkthrough.png") as committed:
+    with (
+        Image.open(tmp_path / "walkthrough.png") as picture,
+        Image.open(ROOT / "images" / "walkthrough.png") as committed,
+    ):
         assert picture.size == committed.size
     texts = [text.get_text() for text in figures[0].findobj(matplotlib.text.Text)]
     assert [title.split("  ")[0] for title in texts if re.match(r"\d  ", title)] == list("12345678")

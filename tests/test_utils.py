@@ -144,7 +144,7 @@ def test_set_seed_seeds_torch_numpy_and_python():
     import random
 
     def draw():
-        return torch.rand(1).item(), np.random.random(), random.random()  # noqa: NPY002 - the test is about the global state
+        return torch.rand(1).item(), np.random.random(), random.random()  # noqa: NPY002 - a test of the global state
 
     utils.set_seed(5)
     first = draw()
@@ -168,7 +168,9 @@ def test_precision_by_name():
     ("native", "milliseconds", "expected"),
     [(True, [9.0, 5.0], torch.bfloat16), (True, [5.0, 9.0], torch.float32), (False, [9.0, 5.0], torch.float32)],
 )
-def test_automatic_precision_on_a_cpu_is_the_faster_of_two_native_types(monkeypatch, capsys, native, milliseconds, expected):
+def test_automatic_precision_on_a_cpu_is_the_faster_of_two_native_types(
+    monkeypatch, capsys, native, milliseconds, expected
+):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
     monkeypatch.setattr(utils, "time_convolution", lambda: milliseconds)
@@ -248,7 +250,13 @@ def test_learning_rates_of_darknet19_cfg(update, expected):
 
 @pytest.mark.parametrize(
     ("schedule", "step", "expected"),
-    [("constant", 0, 2.0), ("constant", 99, 2.0), ("cosine", 0, 2.0), ("cosine", 25, 1 + math.sqrt(0.5)), ("cosine", 50, 1.0)],
+    [
+        ("constant", 0, 2.0),
+        ("constant", 99, 2.0),
+        ("cosine", 0, 2.0),
+        ("cosine", 25, 1 + math.sqrt(0.5)),
+        ("cosine", 50, 1.0),
+    ],
 )
 def test_constant_and_cosine_schedules(schedule, step, expected):
     assert utils.learning_rate_at(step, 100, 2.0, schedule) == pytest.approx(expected)
@@ -430,7 +438,15 @@ def test_a_truncated_checkpoint_is_named(tmp_path, fraction):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"epoch,loss\n1,2\n", b"\x00" * 1000, b"\x80\x02}", b"\x80\x02X\xff\xff\xff", bytes(range(256)), pickle.dumps([1, 2])],
+    [
+        b"",
+        b"epoch,loss\n1,2\n",
+        b"\x00" * 1000,
+        b"\x80\x02}",
+        b"\x80\x02X\xff\xff\xff",
+        bytes(range(256)),
+        pickle.dumps([1, 2]),
+    ],
     ids=["empty", "text", "zeros", "half_a_pickle", "cut_length", "bytes", "a_list"],
 )
 def test_a_file_that_is_not_a_checkpoint_is_named(tmp_path, content):
@@ -489,8 +505,16 @@ def test_metrics_may_gain_and_lose_columns(tmp_path):
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_charts_are_drawn_as_a_png(tmp_path, epochs):
     for epoch in range(1, epochs + 1):
-        row = {"epoch": epoch, "learning_rate": 0.001, "coord": 100.0 / epoch**4, "total": 3.0, "images_per_second": 9.0}
-        utils.append_metrics(tmp_path / "metrics.csv", {**row, "train_map": "", "val_map": 0.1 * epoch if epoch > 1 else ""})
+        row = {
+            "epoch": epoch,
+            "learning_rate": 0.001,
+            "coord": 100.0 / epoch**4,
+            "total": 3.0,
+            "images_per_second": 9.0,
+        }
+        utils.append_metrics(
+            tmp_path / "metrics.csv", {**row, "train_map": "", "val_map": 0.1 * epoch if epoch > 1 else ""}
+        )
     utils.draw_charts(tmp_path / "metrics.csv", tmp_path / "charts.png")
     with Image.open(tmp_path / "charts.png") as picture:
         pixels = np.asarray(picture.convert("L"))
@@ -526,7 +550,9 @@ def test_without_boxes_the_picture_is_unchanged():
 
 
 def test_boxes_beyond_the_picture_or_without_extent_can_be_drawn():
-    picture = utils.draw_boxes(np.zeros((40, 60, 3), np.uint8), [[-9, -9, 99, 99], [30, 20, 30.2, 20.2]], ["a", "b"], [0, 19])
+    picture = utils.draw_boxes(
+        np.zeros((40, 60, 3), np.uint8), [[-9, -9, 99, 99], [30, 20, 30.2, 20.2]], ["a", "b"], [0, 19]
+    )
     assert picture.getpixel((30, 20)) == utils.class_colour(19)
 
 
@@ -576,8 +602,11 @@ def test_a_pattern_without_images_is_an_error_that_names_it(folder, name):
 
 
 def test_samples_show_the_six_most_confident_detections_and_all_ground_truths(tmp_path):
-    images = [np.zeros((150, 200, 3), np.uint8), np.zeros((300, 100, 3), np.uint8)]  # drawn at twice and once their size
-    detections = np.array([[0, 1, 0.1 + 0.1 * place, 21, 41, 61, 81] for place in range(6)] + [[0, 0, 0.05, 101, 41, 141, 81]])
+    # drawn at twice and once their size
+    images = [np.zeros((150, 200, 3), np.uint8), np.zeros((300, 100, 3), np.uint8)]
+    detections = np.array(
+        [[0, 1, 0.1 + 0.1 * place, 21, 41, 61, 81] for place in range(6)] + [[0, 0, 0.05, 101, 41, 141, 81]]
+    )
     truths = np.array([[0, 1, 0, 11, 31, 71, 91], [1, 0, 1, 21, 21, 81, 81]])
     utils.draw_samples(images, ["cat", "dog"], detections, truths, tmp_path / "samples.jpg")
     with Image.open(tmp_path / "samples.jpg") as sheet:

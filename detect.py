@@ -1,9 +1,10 @@
 """Draws a trained YOLOv2's detections on images, videos, cameras and streams.
 
-    python detect.py                                           nine photographs of the sample; checkpoint of train.py
+    python detect.py                                           nine photographs of the sample, checkpoint of train.py
     python detect.py SOURCE=street.jpg CHECKPOINT=yolov2-voc.weights CONFIDENCE_THRESHOLD=0.5
     python detect.py SOURCE=clip.mp4                           a video; a folder or a glob may mix images and videos
-    python detect.py SOURCE=0                                  the first camera, until Ctrl-C; or a stream: rtsp://...
+    python detect.py SOURCE=0                                  the first camera, until Ctrl-C; or a stream:
+                                                               rtsp://..., http://...
 
 Writes each image (.jpg) and each video (.mp4, without sound) with its boxes, class names and confidences to
 `runs/detections/`, and prints what was found and how long it took. A camera or stream becomes

@@ -1,11 +1,9 @@
-"""Darknet-19, the classification network that is YOLOv2's backbone (YOLO9000 sec. 3, Table 6),
-and Darknet's weight files.
+"""Darknet-19, the classifier that is YOLOv2's backbone (YOLO9000 sec. 3, Table 6), and Darknet's weight files.
 
     python darknet_model.py                                                             prints the layers, as in Table 6
-    python darknet_model.py CHECKPOINT=runs/darknet19.pt OUTPUT=runs/darknet19.weights  writes that as a Darknet file
+    python darknet_model.py CHECKPOINT=runs/darknet19.pt OUTPUT=runs/darknet19.weights  writes it as a Darknet file
 
-Letters: N images of H x W pixels, H and W multiples of 32. Images are float32 RGB in 0..1, without
-mean and std, as in Darknet.
+Letters: N images of H x W pixels, multiples of 32. Images are float32 RGB in 0..1, without mean and std as in Darknet.
 """
 
 import copy
@@ -28,8 +26,7 @@ IMAGE_SIZE = 224  # pixels of the printed layers' input, a multiple of 32
 
 def check_settings():
     """Raises ValueError or OSError for an invalid setting."""
-    if IMAGE_SIZE < 32 or IMAGE_SIZE % 32:
-        raise ValueError(f"IMAGE_SIZE must be a multiple of 32 pixels, not {IMAGE_SIZE}")
+    utils.check_settings(globals())
     if OUTPUT:
         check_output(OUTPUT, CHECKPOINT, (".weights", ".conv.23"))
 
@@ -47,8 +44,8 @@ DARKNET19_LAYERS = [
 
 
 def convolution(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
-    """Darknet's [convolutional] section: convolution without bias, batch norm (momentum .01; larger at first, see
-    utils.warm_batch_norm), leaky ReLU (slope .1). Keeps height and width (src/batchnorm_layer.c, src/activations.h)."""
+    """Darknet's [convolutional] section: a convolution that keeps height and width, batch norm (momentum .01, larger at
+    first: utils.warm_batch_norm) and leaky ReLU of slope .1 (src/batchnorm_layer.c, src/activations.h)."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
         nn.BatchNorm2d(out_channels, eps=1e-5, momentum=0.01),
@@ -57,7 +54,7 @@ def convolution(in_channels: int, out_channels: int, kernel_size: int) -> nn.Seq
 
 
 def as_input(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Converts images to the dtype of the network; scales uint8 (0..255) to 0..1, other types are in 0..1 already."""
+    """Converts images to the dtype of the network, and uint8 (0..255) to 0..1; other types are in 0..1 already."""
     return images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
 
 
@@ -83,18 +80,15 @@ def initialise_kernels(model: nn.Module) -> None:
 
 
 def add_identity(model: nn.Module, weight: float) -> None:
-    """Adds `weight` to the kernel centre from input channel `o mod c_in` to output channel `o`, except in
-    the first and last layer.
+    """Adds `weight` to the kernel centre from input channel `o mod c_in` to output channel `o`, except in the first and
+    last layer.
 
-    IDENTITY_INIT of the darknet_train scripts (ours). Each layer then starts as a scaled identity plus
-    its random kernel (Zagoruyko and Komodakis, DiracNets, 2017); short runs reach a higher accuracy with
-    it (tests/MEASUREMENTS.md).
+    IDENTITY_INIT of the darknet_train scripts (ours): each layer starts as a scaled identity plus its random kernel
+    (Zagoruyko and Komodakis, DiracNets, 2017), which makes short runs more accurate (tests/MEASUREMENTS.md).
     """
     for module in model.modules():
-        # the last layer has a bias
-        if isinstance(module, nn.Conv2d) and module.bias is None and module.in_channels > 3:
-            out_channel = torch.arange(module.out_channels)
-            middle = module.kernel_size[0] // 2
+        if isinstance(module, nn.Conv2d) and module.in_channels > 3 and module.bias is None:  # the last has a bias
+            out_channel, middle = torch.arange(module.out_channels), module.kernel_size[0] // 2
             with torch.no_grad():
                 module.weight[out_channel, out_channel % module.in_channels, middle, middle] += weight
 
@@ -116,44 +110,33 @@ class Darknet19(nn.Module):
 
 
 def layer_table(model: nn.Module, image_size: int) -> str:
-    """The convolutions and max-pools of a model as lines of text, in the order in which they run on
-    image_size x image_size pixels.
-
-    Parameters are kernels, biases and batch-norm scales. GFLOP are those of the convolutions,
-    2 k^2 c_in c_out h w / 1e9 as in Darknet: a multiply-add counts as two operations. (AlexeyAB's Darknet adds .011 for
-    YOLOv2's max-pools at 416 px.)
-    """
-    rows = []  # number, name, type, kernel, output, parameters, GFLOP
+    """The convolutions and max-pools of a model as lines of text, in the order in which they run on image_size x
+    image_size pixels. Parameters are kernels, biases and batch-norm scales. GFLOP are those of the convolutions, 2 k^2
+    c_in c_out h w / 1e9 as in Darknet: a multiply-add counts as two operations."""
+    rows = []  # name, type, kernel, output, parameters, GFLOP
 
     def record(name, module, inputs, output):  # a forward hook
         _, c, h, w = output.shape
         parameters = sum(tensor.numel() for tensor in module.parameters())
         if isinstance(module, nn.BatchNorm2d):
-            rows[-1][5] += parameters  # to those of its convolution
-        elif isinstance(module, nn.Conv2d):
-            k, gflop = module.kernel_size[0], module.weight.numel() * 2 * h * w / 1e9
-            rows.append(
-                [
-                    len(rows) + 1,
-                    name.removesuffix(".0"),
-                    "convolution",
-                    f"{k}x{k}",
-                    f"{c} x {h} x {w}",
-                    parameters,
-                    gflop,
-                ]
-            )
+            rows[-1][4] += parameters  # to those of its convolution
+        elif isinstance(module, nn.MaxPool2d):
+            rows.append([name, "max-pool", "2x2 / 2", f"{c} x {h} x {w}", 0, 0.0])
         else:
-            rows.append([len(rows) + 1, name, "max-pool", "2x2 / 2", f"{c} x {h} x {w}", 0, 0.0])
+            k = module.kernel_size[0]
+            gflop = 2 * module.weight.numel() * h * w / 1e9
+            rows.append([name.removesuffix(".0"), "convolution", f"{k}x{k}", f"{c} x {h} x {w}", parameters, gflop])
 
     model = copy.deepcopy(model).to("meta").eval()  # tensors on "meta" have a shape but no values: nothing is computed
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d)):
             module.register_forward_hook(functools.partial(record, name))
     model(torch.empty(1, 3, image_size, image_size, device="meta"))
-    rows.append(["", "total", "", "", "", sum(row[5] for row in rows), sum(row[6] for row in rows)])
     lines = [f"    {'layer':15}{'type':13}{'kernel':9}{'output':17}parameters    GFLOP"]
-    return "\n".join(lines + ["{:>2}  {:15}{:13}{:9}{:17}{:10,}  {:7.3f}".format(*row) for row in rows])
+    total = ["total", "", "", "", sum(row[4] for row in rows), sum(row[5] for row in rows)]
+    for number, row in [*enumerate(rows, start=1), ("", total)]:
+        lines.append("{:>2}  {:15}{:13}{:9}{:17}{:10,}  {:7.3f}".format(number, *row))
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- Darknet's weight files
@@ -164,43 +147,33 @@ def layer_table(model: nn.Module, image_size: int) -> str:
 
 
 def darknet_tensors(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Yields the tensors of each convolution in file order (our modules are registered in the
-    order of the cfg file)."""
-    modules = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
+    """Yields the tensors of each convolution in file order: our modules are registered in the order of the cfg file."""
+    modules = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.BatchNorm2d))]
     for module, following in zip(modules, modules[1:] + [None], strict=True):
-        if isinstance(module, nn.BatchNorm2d):
-            continue
         if isinstance(following, nn.BatchNorm2d):
             yield [following.bias, following.weight, following.running_mean, following.running_var, module.weight]
-        else:
+        elif isinstance(module, nn.Conv2d):
             yield [module.bias, module.weight]
 
 
 def open_darknet_file(file: str | os.PathLike) -> tuple[np.ndarray, int]:
-    """Memory-maps a Darknet weights file -> its float32 numbers after the header, and the number of images seen.
+    """Reads a Darknet weights file -> its float32 numbers after the header, and the number of images seen.
 
     Raises FileNotFoundError or ValueError, naming the file, if it is missing or not a Darknet file.
     """
-    if not os.path.isfile(file):
-        raise FileNotFoundError(f"{file}: no such weights file")
-    size = os.path.getsize(file)
-    if size < 16:
-        raise ValueError(f"{file}: {size} bytes are too few for a Darknet weights file; download or export it again")
-    with open(file, "rb") as stream:
-        start = stream.read(512)
-    if start.lstrip().lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
-        raise ValueError(f"{file}: this is a web page, not weights; download the file from another address")
-    major, minor = np.frombuffer(start, "<i4", count=2).tolist()
-    if not (0 <= major < 1000 and 0 <= minor < 1000):
-        raise ValueError(f"{file}: not a Darknet weights file (its header says version {major}.{minor})")
-    wide = major * 10 + minor >= 2  # version 0.2 and later count the images in 64 bits
-    header = 20 if wide else 16
-    if size < header or (size - header) % 4:
-        raise ValueError(f"{file}: {size} bytes are not a complete Darknet weights file; download or export it again")
-    images_seen = int(np.frombuffer(start, "<i8" if wide else "<i4", count=1, offset=12)[0])
-    if size == header:
-        return np.empty(0, "<f4"), images_seen
-    return np.memmap(file, "<f4", mode="c", offset=header), images_seen
+    with utils.reading(file, "Darknet weights file", "download or export it again"):
+        with open(file, "rb") as stream:
+            start = stream.read(20)
+        size = os.path.getsize(file)
+        major, minor = np.frombuffer(start, "<i4", count=2).tolist()
+        if not (0 <= major < 1000 and 0 <= minor < 1000):
+            raise ValueError(f"its header says version {major}.{minor}")
+        is_wide = major * 10 + minor >= 2  # version 0.2 and later count the images in 64 bits
+        header = 20 if is_wide else 16
+        if size < header or size % 4:
+            raise ValueError(f"{size} bytes are too few, or not whole numbers")
+        images_seen = np.frombuffer(start, "<i8" if is_wide else "<i4", count=1, offset=12).item()
+        return np.fromfile(file, "<f4", offset=header), images_seen
 
 
 def copy_convolutions(convolutions: list[list[Tensor]], numbers: np.ndarray, file: str | os.PathLike) -> None:
@@ -212,9 +185,8 @@ def copy_convolutions(convolutions: list[list[Tensor]], numbers: np.ndarray, fil
     for number, tensors in enumerate(convolutions):
         names = ("bias", "scale", "running_mean", "running_var", "kernel") if len(tensors) == 5 else ("bias", "kernel")
         for name, tensor in zip(names, tensors, strict=True):
-            pieces[f"{number}.{name}"] = torch.from_numpy(numbers[position : position + tensor.numel()]).view(
-                tensor.shape
-            )
+            piece = torch.from_numpy(numbers[position : position + tensor.numel()])
+            pieces[f"{number}.{name}"] = piece.view(tensor.shape)
             position += tensor.numel()
     utils.check_weights(file, pieces)
     with torch.no_grad():
@@ -225,69 +197,65 @@ def copy_convolutions(convolutions: list[list[Tensor]], numbers: np.ndarray, fil
 def load_darknet_weights(model: nn.Module, file: str | os.PathLike) -> int:
     """Loads a Darknet file into a Darknet19 or YOLOv2; prints and returns the number of convolutions loaded.
 
-    The file may contain all convolutions or only the first ones (`darknet19_448.conv.23`: 18 convolutions, 23
-    counts the pools). Raises FileNotFoundError or ValueError, naming the file, if it is damaged or of another
-    network; the model is then unchanged.
+    The file may contain all convolutions or only the first ones (`darknet19_448.conv.23`: 18 convolutions, 23 counts
+    the pools). Raises FileNotFoundError or ValueError, naming the file, if it is damaged or of another network; the
+    model is then unchanged.
     """
     numbers, images_seen = open_darknet_file(file)
     convolutions = list(darknet_tensors(model))
     ends = np.cumsum([sum(tensor.numel() for tensor in tensors) for tensors in convolutions]).tolist()
-    count = sum(end <= numbers.size for end in ends)
     if numbers.size not in ends:
-        sizes = [f"{end:,} ({convolution} convolutions)" for convolution, end in enumerate(ends, start=1)]
         raise ValueError(
-            f"{file}: contains {numbers.size:,} numbers, but this {type(model).__name__} takes "
-            f"{' or '.join(sizes[max(count - 1, 0) : count + 1])}; "
-            "the file is damaged, or of another network or number of classes"
+            f"{file}: has {numbers.size:,} numbers, but this {type(model).__name__} takes {ends[-1]:,} or those of its "
+            "first convolutions; the file is damaged, or of another network or number of classes"
         )
+    count = ends.index(numbers.size) + 1
     copy_convolutions(convolutions[:count], numbers, file)
     print(f"{file}: loaded {count} of {len(convolutions)} convolutions ({images_seen:,} images seen in training)")
     return count
 
 
 def save_darknet_weights(model: nn.Module, file: str | os.PathLike, images_seen: int = 0) -> None:
-    """Writes a Darknet19, its features or a YOLOv2 as a Darknet file, version 0.2, with utils.atomic_write. Raises
-    ValueError for a fused model."""
+    """Writes a Darknet19, its features or a YOLOv2 as a Darknet file, version 0.2, with utils.atomic_write.
+
+    Raises OSError, naming the file, or ValueError for a fused model.
+    """
     if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         raise ValueError("a fused model has no batch norms to write; save the model it was made from")
     with utils.atomic_write(file) as temporary, open(temporary, "wb") as stream:
         np.array([0, 2, 0], "<i4").tofile(stream)
         np.array([images_seen], "<i8").tofile(stream)
-        for tensors in darknet_tensors(model):
-            for tensor in tensors:
-                tensor.detach().float().cpu().contiguous().numpy().astype("<f4", copy=False).tofile(stream)
+        for tensor in itertools.chain.from_iterable(darknet_tensors(model)):
+            tensor.detach().float().cpu().numpy().astype("<f4").tofile(stream)
 
 
 def load_classifier(model: Darknet19, file: str | os.PathLike, names: list[str] | None = None) -> None:
     """Loads a Darknet19 from a checkpoint of darknet_train*.py (`.pt`), or from a Darknet file, which may contain only
-    the first convolutions. names: the classes of the new run; a checkpoint must have the same ones in the same order.
+    the first convolutions.
 
-    Raises FileNotFoundError or ValueError, naming the file, if it is missing, damaged or has other classes.
+    names: the classes of the new run; a checkpoint must have the same ones in the same order. Raises FileNotFoundError
+    or ValueError, naming the file, if it is missing, damaged or has other classes.
     """
     if not utils.is_torch_file(file):
         if load_darknet_weights(model, file) == 19 and names:
-            print(f"{file}: contains no class names; their order is taken to be that of the class folders")
-            partial = "darknet partial darknet19.cfg darknet19.weights darknet19.conv.23 23"
-            print(
-                f"darknet19.weights has another (imagenet.labels.list): use only its backbone, cut off by `{partial}`"
-            )
+            order = "must be that of the class folders (that of darknet19.weights is another: use its backbone alone)"
+            print(f"{file}: contains no class names; their order {order}")
         return
-    checkpoint, ours = utils.load_checkpoint(file, "cpu"), model.state_dict()
-    state = checkpoint.get("model", {})
-    if state.keys() != ours.keys():
+    checkpoint = utils.load_checkpoint(file, keys=("model",))
+    state = checkpoint["model"]
+    if state.keys() != model.state_dict().keys():
         raise ValueError(f"{file}: not a checkpoint of Darknet-19; make one with darknet_train.py")
-    classes, expected = len(state["classifier.bias"]), len(ours["classifier.bias"])
-    if classes != expected or (names and checkpoint.get("classes", names) != names):
-        found = f"{classes} classes, not {expected}" if classes != expected else "other classes, or in another order"
+    found, count, expected = "", len(state["classifier.bias"]), len(model.classifier.bias)
+    if count != expected:
+        found = f"{count} classes, not {expected}"
+    elif names and checkpoint.get("classes", names) != names:
+        found = "other classes, or in another order"
+    if found:
         raise ValueError(
-            f"{file}: was trained on {found}. To use only its backbone, write that to a Darknet file "
-            "and start with RESUME_WEIGHTS=backbone.conv.23: "
-            f'python darknet_model.py "CHECKPOINT={file}" OUTPUT=backbone.conv.23'
+            f"{file}: was trained on {found}. To use only its backbone, write that to a Darknet file and start with "
+            f'RESUME_WEIGHTS=backbone.conv.23: python darknet_model.py "CHECKPOINT={file}" OUTPUT=backbone.conv.23'
         )
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{file}: damaged checkpoint ({utils.first_line(error)[:80]}); use another one") from None
+    model.load_state_dict(state)
 
 
 # ---------------------------------------------------------------- run as a script

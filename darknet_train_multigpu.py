@@ -3,9 +3,9 @@
 
     python darknet_train_multigpu.py DATA_DIR=/data/imagenet NUM_WORKERS=16 IMAGE_SIZE=224 BATCH_SIZE=256 EPOCHS=160
 
-This is darknet_train.py plus the lines under "DataParallel:" comments. One process splits each batch over the GPUs and
-gathers the outputs. It copies the model to every GPU in every step and runs them all from one Python process, so
-darknet_train_multigpu_distr.py is faster. Without a GPU it runs on the CPU. It writes the same files as
+This is darknet_train.py, except for the lines under "DataParallel:" comments. One process splits each batch over the
+GPUs and gathers the outputs. It copies the model to every GPU in every step and runs them all from one Python process,
+so darknet_train_multigpu_distr.py is faster. Without a GPU it runs on the CPU. It writes the same files as
 darknet_train.py; the checkpoints are interchangeable.
 """
 
@@ -51,40 +51,21 @@ SAVE_EVERY_MINUTES = 30.0  # minutes between saves within an epoch; 0 saves afte
 MAX_HOURS = 0.0  # save and stop after this time, for queues with a time limit; 0 for no limit
 RESUME_WEIGHTS = ""  # start a new run from the weights of this checkpoint or Darknet file, as for the 448 px stage
 SEED = 0
-DEVICE = "auto"  # or "cuda", "cpu"; CUDA_VISIBLE_DEVICES=1,2 chooses GPUs
+# DataParallel: uses all visible GPUs; CUDA_VISIBLE_DEVICES=1,2 selects some
+DEVICE = "auto"  # or "cuda", "cpu"
 PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device computes it faster
 COMPILE = False  # torch.compile: faster on a GPU, after minutes of start-up
 
 
 def check_settings():
     """Raises ValueError or OSError for an invalid setting."""
-    utils.check_at_least(1, EPOCHS=EPOCHS, BATCH_SIZE=BATCH_SIZE, SUBDIVISIONS=SUBDIVISIONS)
-    utils.check_at_least(32, IMAGE_SIZE=IMAGE_SIZE)  # Darknet-19 halves it five times
-    utils.check_at_least(0, WEIGHT_DECAY=WEIGHT_DECAY, BURN_IN=BURN_IN, LR_POWER=LR_POWER, IDENTITY_INIT=IDENTITY_INIT)
-    utils.check_at_least(0, SEED=SEED, NUM_WORKERS=NUM_WORKERS, LEARNING_RATE=LEARNING_RATE)
-    utils.check_at_least(0, SAVE_EVERY_MINUTES=SAVE_EVERY_MINUTES, MAX_HOURS=MAX_HOURS)
-    utils.check_at_most(1, MOMENTUM=MOMENTUM, LABEL_SMOOTHING=LABEL_SMOOTHING)
-    utils.check_numbers(CROP_SCALE=CROP_SCALE)
-    utils.check_one_of(("stop", "skip"), BROKEN_IMAGES=BROKEN_IMAGES)
+    utils.check_settings(globals(), IMAGE_SIZE=(32, 9984, 1))  # Darknet-19 halves it five times; there is no grid
     utils.check_schedule(LR_SCHEDULE, LR_DROPS, EPOCHS)
     if BATCH_SIZE % SUBDIVISIONS:
         raise ValueError(f"BATCH_SIZE {BATCH_SIZE} must be a multiple of SUBDIVISIONS {SUBDIVISIONS}")
     if BATCH_SIZE == SUBDIVISIONS and IMAGE_SIZE < 64:
-        raise ValueError(
-            "batch norm needs two values per channel: set IMAGE_SIZE=64, or BATCH_SIZE to twice SUBDIVISIONS or more"
-        )
+        raise ValueError("batch norm needs two values per channel: set IMAGE_SIZE=64, or a larger BATCH_SIZE")
     utils.check_writable(CHECKPOINT)
-    # DataParallel: every GPU gets an equal share of each batch; copies of a compiled model would run
-    # the code of the first GPU
-    device, gpus = utils.pick_device(DEVICE), torch.cuda.device_count()
-    if device.index is not None and gpus > 1:
-        raise ValueError(f"DEVICE={DEVICE}: DataParallel uses all visible GPUs; choose them with CUDA_VISIBLE_DEVICES")
-    if device.type == "cuda" and BATCH_SIZE // SUBDIVISIONS % gpus:
-        raise ValueError(
-            f"{BATCH_SIZE // SUBDIVISIONS} images (BATCH_SIZE / SUBDIVISIONS) cannot be split evenly over {gpus} GPUs"
-        )
-    if device.type == "cuda" and gpus > 1 and COMPILE:
-        raise ValueError("COMPILE works on one GPU; use darknet_train_multigpu_distr.py for several")
 
 
 # may not change on RESUME
@@ -117,9 +98,18 @@ def main():
     utils.keep_freed_memory()
     utils.set_seed(SEED)
     device = utils.pick_device(DEVICE)
+    # DataParallel: GPUs get equal shares of each batch; copies of a compiled model would run the first GPU's code
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.index is not None and gpus > 1:
+        raise ValueError(f"DEVICE={DEVICE}: DataParallel uses all visible GPUs; choose them with CUDA_VISIBLE_DEVICES")
+    chunk = BATCH_SIZE // SUBDIVISIONS  # images per forward pass
+    if gpus > 0 and chunk % gpus:
+        raise ValueError(f"{chunk} images (BATCH_SIZE / SUBDIVISIONS) cannot be split evenly over {gpus} GPUs")
+    if gpus > 1 and COMPILE:
+        raise ValueError("COMPILE works on one GPU; use darknet_train_multigpu_distr.py for several")
     dtype = utils.pick_precision(PRECISION, device, CHECKPOINT if RESUME else "")
     # DataParallel: autocast in its threads ignores bfloat16 and uses float16
-    if device.type == "cuda" and torch.cuda.device_count() > 1 and dtype == torch.bfloat16:
+    if gpus > 1 and dtype == torch.bfloat16:
         dtype = torch.float16
         print("float16 instead of bfloat16, because DataParallel cannot use bfloat16")
     stop = utils.catch_stop_signals(MAX_HOURS)
@@ -127,65 +117,66 @@ def main():
 
     # data
     train_set = imagenet_dataset(DATA_DIR, "train", IMAGE_SIZE, augment=True, crop_scale=CROP_SCALE)
-    val_set = imagenet_dataset(DATA_DIR, "val", IMAGE_SIZE, augment=False, classes=train_set.classes)
+    classes = train_set.classes
+    val_set = imagenet_dataset(DATA_DIR, "val", IMAGE_SIZE, augment=False, classes=classes)
     train_set.broken_list = val_set.broken_list = f"{stem}_broken.txt" if BROKEN_IMAGES == "skip" else ""
     loading = {"num_workers": NUM_WORKERS, "pin_memory": device.type == "cuda", "worker_init_fn": utils.ignore_signals}
     val_loader = DataLoader(val_set, BATCH_SIZE // SUBDIVISIONS, **loading)
     steps = steps_per_epoch(len(train_set), BATCH_SIZE, SUBDIVISIONS)
-    utils.print_long_burn_in(BURN_IN, EPOCHS * steps)
+    total_steps = EPOCHS * steps
+    utils.print_long_burn_in(BURN_IN, total_steps)
     batches_from = functools.partial(training_batches, len(train_set), BATCH_SIZE, SUBDIVISIONS, [IMAGE_SIZE], SEED)
 
     # model, optimiser
-    model = darknet_model.Darknet19(len(train_set.classes))
+    model = darknet_model.Darknet19(len(classes))
     darknet_model.add_identity(model, IDENTITY_INIT)
     model.to(device, memory_format=torch.channels_last)
     if RESUME_WEIGHTS and not RESUME:
-        darknet_model.load_classifier(model, RESUME_WEIGHTS, train_set.classes)
+        darknet_model.load_classifier(model, RESUME_WEIGHTS, classes)
     network = model  # what the loop calls; shares the weights of model
-    # DataParallel: batch norm sees one GPU's share of the batch, and the running statistics are those of the first GPU.
-    # The wrapper uses every GPU that PyTorch sees, so DEVICE=cpu leaves it out; without GPUs it only calls the model.
-    if device.type == "cuda" or not torch.cuda.is_available():
-        network = torch.nn.DataParallel(network)
     if COMPILE:
         network = torch.compile(network)
+    # DataParallel: batch norm sees one GPU's share of the batch, and the running statistics are those of the first GPU.
+    # The wrapper uses every GPU that PyTorch sees, so DEVICE=cpu leaves it out; without GPUs it only calls the model.
+    if gpus > 0 or not torch.cuda.is_available():
+        network = torch.nn.DataParallel(network)
     groups = utils.parameter_groups(model, WEIGHT_DECAY)
     optimizer = torch.optim.SGD(groups, LEARNING_RATE, momentum=MOMENTUM, fused=dtype != torch.float16)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    # the run's position, and the epoch's sums: loss, top-1 hits, number of images
-    state = {"epoch": 0, "step": 0, "images_seen": 0, "best": -1.0}
+    # the run's position, one row of metrics per finished epoch, and this epoch's sums: loss, top-1 hits, images
+    state = {"epoch": 0, "step": 0, "images_seen": 0, "best": -1.0, "metrics": []}
     state["sums"] = torch.zeros(3, dtype=torch.float64, device=device)
-    settings = utils.script_settings(globals()) | {"PRECISION": str(dtype), "classes": train_set.classes}
+    settings = utils.script_settings(globals()) | {"PRECISION": str(dtype), "classes": classes}
     settings["training images"] = utils.fingerprint(train_set.samples)
+    metadata = {"classes": classes, "image_size": IMAGE_SIZE, "settings": settings}
     if RESUME:
         state = utils.resume(CHECKPOINT, model, optimizer, scaler, settings, FIXED)
+        utils.write_metrics(stem, state["metrics"])  # the last run may have died before it wrote them
     else:
         utils.keep_earlier_run(CHECKPOINT, RESUME_WEIGHTS)
-    metadata = {"classes": train_set.classes, "image_size": IMAGE_SIZE, "settings": settings}
 
     def save():
         optimizing = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         utils.save_checkpoint(CHECKPOINT, model=model.state_dict(), **optimizing, **state, **metadata)
 
-    print(
-        f"{len(train_set)} training and {len(val_set)} validation images of "
-        f"{len(train_set.classes)} classes on {device}"
-    )
-    batches = batches_from(state["step"])
-    data = iter(DataLoader(train_set, batch_sampler=batches, **loading))
-    bar = tqdm(total=EPOCHS * steps, initial=state["step"], unit="step", disable=None)
-    stopping, saved, began, first_step = False, time.monotonic(), time.monotonic(), state["step"]
+    print(f"{len(train_set)} training and {len(val_set)} validation images of {len(classes)} classes on {device}")
+    data = iter(DataLoader(train_set, batch_sampler=batches_from(state["step"]), **loading))
+    bar = tqdm(total=total_steps, initial=state["step"], unit="step", disable=None)
+    schedule = (total_steps, LEARNING_RATE, LR_SCHEDULE, BURN_IN, LR_POWER, [drop * steps for drop in LR_DROPS])
+    first_step = state["step"]
+    run_start = time.monotonic()
+    last_save = time.monotonic()
+    stopping = False
     while state["epoch"] < EPOCHS:
-        end, images_before, start = (state["epoch"] + 1) * steps, state["images_seen"], time.monotonic()
+        images_before = state["images_seen"]
+        epoch_start = time.monotonic()
         model.train()
-        while state["step"] < end:
-            drops = [drop * steps for drop in LR_DROPS]
-            rate = utils.learning_rate_at(
-                state["step"], EPOCHS * steps, LEARNING_RATE, LR_SCHEDULE, BURN_IN, LR_POWER, drops
-            )
+        while state["step"] < (state["epoch"] + 1) * steps and not stopping:
+            rate = utils.learning_rate_at(state["step"], *schedule)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            utils.warm_batch_norm(network, state["step"] * SUBDIVISIONS)
+            utils.warm_batch_norm(network, state["step"] * SUBDIVISIONS)  # a larger momentum at first, then .01
 
             step_sums = torch.zeros_like(state["sums"])
             for part in range(SUBDIVISIONS):  # gradient accumulation
@@ -199,8 +190,7 @@ def main():
                 correct = (logits.argmax(dim=1) == labels).sum()
                 step_sums += torch.stack([loss.detach() * len(images), correct, torch.full_like(correct, len(images))])
 
-            # in fp16, the scaler checks the gradient
-            norm = get_total_norm([] if scaler.is_enabled() else [parameter.grad for parameter in model.parameters()])
+            norm = get_total_norm([parameter.grad for parameter in model.parameters()])
             if problem := utils.problem_of_step(("cross-entropy",), step_sums[:1], norm, scaler):
                 files = files_of_step(train_set.samples, batches_from(state["step"]), SUBDIVISIONS)
                 raise ValueError(utils.divergence_message(problem, state, files, CHECKPOINT))
@@ -210,16 +200,14 @@ def main():
             state["sums"] += step_sums
             state["images_seen"] += min(BATCH_SIZE, len(train_set))
             state["step"] += 1
-            utils.advance(bar, state["images_seen"] - images_before, start, step_sums[0] / step_sums[2])
-
-            stopping = utils.should_stop(stop)
-            if stopping:
-                break
-            if time.monotonic() - saved >= 60 * SAVE_EVERY_MINUTES:
+            utils.advance(bar, state["images_seen"] - images_before, epoch_start, step_sums[0] / step_sums[2])
+            if time.monotonic() - last_save >= 60 * SAVE_EVERY_MINUTES:
                 save()
-                saved = time.monotonic()
+                last_save = time.monotonic()
+            stopping = utils.should_stop(stop)
 
-        images, seconds = state["images_seen"] - images_before, time.monotonic() - start
+        images = state["images_seen"] - images_before  # none if this process resumed at the end of an epoch
+        speed = images / (time.monotonic() - epoch_start) if images else None
         if not stopping:
             save()  # so that a failing evaluation loses no training
             val_sums = validate(model, val_loader, device, dtype, stop)
@@ -229,28 +217,21 @@ def main():
             utils.report_stop(bar, stop, state, CHECKPOINT)
             return
 
-        loss, correct = (state["sums"][:2] / state["sums"][2]).tolist()
-        val_loss, top1, top5 = (val_sums[:3] / val_sums[3]).tolist()
-        row = {
-            "epoch": state["epoch"] + 1,
-            "learning_rate": optimizer.param_groups[0]["lr"],
-            "loss": loss,
-            "val_loss": val_loss,
-        }
-        row |= {
-            "images_per_second": images / seconds if images else "",
-            "train_top1": correct,
-            "val_top1": top1,
-            "val_top5": top5,
-        }
+        loss, train_top1 = (state["sums"][:2] / state["sums"][2]).tolist()
+        val_loss, val_top1, val_top5 = (val_sums[:3] / val_sums[3]).tolist()
+        row = {"epoch": state["epoch"] + 1, "learning_rate": optimizer.param_groups[0]["lr"]}
+        row |= {"loss": loss, "val_loss": val_loss, "images_per_second": speed}
+        row |= {"train_top1": train_top1, "val_top1": val_top1, "val_top5": val_top5}
         state["epoch"] += 1
         state["sums"].zero_()
-        if top1 >= state["best"]:
-            state["best"] = top1
+        state["metrics"].append(row)
+        if not val_top1 < state["best"]:  # if it is NaN (no readable image), the last network is the best
+            state["best"] = val_top1
             utils.save_checkpoint(f"{stem}_best.pt", model=model.state_dict(), **state, **metadata)
+        save()  # after the best network: if the run dies in between, RESUME repeats the end of the epoch
+        utils.write_metrics(stem, state["metrics"])
         bar.clear()
-        utils.log_epoch(stem, row, utils.time_left(began, state["step"] - first_step, EPOCHS * steps - state["step"]))
-        save()  # last: after a crash above, RESUME repeats the end of the epoch and writes its row and best network
+        utils.print_epoch(row, utils.time_left(run_start, state["step"] - first_step, total_steps - state["step"]))
     utils.finish(bar, train_set.broken_list)
 
 

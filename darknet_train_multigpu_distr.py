@@ -1,16 +1,14 @@
 """Pre-trains Darknet-19 on ImageNet with DistributedDataParallel (DDP), one process per GPU (YOLO9000 sec. 3).
 
     torchrun --nproc_per_node=4 darknet_train_multigpu_distr.py DATA_DIR=/data/imagenet NUM_WORKERS=8 IMAGE_SIZE=224 ...
-    torchrun --nnodes=2 --nproc_per_node=4 --rdzv-backend=c10d --rdzv-endpoint=HOST:29400
-        darknet_train_multigpu_distr.py ...
-    torchrun --nproc_per_node=4 --max-restarts=3 ...            after a crash, resumes from the last checkpoint
-                                                                (one machine only; on several, start all of them again
-                                                                with RESUME=True)
+    torchrun --nnodes=2 --nproc_per_node=4 --rdzv-backend=c10d --rdzv-endpoint=HOST:29400 darknet_train_multigpu_...
+    torchrun --nproc_per_node=4 --max-restarts=3 ...            after a crash, resumes from the last checkpoint (on
+                                                                several machines, start all again with RESUME=True)
     python darknet_train_multigpu_distr.py                      one process
 
-This is darknet_train.py plus the lines under "DDP:" comments. BATCH_SIZE counts the images of all processes together.
-The backend is nccl on GPUs, gloo on CPUs. Only the first process prints and writes. It writes the same files as
-darknet_train.py; the checkpoints are interchangeable. MAX_HOURS counts from each (re)start.
+This is darknet_train.py, except for the lines under "DDP:" comments. BATCH_SIZE counts the images of all processes
+together. The backend is nccl on GPUs, gloo on CPUs. Only the first process prints and writes. It writes the same files
+as darknet_train.py; the checkpoints are interchangeable. MAX_HOURS counts from each (re)start.
 """
 
 import contextlib
@@ -62,29 +60,22 @@ SAVE_EVERY_MINUTES = 30.0  # minutes between saves within an epoch; 0 saves afte
 MAX_HOURS = 0.0  # save and stop after this time, for queues with a time limit; 0 for no limit
 RESUME_WEIGHTS = ""  # start a new run from the weights of this checkpoint or Darknet file, as for the 448 px stage
 SEED = 0
-DEVICE = "auto"  # or "cuda", "cpu"; CUDA_VISIBLE_DEVICES=1,2 chooses GPUs
+# DDP: torchrun gives each process a GPU of its own; CUDA_VISIBLE_DEVICES=1,2 selects some
+DEVICE = "auto"  # or "cuda", "cpu"
 PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device computes it faster
 COMPILE = False  # torch.compile: faster on a GPU, after minutes of start-up
-SYNC_BATCH_NORM = False  # DDP: batch norm over the images of all processes instead of each process's own (GPUs only)
+# DDP: batch norm sees each process's share of the batch only; SyncBatchNorm works on GPUs
+SYNC_BATCH_NORM = False  # True: batch norm over the images of all processes
 
 
 def check_settings():
     """Raises ValueError or OSError for an invalid setting."""
-    utils.check_at_least(1, EPOCHS=EPOCHS, BATCH_SIZE=BATCH_SIZE, SUBDIVISIONS=SUBDIVISIONS)
-    utils.check_at_least(32, IMAGE_SIZE=IMAGE_SIZE)  # Darknet-19 halves it five times
-    utils.check_at_least(0, WEIGHT_DECAY=WEIGHT_DECAY, BURN_IN=BURN_IN, LR_POWER=LR_POWER, IDENTITY_INIT=IDENTITY_INIT)
-    utils.check_at_least(0, SEED=SEED, NUM_WORKERS=NUM_WORKERS, LEARNING_RATE=LEARNING_RATE)
-    utils.check_at_least(0, SAVE_EVERY_MINUTES=SAVE_EVERY_MINUTES, MAX_HOURS=MAX_HOURS)
-    utils.check_at_most(1, MOMENTUM=MOMENTUM, LABEL_SMOOTHING=LABEL_SMOOTHING)
-    utils.check_numbers(CROP_SCALE=CROP_SCALE)
-    utils.check_one_of(("stop", "skip"), BROKEN_IMAGES=BROKEN_IMAGES)
+    utils.check_settings(globals(), IMAGE_SIZE=(32, 9984, 1))  # Darknet-19 halves it five times; there is no grid
     utils.check_schedule(LR_SCHEDULE, LR_DROPS, EPOCHS)
     if BATCH_SIZE % SUBDIVISIONS:
         raise ValueError(f"BATCH_SIZE {BATCH_SIZE} must be a multiple of SUBDIVISIONS {SUBDIVISIONS}")
     if BATCH_SIZE == SUBDIVISIONS and IMAGE_SIZE < 64:
-        raise ValueError(
-            "batch norm needs two values per channel: set IMAGE_SIZE=64, or BATCH_SIZE to twice SUBDIVISIONS or more"
-        )
+        raise ValueError("batch norm needs two values per channel: set IMAGE_SIZE=64, or a larger BATCH_SIZE")
     utils.check_writable(CHECKPOINT)
 
 
@@ -120,15 +111,12 @@ def join_processes() -> torch.device:
     """Joins the processes started by torchrun, or forms a group of one -> the device of this process."""
     device = utils.pick_device(DEVICE)
     if device.index is not None and "LOCAL_RANK" in os.environ:
-        raise ValueError(
-            f"DEVICE={DEVICE}: torchrun gives each process a GPU of its own; choose them with CUDA_VISIBLE_DEVICES"
-        )
+        raise ValueError(f"DEVICE={DEVICE}: torchrun assigns the GPUs; choose them with CUDA_VISIBLE_DEVICES")
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", device.index or 0))
-        if local >= torch.cuda.device_count():
-            raise ValueError(
-                f"process {local} has no GPU: --nproc_per_node may be at most {torch.cuda.device_count()} here"
-            )
+        gpus = torch.cuda.device_count()
+        if local >= gpus:
+            raise ValueError(f"process {local} has no GPU: --nproc_per_node may be at most {gpus} here")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -143,9 +131,15 @@ def join_processes() -> torch.device:
     return device
 
 
+def of_first_process(value):
+    """The plain Python value that the first process passes."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
 def any_process(stop, device) -> bool:
-    """Whether any process was asked to stop. A signal may reach only one of them, but all must
-    stop at the same step."""
+    """Whether any process was asked to stop: a signal may reach only one of them, but all must stop at one step."""
     asked = torch.tensor(float(utils.should_stop(stop)), device=device)
     dist.all_reduce(asked, dist.ReduceOp.MAX)
     asked = bool(asked)  # once: each bool() waits for the GPU
@@ -156,75 +150,55 @@ def any_process(stop, device) -> bool:
 
 def is_own_checkpoint(launcher: str) -> bool:
     """Whether this is a restart by torchrun and CHECKPOINT was written under the same torchrun, not by an older run."""
-    own = [False]
-    if dist.get_rank() == 0 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and os.path.isfile(CHECKPOINT):
-        with contextlib.suppress(ValueError):  # a damaged file is not our own either
-            own = [utils.load_checkpoint(CHECKPOINT).get("launcher") == launcher]
-    dist.broadcast_object_list(own)
-    return own[0]
-
-
-def check_same_step(step: int) -> None:
-    """Raises ValueError if the processes have loaded different checkpoints."""
-    steps = [None] * dist.get_world_size()
-    dist.all_gather_object(steps, step)
-    if len(set(steps)) > 1:
-        raise ValueError(
-            f"{CHECKPOINT}: the processes found different files (steps {steps}); put it in a folder that all share"
-        )
+    own = False
+    if dist.get_rank() == 0 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        with contextlib.suppress(OSError, ValueError):  # a missing or damaged file is not our own
+            own = utils.load_checkpoint(CHECKPOINT).get("launcher") == launcher
+    return of_first_process(own)
 
 
 def main():
     check_settings()
     utils.keep_freed_memory()
     utils.set_seed(SEED)
-    device = utils.pick_device(DEVICE)
-    # DDP: each process has its own device; only the first one prints
+    # DDP: each process has its own device and an equal share of each batch; only the first one prints
     device = join_processes()
     rank, world = dist.get_rank(), dist.get_world_size()
-    sys.stdout = sys.stdout if rank == 0 else io.StringIO()
-    if BATCH_SIZE // SUBDIVISIONS % world:
-        raise ValueError(
-            f"BATCH_SIZE / SUBDIVISIONS = {BATCH_SIZE // SUBDIVISIONS} images "
-            f"cannot be split evenly over {world} processes"
-        )
-    dtype = utils.pick_precision(PRECISION, device, CHECKPOINT if RESUME else "")
-    # DDP: all processes use the type that the first one has measured to be faster
-    chosen = [dtype]
-    dist.broadcast_object_list(chosen)
-    dtype = chosen[0]
+    if rank > 0:
+        sys.stdout = io.StringIO()
+    chunk = BATCH_SIZE // SUBDIVISIONS  # images per forward pass, in all processes together
+    if chunk % world:
+        raise ValueError(f"BATCH_SIZE / SUBDIVISIONS = {chunk} images cannot be split evenly over {world} processes")
+    # DDP: all use the type that the first one has measured to be faster
+    dtype = of_first_process(utils.pick_precision(PRECISION, device, CHECKPOINT if RESUME else ""))
     stop = utils.catch_stop_signals(MAX_HOURS)
     stem = CHECKPOINT.removesuffix(".pt")
 
     # data
     train_set = imagenet_dataset(DATA_DIR, "train", IMAGE_SIZE, augment=True, crop_scale=CROP_SCALE)
-    val_set = imagenet_dataset(DATA_DIR, "val", IMAGE_SIZE, augment=False, classes=train_set.classes)
+    classes = train_set.classes
+    val_set = imagenet_dataset(DATA_DIR, "val", IMAGE_SIZE, augment=False, classes=classes)
     train_set.broken_list = val_set.broken_list = f"{stem}_broken.txt" if BROKEN_IMAGES == "skip" else ""
     loading = {"num_workers": NUM_WORKERS, "pin_memory": device.type == "cuda", "worker_init_fn": utils.ignore_signals}
-    val_loader = DataLoader(val_set, BATCH_SIZE // SUBDIVISIONS, **loading)
-    # DDP: each process validates every world-th image: each image is counted once, and some
-    # processes get one image more
-    val_loader = DataLoader(
-        Subset(val_set, range(rank, len(val_set), world)), BATCH_SIZE // SUBDIVISIONS // world, **loading
-    )
-    steps = steps_per_epoch(len(train_set), BATCH_SIZE, SUBDIVISIONS)
-    # DDP: an incomplete batch cannot be split evenly
+    # DDP: each process validates every world-th image, so each image is counted once
+    val_loader = DataLoader(Subset(val_set, range(rank, len(val_set), world)), chunk // world, **loading)
+    # DDP: like gradient accumulation, several processes need full batches
     steps = steps_per_epoch(len(train_set), BATCH_SIZE, SUBDIVISIONS * world)
-    utils.print_long_burn_in(BURN_IN, EPOCHS * steps)
+    total_steps = EPOCHS * steps
+    utils.print_long_burn_in(BURN_IN, total_steps)
     batches_from = functools.partial(training_batches, len(train_set), BATCH_SIZE, SUBDIVISIONS, [IMAGE_SIZE], SEED)
 
     # model, optimiser
-    model = darknet_model.Darknet19(len(train_set.classes))
+    model = darknet_model.Darknet19(len(classes))
     darknet_model.add_identity(model, IDENTITY_INIT)
     model.to(device, memory_format=torch.channels_last)
     if RESUME_WEIGHTS and not RESUME:
-        darknet_model.load_classifier(model, RESUME_WEIGHTS, train_set.classes)
+        darknet_model.load_classifier(model, RESUME_WEIGHTS, classes)
     network = model  # what the loop calls; shares the weights of model
-    # DDP: averages the gradients of all processes during backward
+    # DDP: averages the gradients of all processes in backward
     if SYNC_BATCH_NORM:
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    ids = [device] if device.type == "cuda" else None
-    network = ddp = DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
+    network = ddp = DistributedDataParallel(network, gradient_as_bucket_view=True)
     ddp.broadcast_buffers = False  # running statistics: exchanged before each validation instead of in each step
     if COMPILE:
         network = torch.compile(network)
@@ -232,60 +206,51 @@ def main():
     optimizer = torch.optim.SGD(groups, LEARNING_RATE, momentum=MOMENTUM, fused=dtype != torch.float16)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    # the run's position, and the epoch's sums: loss, top-1 hits, number of images
-    state = {"epoch": 0, "step": 0, "images_seen": 0, "best": -1.0}
+    # the run's position, one row of metrics per finished epoch, and this epoch's sums: loss, top-1 hits, images
+    state = {"epoch": 0, "step": 0, "images_seen": 0, "best": -1.0, "metrics": []}
     state["sums"] = torch.zeros(3, dtype=torch.float64, device=device)
-    settings = utils.script_settings(globals()) | {"PRECISION": str(dtype), "classes": train_set.classes}
+    settings = utils.script_settings(globals()) | {"PRECISION": str(dtype), "classes": classes}
     settings["training images"] = utils.fingerprint(train_set.samples)
-    # DDP: torchrun restarts all processes if one crashes (--max-restarts); they resume from the last
-    # checkpoint of this launch
+    metadata = {"classes": classes, "image_size": IMAGE_SIZE, "settings": settings}
+    # DDP: after a crash, torchrun restarts all processes (--max-restarts); they resume from this launch's checkpoint
     launcher = f"{os.environ.get('TORCHELASTIC_RUN_ID')} {socket.gethostname()} {os.getppid()}"
-    restarted = not RESUME and is_own_checkpoint(launcher)
-    if restarted:
-        state = utils.resume(CHECKPOINT, model, optimizer, scaler, settings, FIXED)
-    if RESUME:
-        state = utils.resume(CHECKPOINT, model, optimizer, scaler, settings, FIXED)
-    # DDP: only the first process renames files, and not after a restart
-    elif restarted or rank > 0:
-        pass
-    else:
-        utils.keep_earlier_run(CHECKPOINT, RESUME_WEIGHTS)
-    metadata = {"classes": train_set.classes, "image_size": IMAGE_SIZE, "settings": settings}
-    # DDP: all processes must resume at the same step
-    check_same_step(state["step"])
     metadata["launcher"] = launcher
+    if RESUME or is_own_checkpoint(launcher):
+        state = utils.resume(CHECKPOINT, model, optimizer, scaler, settings, FIXED)
+        # DDP: all processes must resume at the same step; only the first one writes and renames files
+        if state["step"] != of_first_process(state["step"]):
+            raise ValueError(f"{CHECKPOINT}: another file than the first process's; put it in a folder that all share")
+        if rank == 0:
+            utils.write_metrics(stem, state["metrics"])  # the last run may have died before it wrote them
+    elif rank == 0:
+        utils.keep_earlier_run(CHECKPOINT, RESUME_WEIGHTS)
 
     def save():
-        # DDP: the first process writes
+        # DDP: only the first process writes
         if rank > 0:
             return
         optimizing = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         utils.save_checkpoint(CHECKPOINT, model=model.state_dict(), **optimizing, **state, **metadata)
 
-    print(
-        f"{len(train_set)} training and {len(val_set)} validation images of "
-        f"{len(train_set.classes)} classes on {device}"
-    )
-    batches = batches_from(state["step"])
-    # DDP: all processes draw the same batches; each takes every world-th image
-    batches = (batch[rank::world] for batch in batches)
+    print(f"{len(train_set)} training and {len(val_set)} validation images of {len(classes)} classes on {device}")
+    # DDP: all processes draw the same batches, and each takes every world-th image; one progress bar is enough
+    batches = (batch[rank::world] for batch in batches_from(state["step"]))
     data = iter(DataLoader(train_set, batch_sampler=batches, **loading))
-    bar = tqdm(total=EPOCHS * steps, initial=state["step"], unit="step", disable=None)
-    # DDP: one bar is enough
-    if rank > 0:
-        bar.disable = True
-    stopping, saved, began, first_step = False, time.monotonic(), time.monotonic(), state["step"]
+    bar = tqdm(total=total_steps, initial=state["step"], unit="step", disable=True if rank > 0 else None)
+    schedule = (total_steps, LEARNING_RATE, LR_SCHEDULE, BURN_IN, LR_POWER, [drop * steps for drop in LR_DROPS])
+    first_step = state["step"]
+    run_start = time.monotonic()
+    last_save = time.monotonic()
+    stopping = False
     while state["epoch"] < EPOCHS:
-        end, images_before, start = (state["epoch"] + 1) * steps, state["images_seen"], time.monotonic()
+        images_before = state["images_seen"]
+        epoch_start = time.monotonic()
         model.train()
-        while state["step"] < end:
-            drops = [drop * steps for drop in LR_DROPS]
-            rate = utils.learning_rate_at(
-                state["step"], EPOCHS * steps, LEARNING_RATE, LR_SCHEDULE, BURN_IN, LR_POWER, drops
-            )
+        while state["step"] < (state["epoch"] + 1) * steps and not stopping:
+            rate = utils.learning_rate_at(state["step"], *schedule)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            utils.warm_batch_norm(network, state["step"] * SUBDIVISIONS)
+            utils.warm_batch_norm(network, state["step"] * SUBDIVISIONS)  # a larger momentum at first, then .01
 
             step_sums = torch.zeros_like(state["sums"])
             for part in range(SUBDIVISIONS):  # gradient accumulation
@@ -303,8 +268,7 @@ def main():
 
             # DDP: sums over all processes, so that all check the same loss
             dist.all_reduce(step_sums)
-            # in fp16, the scaler checks the gradient
-            norm = get_total_norm([] if scaler.is_enabled() else [parameter.grad for parameter in model.parameters()])
+            norm = get_total_norm([parameter.grad for parameter in model.parameters()])
             if problem := utils.problem_of_step(("cross-entropy",), step_sums[:1], norm, scaler):
                 files = files_of_step(train_set.samples, batches_from(state["step"]), SUBDIVISIONS)
                 raise ValueError(utils.divergence_message(problem, state, files, CHECKPOINT))
@@ -314,27 +278,22 @@ def main():
             state["sums"] += step_sums
             state["images_seen"] += min(BATCH_SIZE, len(train_set))
             state["step"] += 1
-            utils.advance(bar, state["images_seen"] - images_before, start, step_sums[0] / step_sums[2])
-
-            stopping = utils.should_stop(stop)
+            utils.advance(bar, state["images_seen"] - images_before, epoch_start, step_sums[0] / step_sums[2])
+            if time.monotonic() - last_save >= 60 * SAVE_EVERY_MINUTES:
+                save()
+                last_save = time.monotonic()
             # DDP: all processes stop at the same step
             stopping = any_process(stop, device)
-            if stopping:
-                break
-            if time.monotonic() - saved >= 60 * SAVE_EVERY_MINUTES:
-                save()
-                saved = time.monotonic()
 
-        images, seconds = state["images_seen"] - images_before, time.monotonic() - start
+        images = state["images_seen"] - images_before  # none if this process resumed at the end of an epoch
+        speed = images / (time.monotonic() - epoch_start) if images else None
         if not stopping:
             save()  # so that a failing evaluation loses no training
-            # DDP: validate the network that the first process saves; batch norm has seen
-            # different images in each process
+            # DDP: batch norm has seen other images in each process; validate the network that the first process saves
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
             val_sums = validate(model, val_loader, device, dtype, stop)
-            stopping = utils.should_stop(stop)
-            # DDP: sums over all processes
+            # DDP: add up the sums of all processes; a stopped one has not seen all of its images
             dist.all_reduce(val_sums)
             stopping = any_process(stop, device)
         if stopping:
@@ -342,31 +301,24 @@ def main():
             utils.report_stop(bar, stop, state, CHECKPOINT)
             return
 
-        loss, correct = (state["sums"][:2] / state["sums"][2]).tolist()
-        val_loss, top1, top5 = (val_sums[:3] / val_sums[3]).tolist()
-        row = {
-            "epoch": state["epoch"] + 1,
-            "learning_rate": optimizer.param_groups[0]["lr"],
-            "loss": loss,
-            "val_loss": val_loss,
-        }
-        row |= {
-            "images_per_second": images / seconds if images else "",
-            "train_top1": correct,
-            "val_top1": top1,
-            "val_top5": top5,
-        }
+        loss, train_top1 = (state["sums"][:2] / state["sums"][2]).tolist()
+        val_loss, val_top1, val_top5 = (val_sums[:3] / val_sums[3]).tolist()
+        row = {"epoch": state["epoch"] + 1, "learning_rate": optimizer.param_groups[0]["lr"]}
+        row |= {"loss": loss, "val_loss": val_loss, "images_per_second": speed}
+        row |= {"train_top1": train_top1, "val_top1": val_top1, "val_top5": val_top5}
         state["epoch"] += 1
         state["sums"].zero_()
-        # DDP: the first process writes
+        state["metrics"].append(row)
+        # DDP: only the first process writes
         if rank > 0:
             continue
-        if top1 >= state["best"]:
-            state["best"] = top1
+        if not val_top1 < state["best"]:  # if it is NaN (no readable image), the last network is the best
+            state["best"] = val_top1
             utils.save_checkpoint(f"{stem}_best.pt", model=model.state_dict(), **state, **metadata)
+        save()  # after the best network: if the run dies in between, RESUME repeats the end of the epoch
+        utils.write_metrics(stem, state["metrics"])
         bar.clear()
-        utils.log_epoch(stem, row, utils.time_left(began, state["step"] - first_step, EPOCHS * steps - state["step"]))
-        save()  # last: after a crash above, RESUME repeats the end of the epoch and writes its row and best network
+        utils.print_epoch(row, utils.time_left(run_start, state["step"] - first_step, total_steps - state["step"]))
     utils.finish(bar, train_set.broken_list)
 
 

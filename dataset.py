@@ -1,19 +1,18 @@
-"""Data sets: Pascal VOC in the devkit's layout, lists of files, COCO JSON, ImageNet; augmentation,
-targets and k-means anchors.
+"""Data sets: Pascal VOC in the devkit's layout, lists of files, COCO JSON, ImageNet; augmentation, targets, k-means
+anchors.
 
-Order: augmentation, targets, data set, batches, ImageNet, anchors; then readers of images, lists and labels; then the
-checks of `python dataset.py DATA_DIR=... IMAGE_SETS=...`. Run it before a long training: it prints the objects per
-class, every unusable file with the reason, and how well the anchors fit, and draws augmented samples with their boxes
-to `runs/label_sheet.png`.
+Order: the record of an image, augmentation, targets, data set, batches, ImageNet, anchors; then reading images, lists
+and labels; then the checks of `python dataset.py DATA_DIR=... IMAGE_SETS=...`. Run it before a long training: it prints
+the objects per class, everything that is wrong or doubtful with the file it is in, and how well the anchors fit, and
+draws augmented samples with their boxes to `runs/label_sheet.png`.
 
-Letters: G objects in a label file, difficult ones included, M boxes of a training sample, A anchors (5),
-S_h x S_w grid cells (13 x 13 at 416 x 416). Rows are y, columns are x. Devkit pixels: the first pixel is 1, and
-boxes include both end pixels.
-"""
+Letters: G objects in a label file, difficult ones included, M boxes of a training sample, A anchors (5), S_h x S_w grid
+cells (13 x 13 at 416 x 416). Rows are y, columns are x. Boxes are in fractions of the image, except where VOC's XML is
+read and in ground_truth, which are in devkit pixels: the first pixel is 1, and boxes include both end pixels."""
 
 import contextlib
+import copy
 import csv
-import functools
 import io
 import itertools
 import json
@@ -25,8 +24,9 @@ import struct
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # otherwise the import checks online for a newer version
 
@@ -34,43 +34,25 @@ import albumentations
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
+from PIL.Image import Transpose
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.ops import box_convert
 from tqdm import tqdm
 
 import utils
+from model import ANCHORS, COCO_ANCHORS, COCO_CLASSES, VOC_CLASSES  # noqa: F401 - COCO's for those who import them from here
 
 cv2.setNumThreads(0)  # one thread per process, because the loader's workers run in parallel
 
-Image.preinit()  # JPEG and PNG first: Image.open tries the formats in the order in which they were loaded
-# every format that Pillow reads, without MPEG videos; .mpo (two JPEGs in one file) is missing
-# because Pillow opens it as JPEG
-IMAGE_SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-IMAGE_SUFFIXES = IMAGE_SUFFIXES - {".mpg", ".mpeg"} | {".mpo"}
-
-VOC_CLASSES = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
-    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-)  # fmt: skip
-
-COCO_CLASSES = (  # coco.names
-    "person", "bicycle", "car", "motorbike", "aeroplane", "bus", "train", "truck", "boat", "traffic light",
-    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
-    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
-    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
-    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
-    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "sofa", "pottedplant", "bed", "diningtable", "toilet",
-    "tvmonitor", "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave", "oven", "toaster", "sink",
-    "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
-)  # fmt: skip
-
 # data
 DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv, .txt or .json lists
-IMAGE_SETS = [("2007", "train")]  # (year, list) or files in DATA_DIR: .csv (image,label), Darknet .txt, COCO .json
+IMAGE_SETS = [
+    ("2007", "train")
+]  # (year, list) pairs, or lists in DATA_DIR: .csv (image,label), Darknet .txt, COCO .json
 CLASSES = VOC_CLASSES  # any names, or a Darknet .names file
 TOLERATE = []  # "other classes": skip objects that CLASSES does not name; "missing labels": unlabelled is background
 # model
@@ -79,6 +61,18 @@ IMAGE_SIZE = 416  # pixels of the sheet's samples, a multiple of 32
 SHEET = "runs/label_sheet.png"  # augmented samples with boxes
 SHEET_IMAGES = 20  # samples on the sheet
 SEED = 0
+
+
+class Sample(NamedTuple):
+    """One image of a detection data set, and what its label file says."""
+
+    image_file: str
+    label_file: str  # for messages; "instances.json, image 7" for COCO; "" if a tolerated one is missing
+    size: tuple[int, int]  # width and height of the image as read_image returns it, from the header
+    labels: np.ndarray  # (G, 6) float64: class, difficult, x1, y1, x2, y2 in fractions of the image, clipped to it
+    image_id: int | str  # COCO's id; otherwise the file name without suffix
+    doubts: tuple[str, ...]  # what can be read but is probably wrong: sentences "kind: detail"
+
 
 # ---------------------------------------------------------------- augmentation
 
@@ -180,72 +174,66 @@ def shape_iou(sizes, anchors) -> Tensor:
 
 
 class VOCDataset(Dataset):
-    """Images and encoded targets of VOC image sets or of lists of files (see list_samples).
+    """Images and encoded targets of VOC image sets or of lists of files.
 
-    anchors: A pairs in grid cells; image_size: pixels, a multiple of 32; limit: use only the first `limit` images;
-    tolerate: see read_labels. All labels are read at once, so that errors show before training. Difficult objects are
-    ground truth but not targets, as in Darknet's voc_label.py. Raises FileNotFoundError or ValueError, naming the file.
-    """
+    anchors: A pairs in grid cells; image_size: pixels, a multiple of 32; root, image_sets, classes, tolerate and
+    problems as in list_samples, whose records are `samples`. Difficult objects are ground truth but not targets, as in
+    Darknet's voc_label.py. Raises FileNotFoundError or ValueError, naming the file."""
 
     def __init__(
-        self, root, image_sets, anchors, image_size=416, classes=VOC_CLASSES, augment=False, limit=None, tolerate=()
+        self, root, image_sets, anchors, image_size=416, classes=VOC_CLASSES, augment=False, tolerate=(), problems=None
     ):
-        if image_size % 32 or not 32 <= image_size < 10_000:
+        if image_size % 32 or image_size < 32:
             raise ValueError(f"IMAGE_SIZE must be a multiple of 32 pixels, not {image_size}")
-        if unknown := set(tolerate) - {"other classes", "missing labels"}:
-            raise ValueError(f'TOLERATE takes "other classes" and "missing labels", not {unknown.pop()!r}')
-        self.anchors, self.image_size, self.classes, self.augment = anchors, image_size, read_classes(classes), augment
-        self.samples = list_samples(root, image_sets)[:limit]
-        read = [read_labels(label_file, self.classes, tolerate) for _, label_file in self.samples]
-        self.labels = [labels for labels, _ in read]  # (G, 6) each, in the units of read_labels
-        self.declared_sizes = [size for _, size in read]  # (width, height) of each image according to its label file
+        self.anchors, self.image_size, self.augment = anchors, image_size, augment
+        self.classes = utils.read_classes(classes)
+        self.samples = list_samples(root, image_sets, self.classes, tolerate, problems)
         self.transforms = {}  # one per image size
         self.broken_list = ""  # see read_or_next
+
+    def changed(self, **attributes) -> "VOCDataset":
+        """A data set of the same records with other attributes, such as augment=False, image_size=544 or fewer
+        samples."""
+        other = copy.copy(self)
+        vars(other).update(attributes, transforms={})
+        return other
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, key: int | tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         """key: an index, or (index, image size, seed of the augmentation) -> image (3, H, W) uint8, targets
-        (A, S_h, S_w, 6). Size and seed are part of the key because a worker process does not see later
-        changes of the data set."""
+        (A, S_h, S_w, 6). Size and seed are part of the key because a worker process does not see later changes of the
+        data set."""
         index, size, seed = key if isinstance(key, tuple) else (key, self.image_size, None)
         if size not in self.transforms:
             self.transforms[size] = train_transform(size) if self.augment else plain_transform(size)
         if self.augment and seed is not None:
-            # one generator for all: set_random_seed would give each transform the same numbers,
-            # and correlate flip and hue
+            # one generator for all: set_random_seed would give each transform the same numbers, and correlate flip and
+            # hue
             self.transforms[size].set_random_state(np.random.default_rng(seed), random.Random(seed))
         image, index = read_or_next(self.samples, index, self.broken_list)
-        height, width = image.shape[:2]
-        labels = self.labels[index][self.labels[index][:, 1] == 0]  # without difficult objects
-        fractions = boxes_in_fractions(labels[:, 2:], self.samples[index][1], width, height)
-        augmented = self.transforms[size](image=image, bboxes=np.column_stack([fractions, labels[:, 0]]))
+        labels = self.samples[index].labels
+        labels = labels[labels[:, 1] == 0]  # without difficult objects
+        augmented = self.transforms[size](image=image, bboxes=labels[:, [2, 3, 4, 5, 0]])
         boxes = np.asarray(augmented["bboxes"], dtype=np.float64).reshape(-1, 5)  # (M, 5) xyxy, class
         cxcywh = box_convert(torch.from_numpy(boxes[:, :4]), "xyxy", "cxcywh")
-        return to_tensor(augmented["image"]), encode_targets(cxcywh, boxes[:, 4], self.anchors, size // 32, size // 32)
+        targets = encode_targets(cxcywh, boxes[:, 4], self.anchors, size // 32, size // 32)
+        return to_tensor(augmented["image"]), targets
 
-    def ground_truth(self, index: int, size: tuple[int, int] | None = None) -> tuple[Tensor, str]:
-        """-> (G, 6) float64: class, difficult, x1, y1, x2, y2 in devkit pixels of the original image; and the image id.
-        size: width and height of the image, if they are already known."""
-        image_file, label_file = self.samples[index]
-        labels = self.labels[index].copy()
-        if not is_voc_xml(label_file):
-            labels[:, 2:] = utils.to_devkit_pixels(labels[:, 2:], *(size or image_size(image_file)))
-        return torch.from_numpy(labels), Path(image_file).stem
+    def images(self, indices: list[int]) -> Tensor:
+        """A batch without augmentation, for utils.detect_dataset: (N, 3, H, W) uint8."""
+        transform = plain_transform(self.image_size)
+        images = [
+            transform(image=read_image(self.samples[index].image_file), bboxes=NO_LABELS)["image"] for index in indices
+        ]
+        return default_collate([to_tensor(image) for image in images])
 
-    def images_and_sizes(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """For utils.detect_dataset: a batch without augmentation (N, 3, H, W) uint8, and the original
-        widths and heights (N, 2)."""
-        transform, images, sizes = plain_transform(self.image_size), [], []
-        for index in indices:
-            image = read_image(self.samples[index][0])
-            images.append(to_tensor(transform(image=image, bboxes=np.empty((0, 5)))["image"]))
-            sizes.append(image.shape[1::-1])
-        batch = torch.stack(images)
-        if get_worker_info():
-            batch.share_memory_()  # in a worker: if /dev/shm is full, fail here, where the main process gets the error
-        return batch, torch.tensor(sizes)
+    def ground_truth(self, index: int) -> Tensor:
+        """-> (G, 6) float64: class, difficult, x1, y1, x2, y2 in devkit pixels of the original image."""
+        sample = self.samples[index]
+        pixels = utils.to_devkit_pixels(sample.labels[:, 2:], *sample.size)
+        return torch.from_numpy(np.column_stack([sample.labels[:, :2], pixels]))
 
 
 # ---------------------------------------------------------------- batches
@@ -451,33 +439,37 @@ def kmeans_anchors(box_sizes, k: int, seeds: int = 5) -> Tensor:
 
 # ---------------------------------------------------------------- reading images
 
+Image.preinit()  # JPEG and PNG first: Image.open tries the formats in the order in which they were loaded
+# every format that Pillow reads, without MPEG videos; .mpo (two JPEGs in one file) is missing because Pillow opens it
+# as JPEG
+IMAGE_SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+IMAGE_SUFFIXES = IMAGE_SUFFIXES - {".mpg", ".mpeg"} | {".mpo"}
 
-@contextlib.contextmanager
-def open_image(file: str | os.PathLike):
-    """PIL's Image.open; any error in the block becomes a FileNotFoundError or ValueError that names the file."""
-    try:
-        with Image.open(file) as image:
-            if image.format == "PNG":
-                image.verify()  # its checksums, which reading ignores
-            else:
-                yield image
-                return
-        with Image.open(file) as image:  # verify() leaves it unusable
-            yield image
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file}: no such image") from None
-    except Exception as error:  # a damaged file can raise anything
-        raise ValueError(
-            f"{file}: not a readable image ({utils.first_line(error)}); replace it or take it off the list"
-        ) from None
+SIDEWAYS = {5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
+TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM} | SIDEWAYS
+
+
+def exif_turn(image: Image.Image) -> Transpose | None:
+    """The transposition that shows an opened image upright, from its header; None if there is none."""
+    if image.format == "TIFF":
+        image.load()  # Pillow itself turns TIFF images, some versions only while loading
+    if image.format == "PNG" and not {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"} & image.info.keys():
+        return None  # getexif would decode the whole image to look behind it
+    with contextlib.suppress(SyntaxError, TypeError, ValueError, KeyError, struct.error):  # unreadable EXIF data
+        return TURNS.get(image.getexif().get(0x0112))
+    return None
 
 
 def read_image(file: str | os.PathLike) -> np.ndarray:
     """Reads an image of any mode as a viewer shows it (EXIF rotation applied, transparent parts white) -> (H, W, 3)
     uint8 RGB. Raises FileNotFoundError or ValueError, naming the file."""
-    with open_image(file) as image:
-        with contextlib.suppress(SyntaxError, TypeError, ValueError, KeyError, struct.error):  # unreadable EXIF data
-            ImageOps.exif_transpose(image, in_place=True)  # in place: the default copies every image, rotated or not
+    with utils.reading(file, "image", "replace it or take it off the list"), contextlib.ExitStack() as stack:
+        image = stack.enter_context(Image.open(file))
+        if image.format == "PNG":
+            image.verify()  # its checksums, which decoding ignores; the image cannot be used afterwards
+            image = stack.enter_context(Image.open(file))
+        if turn := exif_turn(image):
+            image = image.transpose(turn)
         if image.mode.startswith("I;16"):  # 16-bit grey: keep the upper eight bits
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         elif image.mode in ("I", "F"):
@@ -488,22 +480,16 @@ def read_image(file: str | os.PathLike) -> np.ndarray:
         return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def image_size(file: str | os.PathLike) -> tuple[int, int]:
-    """Width and height in pixels of what read_image returns, from the file's header alone. Raises the same errors."""
-    with open_image(file) as image:
-        if image.format != "TIFF":
-            orientation = 1
-            with contextlib.suppress(SyntaxError, TypeError, ValueError, KeyError, struct.error):
-                orientation = image.getexif().get(0x0112, 1)
-            rotated = orientation in (5, 6, 7, 8)  # by 90 degrees
-            return (image.height, image.width) if rotated else (image.width, image.height)
-    return read_image(file).shape[1::-1]  # some versions of Pillow rotate TIFF images on opening
+def read_image_size(file: str | os.PathLike) -> tuple[int, int]:
+    """Width and height of what read_image returns, from the header of the file. Raises the same errors."""
+    with utils.reading(file, "image", "replace it or take it off the list"), Image.open(file) as image:
+        return image.size[::-1] if exif_turn(image) in SIDEWAYS.values() else image.size
 
 
 def read_or_next(samples: list[tuple], index: int, broken_list: str) -> tuple[np.ndarray, int]:
-    """The image of samples[index] and its index. Raises FileNotFoundError or ValueError for an unreadable image;
-    but if broken_list names a file, lists the image there and returns the next readable one, so that one bad file
-    does not end a long run."""
+    """The image of samples[index] and its index. Raises FileNotFoundError or ValueError for an unreadable image; but if
+    broken_list names a file, lists the image there and returns the next readable one: one bad file does not end a
+    run."""
     for _ in range(len(samples)):
         try:
             return read_image(samples[index][0]), index
@@ -520,335 +506,300 @@ def read_or_next(samples: list[tuple], index: int, broken_list: str) -> tuple[np
     raise ValueError(f"none of the {len(samples)} images can be read; {broken_list} lists them")
 
 
-# ---------------------------------------------------------------- reading lists and labels
+# ---------------------------------------------------------------- reading lists
 
 
-def read_text(file: str | os.PathLike, missing: str = "no such file") -> str:
-    """Reads UTF-8 or, with a byte order mark, UTF-16. Raises FileNotFoundError (with the text
-    `missing`) or ValueError."""
-    if not os.path.isfile(file):
-        raise FileNotFoundError(f"{file}: {missing}")
-    content = Path(file).read_bytes()
-    try:
-        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:  # also UTF-16 and UTF-32 without a byte order mark
-        raise ValueError(f"{file}: not UTF-8 text; save it as UTF-8")
-    return text
-
-
-def read_classes(classes) -> list[str]:
-    """Class names from a list or a Darknet `.names` file (one per line). Raises FileNotFoundError, or
-    ValueError for bad names: empty, repeated (`a b` and `a_b` would share a file of results), or with control
-    characters or slashes."""
-    source = "CLASSES"
-    if isinstance(classes, str):
-        source, missing = classes, "no such file of class names; CLASSES is a list of names or a .names file"
-        classes = [line.strip() for line in read_text(source, missing).splitlines() if line.strip()]
-    return utils.check_classes(source, list(classes))
-
-
-def list_samples(root: str | os.PathLike, image_sets) -> list[tuple[str, str]]:
-    """Pairs (image file, label file) of a data set, in list order.
+def list_samples(
+    root: str | os.PathLike, image_sets, classes: list[str], tolerate=(), problems: list[str] | None = None
+) -> list[Sample]:
+    """The records of a data set, in list order; reads every label file and the header of every image, once.
 
     image_sets: (year, list) pairs of the VOC devkit, or names of list files in root: `.csv` with lines `image,label`,
-    Darknet's `.txt` with one image per line (images/x.jpg has labels/x.txt), or COCO's `.json`, whose label files are
-    called `x.json#<image id>`. If it is empty, root is itself a csv or JSON file. Raises FileNotFoundError or
-    ValueError, naming what is missing.
-    """
-    if os.fspath(root).lower().endswith((".csv", ".json")):
-        if image_sets:
-            raise ValueError(f"{root}: DATA_DIR must be the folder of the lists that IMAGE_SETS names ({image_sets})")
-        root, image_sets = os.path.dirname(root), [os.path.basename(root)]
+    Darknet's `.txt` with one image per line (images/x.jpg has labels/x.txt), or COCO's `.json`. tolerate: "other
+    classes" skips objects of classes that are not in `classes`; "missing labels" takes a missing label file as one
+    without objects.
+
+    Raises FileNotFoundError or ValueError, naming the file; but if `problems` is a list, adds the error of each bad
+    label file to it and goes on, with a record without labels."""
     if isinstance(image_sets, str) or (len(image_sets) == 2 and str(image_sets[0]).isdigit()):
         image_sets = [image_sets]  # a single set, not in a list
+    pair_readers = {".csv": read_csv_list, ".txt": read_darknet_list}
     samples = []
     for image_set in image_sets:
-        if isinstance(image_set, str) and image_set.lower().endswith(".csv"):
-            samples += read_csv_list(os.path.join(root, image_set))
-        elif isinstance(image_set, str) and image_set.lower().endswith(".txt"):
-            samples += read_darknet_list(os.path.join(root, image_set))
-        elif isinstance(image_set, str) and image_set.lower().endswith(".json"):
-            samples += read_coco_list(os.fspath(root), os.path.join(root, image_set))
+        suffix = os.path.splitext(image_set)[1].lower() if isinstance(image_set, str) else ""
+        if suffix == ".json":
+            samples += read_coco(os.fspath(root), os.path.join(root, image_set), classes, tolerate, problems)
+            continue
+        if suffix in pair_readers:
+            pairs = pair_readers[suffix](os.path.join(root, image_set))
         elif isinstance(image_set, (tuple, list)) and len(image_set) == 2:
-            samples += read_voc_list(Path(root), *image_set)
+            pairs = read_voc_list(Path(root), *image_set)
         else:
             forms = "[('2007', 'trainval')], ['train.csv'], ['train.txt'] or ['train.json']"
             raise ValueError(f"IMAGE_SETS holds {image_set!r}; it takes {forms}")
+        samples += [read_sample(image, label, classes, tolerate, problems) for image, label in pairs]
     if not samples:
         raise ValueError(f"{root}: the lists {image_sets} name no image")
     return samples
 
 
 def read_voc_list(root: Path, year: str, name: str) -> list[tuple[str, str]]:
-    """The images of a list of the VOC devkit; their files may have any suffix."""
+    """A list of the VOC devkit, one image id per line -> (image file, label file) pairs; images may have any suffix."""
     folders = [root / f"VOC{year}", root / "VOCdevkit" / f"VOC{year}"]
     folder = next((folder for folder in folders if folder.is_dir()), None)
     if folder is None:
         raise FileNotFoundError(f"{folders[0]}: no such folder; DATA_DIR must hold VOC{year} or VOCdevkit/VOC{year}")
-    missing = "no such list of images; name another one in IMAGE_SETS"
-    lines = read_text(folder / "ImageSets" / "Main" / f"{name}.txt", missing).splitlines()
-    image_folder, files, samples = folder / "JPEGImages", {}, []
+    image_folder, files, pairs = folder / "JPEGImages", {}, []
     for file in os.listdir(image_folder) if image_folder.is_dir() else []:
         image_id, suffix = os.path.splitext(file)
         if suffix.lower() in IMAGE_SUFFIXES:
             files.setdefault(image_id, []).append(file)
-    for image_id in filter(None, map(str.strip, lines)):
+    for image_id in read_lines(folder / "ImageSets" / "Main" / f"{name}.txt"):
         *first, last = image_id.rsplit(maxsplit=1)
         if image_id not in files and first and last in ("-1", "0", "1"):  # the second column of a list per class
             image_id = first[0]
         found = files.get(image_id, [f"{image_id}.jpg"])
         if len(found) > 1:
             raise ValueError(f"{image_folder}: {' and '.join(sorted(found))} are both images of {image_id}; remove one")
-        samples.append((f"{image_folder}/{found[0]}", f"{folder}/Annotations/{image_id}.xml"))
-    return samples
+        pairs.append((f"{image_folder}/{found[0]}", f"{folder}/Annotations/{image_id}.xml"))
+    return pairs
 
 
 def read_csv_list(file: str) -> list[tuple[str, str]]:
-    """Lines `image,label` -> pairs of paths, both relative to the csv file; a header line of
-    these two words is skipped."""
-    try:
-        rows = list(csv.reader(io.StringIO(read_text(file, "no such list of images"), newline="")))
-    except csv.Error as error:
-        raise ValueError(f"{file}: not readable as csv ({error}); look for an unbalanced quote") from None
-    samples = []
-    for number, row in enumerate(rows, start=1):
-        row = [cell.strip() for cell in row]
-        if not any(row) or (number == 1 and row == ["image", "label"]):
-            continue
-        line = ",".join(row)
-        if len(row) != 2 or not row[1].lower().endswith((".xml", ".txt")) or utils.printable(line) != line:
-            found = utils.printable(line[:80])
-            raise ValueError(f"{file}, line {number}: expected image,label with a .xml or .txt label, found {found!r}")
-        samples.append(tuple(join_path([os.path.dirname(file)], cell) for cell in row))
-    return samples
+    """Lines `image,label`, both relative to the file; a header line of these two words is skipped -> pairs of paths."""
+    pairs = []
+    with utils.reading(file, "list of images", "write lines image,label with a .xml or .txt label"):
+        for number, row in enumerate(csv.reader(io.StringIO(utils.read_text(file), newline="")), start=1):
+            row = [cell.strip() for cell in row]
+            if not any(row) or (number == 1 and row == ["image", "label"]):
+                continue
+            line = ",".join(row)
+            if len(row) != 2 or not row[1].lower().endswith((".xml", ".txt")) or utils.printable(line) != line:
+                raise ValueError(f"line {number}: {utils.printable(line[:80])!r}")
+            pairs.append(tuple(find_file([os.path.dirname(file)], cell) for cell in row))
+    return pairs
 
 
 def read_darknet_list(file: str) -> list[tuple[str, str]]:
-    """Lines with an image path relative to the list -> pairs with the label file. As in Darknet, `images` or
-    `JPEGImages` in its path becomes `labels` (ours: only the last such folder) and the suffix `.txt`."""
-    samples = []
-    for line in filter(None, map(str.strip, read_text(file, "no such list of images").splitlines())):
-        image = join_path([os.path.dirname(file)], line)
+    """Darknet's list, one image per line, relative to the list or else to the working directory -> (image file, label
+    file) pairs: `images` or `JPEGImages` in the path becomes `labels` (ours: only the last such folder), the suffix
+    .txt."""
+    pairs = []
+    for line in read_lines(file):
+        image = find_file([os.path.dirname(file), ""], line)
         label = re.sub(r"(^|.*[\\/])(JPEGImages|images)([\\/])", r"\1labels\3", image, count=1)
-        samples.append((image, os.path.splitext(label)[0] + ".txt"))
-    return samples
+        pairs.append((image, os.path.splitext(label)[0] + ".txt"))
+    return pairs
 
 
-def read_coco_list(root: str, file: str) -> list[tuple[str, str]]:
-    """The images of a COCO JSON file -> pairs (image file, `<file>#<image id>`); sizes that the file
-    lacks come from the images."""
-    name = Path(file).stem.rpartition("_")[2]  # COCO's own layout: the images of instances_val2017.json are in val2017/
-    folders = [
-        os.path.join(base, part)
-        for base in (os.path.dirname(file), root)
-        for part in ("", "images", name, f"../{name}")
-    ]
-    folders = list(dict.fromkeys(map(os.path.normpath, folders)))
-    samples = []
-    for image_id, image in read_coco(file)[0].items():
-        path = join_path(folders, image["file_name"])
-        if not os.path.isfile(path):
-            places = ", ".join(folders)
-            raise FileNotFoundError(
-                f"{file}: its image {image['file_name']!r} is in none of the folders {places}; set DATA_DIR"
-            )
-        image["size"] = image["size"] or image_size(path)
-        samples.append((path, f"{file}#{image_id}"))
-    return samples
+def read_lines(file: str | os.PathLike) -> list[str]:
+    """The lines of a list of images, without blank ones."""
+    with utils.reading(file, "list of images", "correct DATA_DIR or IMAGE_SETS"):
+        return list(filter(None, map(str.strip, utils.read_text(file).splitlines())))
 
 
-def join_path(folders: list[str], name: str) -> str:
-    """The path of a file that a list names, relative to one of the folders or else (as in Darknet) to the working
-    directory; a list made on Windows may separate folders by backslashes."""
-    names = (name, name.replace("\\", "/"))
-    paths = [os.path.join(folder, each) for folder in folders for each in names] + [name]
-    return next(filter(os.path.isfile, paths), paths[1])
+def find_file(folders: list[str], name: str) -> str:
+    """The path of a file that a list names: in the first folder that holds it, otherwise in the first of all. A list
+    made on Windows may separate folders by backslashes."""
+    names = dict.fromkeys((name, name.replace("\\", "/")))
+    paths = (os.path.join(folder, each) for folder in folders for each in names)
+    return next(filter(os.path.isfile, paths), os.path.join(folders[0], [*names][-1]))
 
 
-def read_labels(label_file: str, classes, tolerate=()) -> tuple[np.ndarray, tuple[int, int]]:
-    """-> (G, 6) float64: class, difficult, x1, y1, x2, y2; and width and height that the file declares for the
-    image, or (0, 0). The boxes of a VOC `.xml` are in devkit pixels, those of a YOLO `.txt` or COCO `.json#<image
-    id>` in fractions of the image.
+# ---------------------------------------------------------------- reading labels
+# The reader of a format only yields the objects of an image, (where, class name or index, difficult, box), with the box
+# x1, y1, x2, y2 in the unit of the format. judge() does everything else, alike for all formats.
 
-    tolerate: "other classes" skips objects of classes that are not in `classes`; "missing labels" reads a missing file
-    as one without objects. Raises FileNotFoundError or ValueError, naming the file.
-    """
-    read = read_voc_xml if is_voc_xml(label_file) else read_coco_labels if is_coco(label_file) else read_yolo_txt
-    try:
-        labels, size = read(label_file, classes, tolerate)
-    except FileNotFoundError:
-        if "missing labels" not in tolerate:
-            advice = "make one, or set TOLERATE=['missing labels'] if such images have no objects"
-            raise FileNotFoundError(f"{label_file}: no such label file, but a list names it; {advice}") from None
-        labels, size = [], (0, 0)
-    return np.array(labels, dtype=np.float64).reshape(-1, 6), size
-
-
-def is_voc_xml(label_file: str) -> bool:
-    return label_file.lower().endswith(".xml")
-
-
-def is_coco(label_file: str) -> bool:
-    return ".json#" in label_file.lower()
-
-
-def has_labels(label_file: str) -> bool:
-    """Whether a label file exists, or a COCO JSON file holds annotations (that of a test server has none)."""
-    return (
-        find_coco_image(label_file)[1]["annotations"] is not None if is_coco(label_file) else os.path.exists(label_file)
-    )
-
-
-def boxes_in_fractions(boxes: np.ndarray, label_file: str, width: int, height: int) -> np.ndarray:
-    """Boxes (M, 4) xyxy in the unit of their label file -> in fractions of the image. VOC XML: all four numbers minus
-    1; the width is x2 - x1, although the devkit's is 1 more (voc_label.py)."""
-    return (boxes - 1) / [width, height, width, height] if is_voc_xml(label_file) else boxes
-
-
-def is_known_class(name: str, classes, tolerate, source: str) -> bool:
-    """Whether the class is in `classes`; raises ValueError, naming the source, if others are not tolerated."""
-    if name not in classes and "other classes" not in tolerate:
-        advice = f"correct it, add it to CLASSES ({', '.join(classes)}), or set TOLERATE=['other classes']"
-        raise ValueError(f"{source}: unknown class {name!r}; {advice}")
-    return name in classes
-
-
+NO_LABELS = np.empty((0, 6))
 # what tools write for `difficult`
 DIFFICULT = {"": 0, "0": 0, "0.0": 0, "false": 0, "no": 0, "unspecified": 0, "1": 1, "1.0": 1, "true": 1, "yes": 1}
 
 
-def read_voc_xml(file: str, classes, tolerate=()) -> tuple[list[list[float]], tuple[int, int]]:
-    """The objects of a VOC annotation, and the image size that it declares."""
+def judge(sample: Sample, objects: Iterable[tuple], declared, frame, classes: list[str], tolerate) -> Sample:
+    """The record of an image with the labels and doubts that follow from the objects that a reader has yielded.
+
+    declared: width and height of the image according to the label file, or zeros; frame: its width and height in the
+    unit of the boxes, None for the size in pixels. Boxes are clipped to the image, and those with nothing left are
+    dropped. Both are doubts, as are another declared size, the same box twice, and fractions in a format of pixels.
+    Raises ValueError, naming file and object, for an unknown class, a number that is not finite, or a right side left
+    of the left one."""
+    size, doubts, rows = sample.size, list(sample.doubts), []
+    if all(declared) and all(size) and declared != size:
+        cause = "labelled without its EXIF rotation" if declared == size[::-1] else "resized after labelling"
+        sizes = "declares {} x {}, but the image is {} x {}".format(*declared, *size)
+        doubts.append(f"another image size: {sizes} ({cause}?)")
+    size = size if all(size) else declared
+    if not all(size):
+        return sample
+    width, height = frame or size
+    left_out, cut_off, largest = [], [], 0.0
+    for where, name, flag, (x1, y1, x2, y2) in objects:
+        label = classes.index(name) if name in classes else name
+        if isinstance(label, str) or not 0 <= label < len(classes):
+            if "other classes" in tolerate:
+                continue
+            advice = f"correct it, add it to CLASSES ({', '.join(classes)}), or set TOLERATE=['other classes']"
+            raise ValueError(f"{sample.label_file}, {where}: unknown class {name!r}; {advice}")
+        difficult = DIFFICULT.get(str(flag).strip().lower())
+        if difficult is None:
+            raise ValueError(f"{sample.label_file}, {where}: difficult must be 0 or 1, not {flag!r}")
+        if not math.isfinite(x1 + y1 + x2 + y2) or x2 < x1 or y2 < y1:
+            raise ValueError(
+                f"{sample.label_file}, {where}: no box has the corners {x1, y1, x2, y2}; correct or remove it"
+            )
+        largest = max(largest, x2, y2)
+        box = (x1 / width, y1 / height, x2 / width, y2 / height)
+        inside = [min(max(side, 0.0), 1.0) for side in box]
+        if inside[0] == inside[2] or inside[1] == inside[3]:
+            left_out.append(where)
+            continue
+        rows.append((label, difficult, *inside))
+        if max(abs(a - b) * pixels for a, b, pixels in zip(box, inside, size * 2, strict=True)) > 1.001:
+            cut_off.append(where)
+    if frame != (1, 1) and (rows or left_out) and largest <= 1:
+        doubts.append("fractions instead of pixels: all boxes lie within the first pixel")
+    if left_out:
+        doubts.append(f"boxes left out: {len(left_out)} outside the image or without extent ({left_out[0]})")
+    if cut_off:
+        doubts.append(f"boxes cut off: {len(cut_off)} extend beyond the image by more than a pixel ({cut_off[0]})")
+    if len({(label, *box) for label, _, *box in rows}) < len(rows):
+        doubts.append("a box twice: two objects of one class have the same box")
+    labels = np.array(rows, dtype=np.float64) if rows else NO_LABELS
+    return sample._replace(size=size, labels=labels, doubts=tuple(doubts))
+
+
+def unlabelled(image_file: str, label_file: str, image_id: int | str) -> Sample:
+    """A record without labels. Its size is (0, 0) if the header of the image cannot be read."""
     try:
-        root = ElementTree.parse(file).getroot()
-    except (ElementTree.ParseError, ValueError, LookupError) as error:
-        raise ValueError(f"{file}: not readable as XML ({error}); if its text is right, save it as UTF-8") from None
+        return Sample(image_file, label_file, read_image_size(image_file), NO_LABELS, image_id, ())
+    except (OSError, ValueError) as error:
+        return Sample(image_file, label_file, (0, 0), NO_LABELS, image_id, (f"unreadable image: {error}",))
+
+
+@contextlib.contextmanager
+def collecting(problems: list[str] | None):
+    """An error in the block is added to `problems`, if that is a list."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if problems is None:
+            raise
+        problems.append(str(error))
+
+
+def read_sample(image_file: str, label_file: str, classes: list[str], tolerate=(), problems=None) -> Sample:
+    """The record of an image with a VOC `.xml` or a YOLO `.txt` label file; arguments and errors as in list_samples."""
+    sample = unlabelled(image_file, label_file, os.path.splitext(os.path.basename(image_file))[0])
+    with collecting(problems):
+        if not os.path.isfile(label_file):
+            if "missing labels" in tolerate:
+                return sample._replace(label_file="")
+            advice = "make one, or set TOLERATE=['missing labels'] if such images have no objects"
+            raise FileNotFoundError(f"{label_file}: no such label file, but a list names it; {advice}")
+        if label_file.lower().endswith(".xml"):
+            with utils.reading(label_file, "VOC annotation", "export the labels as Pascal VOC XML, in UTF-8"):
+                objects, declared = read_voc_xml(label_file)
+            sample = judge(sample, objects, declared, None, classes, tolerate)
+        else:
+            with utils.reading(
+                label_file, "YOLO label file", "it takes lines `class x y w h`, in fractions of the image"
+            ):
+                objects = list(read_yolo_txt(label_file))
+            sample = judge(sample, objects, (0, 0), (1, 1), classes, tolerate)
+    return sample
+
+
+def read_voc_xml(file: str) -> tuple[list[tuple], tuple[int, int]]:
+    """The objects of a VOC annotation, boxes in pixels from 0, and the width and height that it declares, or zeros. As
+    in Darknet's voc_label.py, all four numbers are devkit pixels minus 1: x2 - x1 is one pixel less than the devkit's
+    width."""
+    root = ElementTree.parse(file).getroot()
     if root.tag.startswith("{") or root.find("object") is None:  # a namespace, or perhaps <Object>
         for element in root.iter():
             element.tag = str(element.tag).rpartition("}")[2].lower()
     if root.tag != "annotation":
-        raise ValueError(
-            f"{file}: not a VOC annotation (its root is <{root.tag}>); export the labels as Pascal VOC XML"
-        )
-    labels = []
-    for item in root.iter("object"):
-        name = (item.findtext("name") or "").strip()
-        if not is_known_class(name, classes, tolerate, file):
-            continue
-        boxes = item.findall("bndbox")
-        if len(boxes) > 1:
-            raise ValueError(
-                f"{file}: an object of class {name} has {len(boxes)} bndbox; give each box an object of its own"
-            )
-        tags = [element.tag for element in (*item, *(boxes[0] if boxes else ()))]
-        if twice := [tag for tag in ("name", "difficult", "xmin", "ymin", "xmax", "ymax") if tags.count(tag) > 1]:
-            raise ValueError(f"{file}: an object of class {name} has {twice[0]} twice; remove the wrong one")
-        if boxes and boxes[0].find("difficult") is not None:
-            raise ValueError(f"{file}: an object of class {name} has its difficult inside bndbox; move it out")
-        try:
-            box = [float(boxes[0].findtext(side)) for side in ("xmin", "ymin", "xmax", "ymax")]
-        except (TypeError, ValueError, IndexError):
-            raise ValueError(f"{file}: an object of class {name} has no bndbox of four numbers") from None
-        difficult = DIFFICULT.get((item.findtext("difficult") or "").strip().lower())
-        if difficult is None:
-            raise ValueError(
-                f"{file}: difficult of an object of class {name} must be 0 or 1, not {item.findtext('difficult')!r}"
-            )
-        if not all(map(math.isfinite, box)) or box[2] <= box[0] or box[3] <= box[1]:
-            raise ValueError(f"{file}: the box {box} of class {name} has no extent (xmax <= xmin or ymax <= ymin)")
-        labels.append([classes.index(name), difficult, *box])
-    size = [(root.findtext(f"size/{side}") or "").strip() for side in ("width", "height")]
-    return labels, tuple(int(side) if side.isdecimal() and len(side) < 10 else 0 for side in size)
+        raise ValueError(f"its root is <{root.tag}>")
+    sides, objects = ("xmin", "ymin", "xmax", "ymax"), []
+    for number, item in enumerate(root.iter("object"), start=1):
+        elements = [*item, *item.findall("bndbox/*")]  # not those of a <part>
+        tags = [element.tag for element in elements]
+        if twice := [tag for tag in ("name", "difficult", "bndbox", *sides) if tags.count(tag) > 1]:
+            raise ValueError(f"object {number} has {twice[0]} twice")
+        texts = {element.tag: (element.text or "").strip() for element in elements}
+        box = [float(texts[side]) - 1 for side in sides]
+        objects.append((f"object {number}", texts.get("name", ""), texts.get("difficult", ""), box))
+    declared = [(root.findtext(f"size/{side}") or "").strip() for side in ("width", "height")]
+    return objects, tuple(int(side) if side.isdecimal() and len(side) < 10 else 0 for side in declared)
 
 
-def read_yolo_txt(file: str, classes, tolerate=()) -> tuple[list[list[float]], tuple[int, int]]:
-    """The objects of a YOLO label file: lines `class x y w h`, centre and size in fractions of the image."""
-    labels = []
-    for number, line in enumerate(read_text(file).split("\n"), start=1):
-        words = line.split()
-        if not words:
+def read_yolo_txt(file: str) -> Iterator[tuple]:
+    """Yields the objects of a YOLO label file: lines `class x y w h`, centre and size in fractions of the image."""
+    slack = 1e-4  # for rounding by the tool that wrote the file
+    for number, line in enumerate(utils.read_text(file).split("\n"), start=1):
+        if not line.strip():
             continue
         try:
-            label, x, y, w, h = map(float, words)
-            if not label.is_integer():
-                raise ValueError
+            label, x, y, w, h = map(float, line.split())
         except ValueError:
-            guess = ""
-            if not re.match(r"[-+.\d]", words[0]):
-                guess = " (the class is a position in CLASSES, not a name)"
-            elif len(words) > 5:
-                guess = " (a sixth number, a confidence?)" if len(words) == 6 else " (a polygon?)"
-            found = utils.printable(" ".join(words)[:80])
-            raise ValueError(f"{file}, line {number}: expected `class x y w h`, found {found!r}{guess}") from None
-        if not 0 <= label < len(classes):
-            if "other classes" in tolerate:
-                continue
-            raise ValueError(f"{file}, line {number}: class {int(label)} is not one of the {len(classes)} in CLASSES")
-        slack = 1e-4  # for rounding by the tool that wrote the file
-        if not all(-slack <= value <= 1 + slack for value in (x, y, w, h)) or min(w, h) < 1e-5:
-            raise ValueError(
-                f"{file}, line {number}: x y w h must be fractions of the image in 0..1, and w, h at least 1e-5"
-            )
-        x, y, w, h = np.clip((x, y, w, h), 0, 1)
-        labels.append([label, 0, x - w / 2, y - h / 2, x + w / 2, y + h / 2])
-    return labels, (0, 0)
+            label = math.nan
+        if not label.is_integer() or not all(-slack <= value <= 1 + slack for value in (x, y, w, h)):
+            raise ValueError(f"line {number}: {utils.printable(line.strip()[:80])!r}")
+        x, y, w, h = np.clip((x, y, w, h), 0, 1).tolist()
+        yield f"line {number}", int(label), 0, (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
 
 
-def read_coco(file: str) -> tuple[dict[str, dict], dict[str, dict]]:
-    """-> the images of a COCO JSON file by id, with their size (None if the file has none) and annotations
-    (None if the file has no such list), and the categories by id. Ids are text here. Parses a file once, and
-    again when it changes."""
-    return parse_coco(file, os.stat(file).st_mtime_ns if os.path.isfile(file) else 0)
+def read_coco(root: str, file: str, classes: list[str], tolerate=(), problems=None) -> list[Sample]:
+    """The records of a COCO JSON file; arguments and errors as in list_samples. Crowds count as difficult."""
+    name = Path(file).stem.rpartition("_")[
+        2
+    ]  # in COCO's own layout, the images of instances_val2017.json are in val2017/
+    parts = ("", "images", name, f"../{name}", f"images/{name}")
+    bases = (os.path.dirname(file), root)
+    folders = list(dict.fromkeys(os.path.normpath(os.path.join(base, part)) for base in bases for part in parts))
+    with utils.reading(file, "COCO file", "export the labels as COCO JSON"):
+        content = json.loads(utils.read_text(file))
+        categories = coco_categories(content, classes)
+        annotations = {image["id"]: [] for image in content["images"]}  # image id -> its annotations
+        if len(annotations) < len(content["images"]):
+            raise ValueError("two images have the same id")
+        unknown = 0
+        for row in content.get("annotations", ()):
+            if row["image_id"] in annotations:
+                annotations[row["image_id"]].append(row)
+            else:
+                unknown += 1
+    if unknown:
+        print(f"{file}: skipped {unknown} annotations of images that the file does not list")
+    is_labelled = "annotations" in content
+    if not is_labelled and "missing labels" not in tolerate:
+        raise ValueError(
+            f"{file}: it has no annotations; set TOLERATE=['missing labels'] if its images have no objects"
+        )
+    samples = []
+    for image in content["images"]:
+        label_file = f"{file}, image {image['id']}"
+        path = find_file(folders, str(image["file_name"]))
+        sample = unlabelled(path, label_file if is_labelled else "", image["id"])
+        with collecting(problems):
+            with utils.reading(label_file, "COCO annotation", "export the labels as COCO JSON"):
+                objects = list(coco_objects(annotations[image["id"]], categories))
+            sides = image.get("width"), image.get("height")
+            declared = sides if all(type(side) is int and side > 0 for side in sides) else (0, 0)
+            sample = judge(sample, objects, declared, declared if all(declared) else None, classes, tolerate)
+        samples.append(sample)
+    if not any(os.path.isfile(sample.image_file) for sample in samples):
+        raise FileNotFoundError(
+            f"{file}: none of its images is in one of the folders {', '.join(folders)}; set DATA_DIR"
+        )
+    return samples
 
 
-@functools.cache
-def parse_coco(file: str, modified: int) -> tuple[dict[str, dict], dict[str, dict]]:
-    """See read_coco. Only the structure is checked here; read_coco_labels checks the boxes, so that
-    check_dataset reports all bad ones."""
-    text, images, empty, where = read_text(file, "no such list of images"), {}, [], "the file"
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not readable as JSON ({utils.first_line(error)})") from None
-    try:
-        categories = {str(row["id"]): {"id": row["id"], "name": row["name"]} for row in content["categories"]}
-        if len(categories) < len(content["categories"]):
-            raise ValueError(f"{file}: two categories have the same id; give each category its own")
-        for place, row in enumerate(content["images"]):
-            where = f"entry {place} of images"
-            if str(row["id"]) in images:
-                raise ValueError(f"{file}: two images have the id {row['id']!r}; give each image its own")
-            image = images[str(row["id"])] = {"id": row["id"], "file_name": str(row["file_name"]), "size": None}
-            image["annotations"] = [] if "annotations" in content else None
-            if all(type(row.get(side)) is int and 0 < row[side] < 1e6 for side in ("width", "height")):
-                image["size"] = (row["width"], row["height"])
-        for place, row in enumerate(content.get("annotations", [])):
-            where = f"entry {place} of annotations"  # if it has no id
-            where = f"annotation {row['id']!r}"
-            for key, table in (("image_id", images), ("category_id", categories)):
-                if str(row[key]) not in table:
-                    raise ValueError(f"{file}: {where} has the {key} {row[key]!r}, which the file does not define")
-            box = row["bbox"]
-            if isinstance(box, list) and len(box) == 4 and (box[2] == 0 or box[3] == 0):
-                empty.append(where)
-                continue
-            kept = {"where": where, "category": categories[str(row["category_id"])]["name"], "bbox": box}
-            images[str(row["image_id"])]["annotations"].append(kept | {"iscrowd": row.get("iscrowd") or 0})
-    except (KeyError, TypeError, AttributeError) as error:
-        reason = f"has no {error}" if isinstance(error, KeyError) else f"is malformed ({utils.first_line(error)})"
-        raise ValueError(f"{file}: {where} {reason}; export the labels as COCO JSON") from None
-    if empty:  # two in COCO's instances_train2017.json
-        print(f"{file}: skipped {len(empty)} annotations of zero width or height (first: {empty[0]})")
-    return images, categories
-
-
-def find_coco_image(label_file: str) -> tuple[str, dict, dict[str, dict]]:
-    """For a label file `x.json#<image id>`: the JSON file, its entry of the image, and its categories by id."""
-    file, image_id = re.split(r"(?<=\.json)#", label_file, maxsplit=1, flags=re.IGNORECASE)
-    images, categories = read_coco(file)
-    return file, images[image_id], categories
+def coco_objects(annotations: list[dict], categories: dict) -> Iterator[tuple]:
+    """Yields the objects of an image of a COCO file, boxes in pixels from 0 of the size that the file declares."""
+    for row in annotations:
+        x, y, w, h = map(float, row["bbox"])
+        difficult = row.get("iscrowd") or row.get("ignore") or 0
+        yield f"annotation {row.get('id')}", categories[row["category_id"]], difficult, (x, y, x + w, y + h)
 
 
 # COCO's names of six classes -> those of Darknet's coco.names
@@ -856,42 +807,13 @@ DARKNET_NAMES = {"motorcycle": "motorbike", "airplane": "aeroplane", "couch": "s
 DARKNET_NAMES |= {"dining table": "diningtable", "tv": "tvmonitor"}
 
 
-def coco_name(category: str, classes) -> str:
-    """The name among `classes` of a COCO category: its own, or Darknet's if only that is there."""
-    other = DARKNET_NAMES.get(category)
-    return other if category not in classes and other in classes else category
-
-
-def read_coco_labels(label_file: str, classes, tolerate=()) -> tuple[list[list[float]], tuple[int, int]]:
-    """The objects of an image of a COCO JSON file, and the image size. Crowds count as difficult."""
-    file, image, _ = find_coco_image(label_file)
-    if image["annotations"] is None and "missing labels" not in tolerate:
-        raise ValueError(
-            f"{file}: has no list 'annotations'; set TOLERATE=['missing labels'] if its images have no objects"
-        )
-    if image["size"] is None:  # read_coco_list has set it
-        raise ValueError(f"{file}: changed while it was in use; start again")
-    (width, height), labels = image["size"], []
-    for annotation in image["annotations"] or []:
-        name, box, source = (
-            coco_name(annotation["category"], classes),
-            annotation["bbox"],
-            f"{file}: {annotation['where']}",
-        )
-        if not is_known_class(name, classes, tolerate, source):
-            continue
-        try:
-            x, y, w, h = map(float, box)
-            crowd = DIFFICULT[str(annotation["iscrowd"]).lower()]
-        except (TypeError, ValueError, OverflowError, KeyError):
-            found = f"{str(box)[:80]!r} and {annotation['iscrowd']!r}"
-            raise ValueError(
-                f"{source} needs a bbox of four numbers x, y, w, h and iscrowd 0 or 1, found {found}"
-            ) from None
-        if not all(map(math.isfinite, (x, y, w, h))) or w <= 0 or h <= 0:
-            raise ValueError(f"{source} has the bbox {box} of no extent (w or h is not above 0); remove it")
-        labels.append([classes.index(name), crowd, x / width, y / height, (x + w) / width, (y + h) / height])
-    return labels, image["size"]
+def coco_categories(content: dict, classes: list[str]) -> dict:
+    """The categories of a COCO file's content, id -> class name: its own, or Darknet's if only that is in `classes`."""
+    names = {row["id"]: str(row["name"]).strip() for row in content["categories"]}
+    if len(names) < len(content["categories"]):
+        raise ValueError("two categories have the same id")
+    others = {key: DARKNET_NAMES.get(name) for key, name in names.items() if name not in classes}
+    return names | {key: other for key, other in others.items() if other in classes}
 
 
 # ---------------------------------------------------------------- checking a data set
@@ -899,131 +821,66 @@ def read_coco_labels(label_file: str, classes, tolerate=()) -> tuple[list[list[f
 
 def drop_broken_images(dataset: VOCDataset, broken_list: str) -> None:
     """Lists the unreadable images of an evaluation set in a file and removes them: evaluation cannot replace them."""
-    for index in reversed(range(len(dataset))):
-        if read_or_next(dataset.samples, index, broken_list)[1] != index:
-            del dataset.samples[index], dataset.labels[index], dataset.declared_sizes[index]
+    samples = dataset.samples
+    dataset.samples = [sample for i, sample in enumerate(samples) if read_or_next(samples, i, broken_list)[1] == i]
 
 
-def suspicion_about(label_file: str, labels: np.ndarray, declared: tuple[int, int], size: tuple[int, int]) -> str:
-    """A sentence on labels (G, 6) that are readable but probably wrong, otherwise "": the file declares another width
-    and height than the image has (`size`), or some objects lie completely outside the image."""
-    width, height = size
-    if all(declared) and declared != size:
-        cause = "labelled without its EXIF rotation" if declared == (height, width) else "resized after labelling"
-        return (
-            f"{label_file}: declares an image of {declared[0]} x {declared[1]}, "
-            f"but the image is {width} x {height} ({cause}?)"
-        )
-    boxes = boxes_in_fractions(labels[:, 2:], label_file, width, height).clip(0, 1)
-    outside = int((boxes[:, 2:] <= boxes[:, :2]).any(axis=1).sum())
-    fractions = outside and is_voc_xml(label_file) and labels[:, 2:].max() <= 1
-    units = "; VOC XML is in pixels, not in fractions" if fractions else ""
-    return (
-        f"{label_file}: {outside} of {len(labels)} objects are outside the image and give no target{units}"
-        if outside
-        else ""
-    )
-
-
-def print_suspicious_labels(dataset: VOCDataset) -> None:
-    """Prints how many images of a data set are listed twice, how many label files are probably wrong,
-    and why the first one is."""
-    if twice := [
-        file for file, count in Counter(os.path.realpath(file) for file, _ in dataset.samples).items() if count > 1
-    ]:
-        print(f"images listed more than once: {len(twice)} (first: {utils.printable(twice[0])})")
-    doubts = []
-    for (image_file, label_file), labels, declared in zip(
-        dataset.samples, dataset.labels, dataset.declared_sizes, strict=True
-    ):
-        with contextlib.suppress(OSError, ValueError):  # an unreadable image is reported when it is used
-            doubts.append(suspicion_about(label_file, labels, declared, image_size(image_file)))
-    if doubts := list(filter(None, doubts)):
-        print(
-            f"{len(doubts)} of {len(dataset)} label files look wrong (python dataset.py lists them), "
-            f"the first: {doubts[0]}"
-        )
-
-
-def print_badly_fitting_anchors(dataset: VOCDataset) -> None:
-    """Prints a hint if the average IoU of the objects and their best anchors is below 0.5, for example with
-    anchors for 416 pixels at 224."""
-    sizes = [np.empty((0, 2))]
-    for (_, label_file), labels, declared in zip(dataset.samples, dataset.labels, dataset.declared_sizes, strict=True):
-        # without reading the image, XML in pixels needs a declared size
-        if all(declared) or not is_voc_xml(label_file):
-            boxes = boxes_in_fractions(labels[labels[:, 1] == 0, 2:], label_file, *declared)
-            sizes.append(boxes[:, 2:] - boxes[:, :2])
-    cells, size = np.concatenate(sizes) * (dataset.image_size / 32), dataset.image_size
-    if len(cells) and (fit := average_best_iou(cells, dataset.anchors)) < 0.5:
-        print(
-            f"ANCHORS fit the boxes badly (average IoU {fit:.2f}); "
-            f"dataset.py IMAGE_SIZE={size} prints better ones for this data"
-        )
+def print_doubts(dataset: VOCDataset) -> None:
+    """Prints what is probably wrong with a data set, one line per kind: how often it occurs, and where first."""
+    samples, found = dataset.samples, {}
+    counts = Counter(os.path.realpath(sample.image_file) for sample in samples)
+    found["images listed more than once"] = [file for file, count in counts.items() if count > 1]
+    found["images without a label file"] = [sample.image_file for sample in samples if not sample.label_file]
+    used = np.concatenate([sample.labels[:, 0] for sample in samples])
+    found["classes without objects"] = [dataset.classes[c] for c in range(len(dataset.classes)) if c not in used]
+    for sample in samples:
+        for doubt in sample.doubts:
+            kind, _, detail = doubt.partition(": ")
+            found.setdefault(kind, []).append(f"{sample.label_file}: {detail}")
+    for kind, cases in found.items():
+        if cases:
+            print(utils.printable(f"{kind}: {len(cases)} (first: {cases[0]})"))
 
 
 def check_training_sets(train_set: VOCDataset, eval_sets: dict[str, VOCDataset]) -> None:
     """Prints what is probably wrong with the data of a training run; raises ValueError if there is nothing to learn."""
-    if val_set := eval_sets.get("val_map"):
-        paths = [{os.path.realpath(file) for file, _ in data.samples} for data in (train_set, val_set)]
-        if shared := paths[0] & paths[1]:
-            print(
-                f"images in both the training and the validation set: {len(shared)} "
-                f"(first: {utils.printable(min(shared))})"
-            )
-        print_suspicious_labels(val_set)
     sets = {"training": train_set, **eval_sets}
-    empty = [name for name, data in sets.items() if not any((labels[:, 1] == 0).any() for labels in data.labels)]
-    if "training" in empty:
+    boxes = {}  # (M, 4) of each set, without difficult objects
+    for name, data in sets.items():
+        labels = np.concatenate([sample.labels for sample in data.samples])
+        boxes[name] = labels[labels[:, 1] == 0, 2:]
+    if len(boxes["training"]) == 0:
         raise ValueError(
-            "the training images have no objects, or only difficult ones; check the label files, CLASSES and TOLERATE"
+            "the training images have no objects, or only difficult ones; check labels, CLASSES and TOLERATE"
         )
-    for name in empty:
-        print(f"{name} will be nan, because its images have no objects, or only difficult ones")
-    print_suspicious_labels(train_set)
-    print_badly_fitting_anchors(train_set)
+    for name in sets:
+        if len(boxes[name]) == 0:
+            print(f"{name} will be nan, because its images have no objects, or only difficult ones")
+    if "val_map" in sets:
+        files = [
+            {os.path.realpath(sample.image_file) for sample in sets[name].samples} for name in ("training", "val_map")
+        ]
+        if shared := files[0] & files[1]:
+            print(f"images in both training and validation set: {len(shared)} (first: {utils.printable(min(shared))})")
+        print_doubts(sets["val_map"])
+    print_doubts(train_set)
+    size = train_set.image_size
+    cells = (boxes["training"][:, 2:] - boxes["training"][:, :2]) * (size / 32)
+    if (fit := average_best_iou(cells, train_set.anchors)) < 0.5:  # for example anchors for 416 pixels at 224
+        print(f"ANCHORS fit the boxes badly (average IoU {fit:.2f}); dataset.py IMAGE_SIZE={size} prints better ones")
 
 
-def check_dataset(
-    samples: list[tuple[str, str]], classes, tolerate=()
-) -> tuple[list[str], list[np.ndarray], np.ndarray]:
-    """Reads every file of a data set -> problems (one sentence each, naming the file), labels per image,
-    box sizes in fractions."""
-    problems = [
-        f"{image}: listed {count} times"
-        for image, count in Counter(os.path.realpath(image) for image, _ in samples).items()
-        if count > 1
-    ]
-    all_labels, sizes = [], [np.empty((0, 2))]
-    for image_file, label_file in tqdm(samples, desc="reading", unit="image", leave=False, disable=None):
-        labels = image = None
+def find_problems(samples: list[Sample]) -> list[str]:
+    """What is wrong or doubtful with records and images, one sentence each, naming the file; reads every image."""
+    counts = Counter(os.path.realpath(sample.image_file) for sample in samples)
+    problems = [f"{file}: listed {count} times" for file, count in counts.items() if count > 1]
+    for sample in tqdm(samples, desc="reading", unit="image", leave=False, disable=None):
         try:
-            labels, declared = read_labels(label_file, classes, tolerate)
-            all_labels.append(labels)
+            read_image(sample.image_file)
+            problems += [f"{sample.label_file}: {doubt}" for doubt in sample.doubts]
         except (OSError, ValueError) as error:
             problems.append(str(error))
-        try:
-            image = read_image(image_file)
-        except (OSError, ValueError) as error:
-            problems.append(str(error))
-        if labels is None or image is None:
-            continue
-        height, width = image.shape[:2]
-        if doubt := suspicion_about(label_file, labels, declared, (width, height)):
-            problems.append(doubt)
-        boxes = labels[:, 2:] if is_voc_xml(label_file) else utils.to_devkit_pixels(labels[:, 2:], width, height)
-        outside = (boxes[:, :2] < 0).any(axis=1) | (boxes[:, 2] > width + 1.5) | (boxes[:, 3] > height + 1.5)
-        for box in boxes[outside].round(1).tolist():
-            problems.append(f"{label_file}: the box {box} extends beyond the image of {width} x {height}")
-        sizes.append((boxes[:, 2:] - boxes[:, :2]) / [width, height])
-    for kind, position in (("image", 0), ("label", 1)):  # files of the same folders that are in none of the lists
-        listed = {os.path.abspath(sample[position]) for sample in samples}
-        suffixes = {os.path.splitext(file)[1] for file in listed}
-        for folder in filter(os.path.isdir, sorted({os.path.dirname(file) for file in listed})):
-            files = [name for name in os.listdir(folder) if os.path.splitext(name)[1] in suffixes]
-            if unlisted := [name for name in files if os.path.join(folder, name) not in listed]:
-                print(f"{folder}: {len(unlisted)} {kind} files are in none of these lists (first: {min(unlisted)})")
-    return problems, all_labels, np.concatenate(sizes)
+    return problems
 
 
 def draw_label_sheet(dataset: VOCDataset, file: str, count: int, seed: int) -> None:
@@ -1041,8 +898,8 @@ def draw_label_sheet(dataset: VOCDataset, file: str, count: int, seed: int) -> N
         boxes = box_convert(torch.stack([column + x, row + y, w, h], dim=1) * 32, "cxcywh", "xyxy")  # a cell: 32 pixels
         names = [dataset.classes[int(label)] for label in labels]
         axis.imshow(utils.draw_boxes(image.permute(1, 2, 0).numpy(), boxes, names, labels))
-        title, font = utils.drawable(Path(dataset.samples[index][0]).stem, f"image {index}")
-        axis.set_title(title, fontsize=9, parse_math=False, font=font and Path(font))
+        title = utils.drawable(str(dataset.samples[index].image_id), f"image {index}")
+        axis.set_title(title, fontsize=9, parse_math=False)
     for axis in axes.flat:
         axis.axis("off")
     figure.tight_layout()
@@ -1051,30 +908,24 @@ def draw_label_sheet(dataset: VOCDataset, file: str, count: int, seed: int) -> N
     plt.close(figure)
 
 
-def follow_object(
-    sample: tuple[str, str], labels: np.ndarray, anchors, size: int
-) -> list[tuple[str, list[float], str]]:
-    """Traces the largest object of an image from its label file to its target -> lines of (step, numbers, explanation).
-
-    sample: image file and label file; labels: (G, 6) of read_labels; anchors: A pairs in grid cells;
-    size: network input in pixels.
-    """
-    image_file, label_file = sample
-    width, height = image_size(image_file)
-    boxes = boxes_in_fractions(labels[:, 2:], label_file, width, height)  # (G, 4) xyxy
-    largest = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1).argmax()
-    box = box_convert(torch.from_numpy(boxes[largest]), "xyxy", "cxcywh").tolist()
+def follow_object(sample: Sample, anchors, size: int) -> list[tuple[str, list[float], str]]:
+    """Traces the largest object of an image, difficult ones aside, from its box to its target -> lines of (step,
+    numbers, explanation). anchors: A pairs in grid cells; size: network input in pixels."""
+    labels = sample.labels[sample.labels[:, 1] == 0]
+    label, _, *corners = labels[(labels[:, 4:] - labels[:, 2:4]).prod(axis=1).argmax()]
+    width, height = sample.size
+    box = box_convert(torch.tensor(corners), "xyxy", "cxcywh").tolist()
     cells = size // 32
     x, y, w, h = (cells * value for value in box)
     overlaps = shape_iou([[w, h]], anchors)[0].tolist()
-    targets = encode_targets([box], labels[largest, :1], anchors, cells, cells)
+    targets = encode_targets([box], [label], anchors, cells, cells)
     anchor, row, column = targets[..., 0].nonzero()[0].tolist()
     p_w, p_h = anchors[anchor]
     slot = targets[anchor, row, column].tolist()
     in_loss = [x - column, y - row, math.log(w / p_w), math.log(h / p_h)]
-    unit = f"pixels of {width} x {height}, from 1" if is_voc_xml(label_file) else "fractions of the image"
+    pixels = utils.to_devkit_pixels(np.array(corners), width, height).tolist()
     return [
-        ("label file", labels[largest, 2:].tolist(), f"x1, y1, x2, y2: {unit}"),
+        ("ground truth", pixels, f"x1, y1, x2, y2: pixels of {width} x {height}, from 1"),
         ("centre and size", box, "x, y, w, h: fractions of the image"),
         ("in grid cells", [x, y, w, h], f"times {cells}"),
         ("cell", [column, row], "column, row: x and y without decimals"),
@@ -1086,27 +937,24 @@ def follow_object(
 
 def check_settings() -> None:
     """Raises ValueError or OSError for an invalid setting."""
-    utils.check_at_least(1, SHEET_IMAGES=SHEET_IMAGES)
-    utils.check_at_most(500, SHEET_IMAGES=SHEET_IMAGES)
-    utils.check_at_least(0, SEED=SEED)
-    if IMAGE_SIZE % 32 or not 32 <= IMAGE_SIZE < 10_000:
-        raise ValueError(f"IMAGE_SIZE must be a multiple of 32 pixels, not {IMAGE_SIZE}")
+    utils.check_settings(globals())
     utils.check_writable(SHEET)
 
 
 def main() -> None:
-    from model import ANCHORS  # here, because model.py imports dataset.py
-
     check_settings()
-    samples, classes = list_samples(DATA_DIR, IMAGE_SETS), read_classes(CLASSES)
-    problems, all_labels, sizes = check_dataset(samples, classes, TOLERATE)
-    labels = np.concatenate(all_labels) if all_labels else np.empty((0, 6))
+    problems = []
+    dataset = VOCDataset(DATA_DIR, IMAGE_SETS, ANCHORS, IMAGE_SIZE, CLASSES, True, TOLERATE, problems)
+    samples = dataset.samples
+    problems += find_problems(samples)
+    labels = np.concatenate([sample.labels for sample in samples])  # (all objects, 6)
     print(f"{len(samples)} images, {len(labels)} objects, {int(labels[:, 1].sum())} of them difficult")
-    counts = [len(rows) for rows in all_labels]
-    print(f"{counts.count(0)} images without objects; at most {max(counts, default=0)} objects per image")
-    for index, name in enumerate(classes):
+    counts = [len(sample.labels) for sample in samples]
+    print(f"{counts.count(0)} images without objects; at most {max(counts)} objects per image")
+    for index, name in enumerate(dataset.classes):
         difficult = labels[labels[:, 0] == index, 1] > 0
         print(f"  {name:16s} {int((~difficult).sum()):6d}  difficult {int(difficult.sum()):5d}")
+    sizes = labels[:, 4:] - labels[:, 2:4]  # widths and heights
     if len(sizes):
         sides = np.percentile(np.sqrt(sizes.prod(axis=1)), [0, 25, 50, 75, 100])
         text = ", ".join(f"{side:.3f}" for side in sides)
@@ -1122,14 +970,12 @@ def main() -> None:
         print(utils.printable(f"problem: {problem}"))
     if problems:
         sys.exit(f"{len(problems)} problems; correct them to get the label sheet")
-    dataset = VOCDataset(DATA_DIR, IMAGE_SETS, ANCHORS, IMAGE_SIZE, classes, augment=True, tolerate=TOLERATE)
     draw_label_sheet(dataset, SHEET, SHEET_IMAGES, SEED)
     print(f"no problems; look at {SHEET}: every box should enclose its object")
-    targeted = [labels[labels[:, 1] == 0] for labels in all_labels]  # without difficult objects
-    followed = next((index for index, labels in enumerate(targeted) if len(labels)), None)
-    if followed is not None:
-        print(f"\nthe largest object of {utils.printable(samples[followed][0])}, from label to target:")
-        for step, numbers, explanation in follow_object(samples[followed], targeted[followed], ANCHORS, IMAGE_SIZE):
+    followed = next((sample for sample in samples if (sample.labels[:, 1] == 0).any()), None)
+    if followed:
+        print(f"\nthe largest object of {utils.printable(followed.image_file)}, from label to target:")
+        for step, numbers, explanation in follow_object(followed, ANCHORS, IMAGE_SIZE):
             text = "".join(f"{number:.3f}".removesuffix(".000").rjust(8) for number in numbers)
             print(f"  {step:22s}{text:48s}  {explanation}")
 

@@ -49,9 +49,7 @@ COMPILE = False  # torch.compile with frozen weights; pays off after a few thous
 
 def check_settings():
     """Raises ValueError or OSError for an invalid setting."""
-    utils.check_at_most(1, CONFIDENCE_THRESHOLD=CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD=NMS_IOU_THRESHOLD)
-    if IMAGE_SIZE is not None and (IMAGE_SIZE < 32 or IMAGE_SIZE % 32):
-        raise ValueError(f"IMAGE_SIZE must be a multiple of 32 pixels or None, not {IMAGE_SIZE}")
+    utils.check_settings(globals())
     utils.check_writable(OUTPUT_DIR, is_folder=True)
 
 
@@ -64,8 +62,7 @@ def is_live(source: str) -> bool:
 
 
 def find_sources(pattern: str) -> list[str]:
-    """A file, a folder (its images and videos, sorted) or a glob -> files. Raises
-    FileNotFoundError if there are none."""
+    """A file, a folder (its images and videos, sorted) or a glob -> files. Raises FileNotFoundError if it has none."""
     path = Path(pattern)
     if is_live(pattern) or path.is_file():
         return [pattern if is_live(pattern) else str(path)]
@@ -74,14 +71,9 @@ def find_sources(pattern: str) -> list[str]:
     suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
     files = [str(file) for file in found if file.suffix.lower() in suffixes]
     if not files:
-        raise FileNotFoundError(
-            f"{pattern}: no image or video file there; give an image, a video, a folder of them or a glob"
-        )
-    if others := [file.name for file in found if file.suffix.lower() not in suffixes]:
-        print(
-            f"{pattern}: skipped {len(others)} files that are not images or videos "
-            f"(first: {utils.printable(others[0])})"
-        )
+        raise FileNotFoundError(f"{pattern}: no images or videos; set SOURCE to an image, a video, a folder or a glob")
+    if others := [utils.printable(file.name) for file in found if file.suffix.lower() not in suffixes]:
+        print(f"{pattern}: skipped {len(others)} files that are not images or videos (first: {others[0]})")
     return files
 
 
@@ -94,8 +86,8 @@ def output_name(source: str) -> str:
 
 
 def draw_detections(image: np.ndarray, model, classes: list[str], anchors, transform, device: torch.device) -> tuple:
-    """Detects on an (H, W, 3) uint8 RGB image -> the PIL image with boxes, their class names, the
-    milliseconds of the detection."""
+    """Detects on an (H, W, 3) uint8 RGB image -> the PIL image with boxes, their class names, the milliseconds of the
+    detection."""
     start = time.perf_counter()
     batch = to_tensor(transform(image=image, bboxes=[])["image"])[None]  # (1, 3, H, W)
     with torch.no_grad():
@@ -111,8 +103,8 @@ def draw_detections(image: np.ndarray, model, classes: list[str], anchors, trans
 
 
 def draw_video(source: str, output: str, detector: tuple) -> tuple[int, Counter, bool]:
-    """Writes a video file, camera or stream with its detections as MPEG-4. detector: draw_detections'
-    arguments after the image.
+    """Writes a video file, camera or stream with its detections as MPEG-4. detector: draw_detections' arguments after
+    the image.
 
     Returns the number of frames, the boxes per class over all frames, and whether Ctrl-C ended the video early. Raises
     ValueError, naming the source, if it cannot be read or stored as MPEG-4, and OSError, naming the output, if that
@@ -123,9 +115,7 @@ def draw_video(source: str, output: str, detector: tuple) -> tuple[int, Counter,
     video = cv2.VideoCapture(int(source)) if source.isdecimal() else cv2.VideoCapture(address, cv2.CAP_FFMPEG)
     more, frame = video.read()  # (H, W, 3) uint8, BGR
     if not more:
-        raise ValueError(
-            f"{source}: no video frame could be read; replace the file, or check the camera or the address"
-        )
+        raise ValueError(f"{source}: no video frame could be read; replace the file, or check camera or address")
     rate, expected = video.get(cv2.CAP_PROP_FPS), video.get(cv2.CAP_PROP_FRAME_COUNT)
     # cameras report 0 or NaN, files without a constant rate 1000 or 90000; MPEG-4 has 16 bits for the rate's numerator
     rate = round(rate, 1 if rate > 65 else 3) if 0 < rate < 1000 else 25.0
@@ -167,15 +157,13 @@ def main():
     outputs = [os.path.join(OUTPUT_DIR, output_name(file)) for file in files]
     for name, count in Counter(outputs).items():
         if count > 1:
-            raise ValueError(
-                f"{name}: {count} files of {SOURCE} would be drawn to it; draw them one folder or suffix at a time"
-            )
+            advice = "draw them one folder or suffix at a time"
+            raise ValueError(f"{name}: {count} files of {SOURCE} would be drawn to it; {advice}")
     # by inode and device, because IMG.JPG and IMG.jpg may be one file
     identities = [{os.stat(file)[1:3]: file for file in group if os.path.exists(file)} for group in (files, outputs)]
     if overwritten := identities[0].keys() & identities[1].keys():
-        raise ValueError(
-            f"{identities[0][min(overwritten)]}: a drawing would replace this source; set another OUTPUT_DIR"
-        )
+        source = identities[0][min(overwritten)]
+        raise ValueError(f"{source}: a drawing would replace this source; set another OUTPUT_DIR")
     unreadable, stopped = 0, False
     for file, output in zip(files, outputs, strict=True):
         start = time.perf_counter()

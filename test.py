@@ -1,5 +1,5 @@
-"""Measures a trained YOLOv2 on a test set by the rules of the VOC devkit (average precision at IoU 0.5,
-difficult objects ignored).
+"""Measures a trained YOLOv2 on a test set by the rules of the VOC devkit (average precision at IoU 0.5, difficult
+objects ignored).
 
     python test.py                                             the sample, with the checkpoint of train.py
     python test.py CHECKPOINT=yolov2-voc.weights DATA_DIR=/data/VOCdevkit "IMAGE_SETS=[('2007','test')]"
@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 import utils
-from dataset import VOCDataset, print_suspicious_labels, read_image
+from dataset import VOCDataset, print_doubts, read_image
 from model import load_detector
 
 # data
@@ -49,17 +49,10 @@ COMPILE = False  # torch.compile with frozen weights; pays off after a few thous
 
 def check_settings():
     """Raises ValueError or OSError for an invalid setting."""
-    utils.check_at_least(1, BATCH_SIZE=BATCH_SIZE)
-    utils.check_at_least(0, NUM_WORKERS=NUM_WORKERS)
-    utils.check_at_most(1, CONFIDENCE_THRESHOLD=CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD=NMS_IOU_THRESHOLD)
-    utils.check_at_most(1, FIXED_THRESHOLD=FIXED_THRESHOLD)
-    utils.check_numbers(INPUT_SIZES=INPUT_SIZES)
-    if any(size < 32 or size % 32 for size in INPUT_SIZES):
-        raise ValueError(f"INPUT_SIZES must hold multiples of 32 pixels, not {INPUT_SIZES}")
+    utils.check_settings(globals())
     if CONFIDENCE_THRESHOLD > FIXED_THRESHOLD:
-        raise ValueError(
-            f"CONFIDENCE_THRESHOLD {CONFIDENCE_THRESHOLD} must be at most FIXED_THRESHOLD {FIXED_THRESHOLD}"
-        )
+        limit = f"FIXED_THRESHOLD {FIXED_THRESHOLD}"
+        raise ValueError(f"CONFIDENCE_THRESHOLD {CONFIDENCE_THRESHOLD} must be at most {limit}")
     if OUTPUT[-1:] in ("", "/", "\\"):
         raise ValueError(f"OUTPUT is the start of three file names, such as runs/test, not {OUTPUT!r}")
     utils.check_writable(f"{OUTPUT}.csv")
@@ -72,48 +65,33 @@ ERROR_COLUMNS = (*FALSE_POSITIVES, "missed", "confused_with", "confused_with_cou
 
 
 def measure(detections, truths, classes, fixed_threshold):
-    """-> a row (dict of COLUMNS) and a curve (precisions, recalls) per class; AP is NaN where a
-    class has no ground truth."""
-    confident = detections[detections[:, 2] >= fixed_threshold]
-    ap_11, ap_all, ap_fixed = (
-        utils.average_precision(selected, truths, len(classes), metric=metric).tolist()
-        for selected, metric in ((detections, "voc2007"), (detections, "all_points"), (confident, "all_points"))
-    )
-    curves = utils.precision_recall(detections, truths, len(classes))
-    rows = []
-    for c, (name, (confidences, precisions, recalls)) in enumerate(zip(classes, curves, strict=True)):
-        of_class = truths[truths[:, 1] == c]
-        shown = int((confidences >= fixed_threshold).sum())  # length of the curve down to the threshold
-        precision = precisions[shown - 1] if shown else math.nan
-        recall = recalls[shown - 1] if shown else 0.0 if (of_class[:, 2] == 0).any() else math.nan
-        f1 = (
-            2 * precision * recall / (precision + recall)
-            if precision + recall > 0
-            else 0.0
-            if recall == 0
-            else math.nan
-        )
-        counts = (int((of_class[:, 2] == 0).sum()), int((of_class[:, 2] > 0).sum()), int((detections[:, 1] == c).sum()))
-        values = (name, *counts, ap_11[c], ap_all[c], ap_fixed[c], float(precision), float(recall), float(f1))
+    """-> a row (dict of COLUMNS) and a curve (precisions, recalls) per class; AP, recall and F1 are NaN for a class
+    without ground truth."""
+    rows, curves = [], []
+    for c, (confidences, precisions, recalls) in enumerate(utils.precision_recall(detections, truths, len(classes))):
+        difficult = truths[truths[:, 1] == c, 2] > 0
+        truth_count = int((~difficult).sum())
+        kept = int((confidences >= fixed_threshold).sum())  # the first ones: a curve is sorted by confidence
+        ap_11 = ap_all = ap_at_fixed = precision = recall = math.nan
+        if truth_count:
+            ap_11 = utils.area_under_curve(precisions, recalls, "voc2007")
+            ap_all = utils.area_under_curve(precisions, recalls, "all_points")
+            ap_at_fixed = utils.area_under_curve(precisions[:kept], recalls[:kept], "all_points")
+            recall = float(recalls[kept - 1]) if kept else 0.0
+        if kept:
+            precision = float(precisions[kept - 1])
+        f1 = 2 * precision * recall / (precision + recall) if recall != 0 else 0.0
+        counts = (truth_count, int(difficult.sum()), int((detections[:, 1] == c).sum()))
+        values = (classes[c], *counts, ap_11, ap_all, ap_at_fixed, precision, recall, f1)
         rows.append(dict(zip(COLUMNS, values, strict=True)))
-    return rows, [(precisions, recalls) for _, precisions, recalls in curves]
+        curves.append((precisions, recalls))
+    return rows, curves
 
 
 def print_table(rows):
     """The rows as an aligned table, with a dash for an undefined value."""
-    heads = (
-        "class",
-        "truths",
-        "diffic.",
-        "detect.",
-        "AP 11",
-        "AP all",
-        f"AP@{FIXED_THRESHOLD}",
-        "precis.",
-        "recall",
-        "F1",
-    )
-    print("  ".join(f"{head:>{16 if place == 0 else 7}s}" for place, head in enumerate(heads)))
+    heads = ("truths", "diffic.", "detect.", "AP 11", "AP all", f"AP@{FIXED_THRESHOLD}", "precis.", "recall", "F1")
+    print("  ".join([f"{'class':>16s}", *(f"{head:>7s}" for head in heads)]))
     for row in rows:
         cells = [f"{row['class']:>16s}", *(f"{row[name]:7d}" for name in COLUMNS[1:4])]
         cells += ["      -" if math.isnan(row[name]) else f"{row[name]:7.3f}" for name in COLUMNS[4:]]
@@ -121,8 +99,8 @@ def print_table(rows):
 
 
 def error_kinds(detections, truths, num_classes, iou_threshold=0.5, least_iou=0.1):
-    """Classifies detections (D, 7) -> kinds (D,) text, confused_with (D,) class or -1, and missed
-    (G,) of the truths (G, 7).
+    """Classifies detections (D, 7) -> kinds (D,) text, confused_with (D,) class or -1, and missed (G,) of the truths
+    (G, 7).
 
     The kinds of Hoiem et al. (ECCV 2012) and of the YOLO paper's Fig. 4, without their groups of similar classes.
     A detection is assigned to the ground truth of its class with the largest IoU, as in utils.assign_detections.
@@ -137,14 +115,14 @@ def error_kinds(detections, truths, num_classes, iou_threshold=0.5, least_iou=0.
     missed: neither difficult nor matched. Pass only the detections above the confidence threshold in use.
     """
     iou, truth, correct, ignored = utils.assign_detections(detections, truths, num_classes, iou_threshold)
-    any_iou, other = utils.largest_overlaps(detections, truths, num_classes, any_class=True)
+    any_iou, any_truth = utils.largest_overlaps(detections, truths, num_classes, any_class=True)
     # np.select takes the first condition that holds, so the last one only sees objects of other classes
     conditions = [correct, ignored, iou >= iou_threshold, iou >= least_iou, any_iou >= least_iou]
     kinds = np.select(conditions, ["correct", "ignored", *FALSE_POSITIVES[:3]], "background")
-    other_class = np.append(truths[:, 1], -1).astype(int)[other]  # row -1: no overlap
+    any_class = np.append(truths[:, 1], -1).astype(int)[any_truth]  # row -1: no overlap
     missed = truths[:, 2] == 0
     missed[truth[correct]] = False
-    return kinds, np.where(kinds == "confusion", other_class, -1), missed
+    return kinds, np.where(kinds == "confusion", any_class, -1), missed
 
 
 def count_errors(detections, truths, classes, errors):
@@ -154,10 +132,11 @@ def count_errors(detections, truths, classes, errors):
     for c in range(len(classes)):
         of_class = detections[:, 1] == c
         counts = Counter(kinds[of_class].tolist())
-        others = Counter(confused_with[of_class & (kinds == "confusion")].tolist())
-        other, times = max(others.items(), key=lambda item: item[1], default=(None, 0))
-        found = [counts[kind] for kind in FALSE_POSITIVES] + [int((truths[missed, 1] == c).sum())]
-        rows.append(dict(zip(ERROR_COLUMNS, (*found, "" if other is None else classes[other], times), strict=True)))
+        counts["missed"] = int((truths[missed, 1] == c).sum())
+        row = {name: counts[name] for name in (*FALSE_POSITIVES, "missed")}
+        confusions = Counter(confused_with[of_class & (kinds == "confusion")].tolist())
+        other, times = max(confusions.items(), key=lambda item: item[1], default=(None, 0))
+        rows.append(row | {"confused_with": "" if other is None else classes[other], "confused_with_count": times})
     return rows
 
 
@@ -173,19 +152,16 @@ def print_errors(rows):
 
 
 def draw_worst(dataset, detections, truths, errors, file):
-    """Draws up to 12 errors: the 4 largest missed objects and the 8 most confident false positives, or more of
-    one if the other has fewer. Coloured: the detection or the missed object; thin and white: all ground
-    truths. -> number of panels."""
+    """Draws up to 12 errors: the 4 largest missed objects and the 8 most confident false positives, or more of one
+    if there are fewer of the other. Coloured: the detection or the missed object; thin and white: all ground truths.
+    -> number of panels."""
     kinds, confused_with, missed = errors
-    false = np.flatnonzero(np.isin(kinds, FALSE_POSITIVES))
-    false = false[np.argsort(-detections[false, 2], kind="stable")]
-    lost = truths[missed]
-    areas = (lost[:, 5:] - lost[:, 3:5] + 1).prod(axis=1)
-    lost = lost[np.argsort(-areas, kind="stable")][: max(4, 12 - len(false))]
-    false = false[: 12 - len(lost)]
-    panels = list(zip(detections[false], kinds[false], confused_with[false], strict=True)) + [
-        (row, "missed", -1) for row in lost
-    ]
+    false_positives = [k for k in np.argsort(-detections[:, 2], kind="stable") if kinds[k] in FALSE_POSITIVES]
+    areas = (truths[:, 5:] - truths[:, 3:5] + 1).prod(axis=1)
+    missed_objects = [k for k in np.argsort(-areas, kind="stable") if missed[k]][: max(4, 12 - len(false_positives))]
+    false_positives = false_positives[: 12 - len(missed_objects)]
+    panels = [(detections[k], kinds[k], confused_with[k]) for k in false_positives]
+    panels += [(truths[k], "missed", -1) for k in missed_objects]
     if not panels:
         Path(file).unlink(missing_ok=True)  # of an earlier run
         return 0
@@ -197,7 +173,7 @@ def draw_worst(dataset, detections, truths, errors, file):
         axis.axis("off")
     for axis, (row, kind, other) in zip(axes.flat, panels, strict=False):
         index, label = int(row[0]), int(row[1])
-        image_file = dataset.samples[index][0]
+        image_file = dataset.samples[index].image_file
         picture = Image.fromarray(read_image(image_file))
         extent = (0, picture.width, picture.height, 0)
         picture.thumbnail((800, 800))
@@ -206,12 +182,12 @@ def draw_worst(dataset, detections, truths, errors, file):
         for (x1, y1, x2, y2), colour, width in [*boxes, (row[3:], np.array(utils.class_colour(label)) / 255, 3)]:
             corner = (x1 - 1, y1 - 1)  # the devkit's first pixel is 1
             axis.add_patch(plt.Rectangle(corner, x2 - x1 + 1, y2 - y1 + 1, fill=False, color=colour, linewidth=width))
-        name, other_name = (utils.drawable(dataset.classes[c], f"class {c}")[0] for c in (label, other))
+        name, other_name = (utils.drawable(dataset.classes[c], f"class {c}") for c in (label, other))
         title = f"{name}: missed" if kind == "missed" else f"{name} {row[2]:.2f}: {kind}"
-        title += f" with {other_name}" if kind == "confusion" else ""
-        title += f", image {utils.drawable(Path(image_file).stem, f'number {index}')[0]}"
-        title, font = utils.drawable(title, f"class {label}: {kind}, image number {index}")  # one font for all of it
-        axis.set_title(textwrap.fill(title, 46), fontsize=11, parse_math=False, font=font and Path(font))
+        if kind == "confusion":
+            title += f" with {other_name}"
+        title += f", image {utils.drawable(Path(image_file).stem, f'number {index}')}"
+        axis.set_title(textwrap.fill(title, 46), fontsize=11, parse_math=False)
     with utils.atomic_write(file) as temporary:
         figure.savefig(temporary, dpi=100, format="jpg")
     plt.close(figure)
@@ -219,8 +195,8 @@ def draw_worst(dataset, detections, truths, errors, file):
 
 
 def draw_curves(rows, curves, file):
-    """Precision over recall, one panel per class with its AP in the title; at most 20 classes,
-    those with the lowest AP."""
+    """Precision over recall, one panel per class with its AP in the title; at most 20 classes, those with the lowest
+    AP."""
     lowest = sorted(range(len(rows)), key=lambda c: (math.isnan(rows[c]["ap_all"]), rows[c]["ap_all"]))[:20]
     from matplotlib import pyplot as plt
 
@@ -231,8 +207,7 @@ def draw_curves(rows, curves, file):
         row, (precisions, recalls) = rows[c], curves[c]
         axis.plot([0, *recalls], [*precisions[:1], *precisions] or [0], drawstyle="steps-pre")
         score = "no truths" if math.isnan(row["ap_all"]) else f"{row['ap_all']:.3f}"
-        title, font = utils.drawable(f"{row['class']}: {score}", f"class {c}: {score}")
-        axis.set_title(title, fontsize=9, parse_math=False, font=font and Path(font))
+        axis.set_title(f"{utils.drawable(row['class'], f'class {c}')}: {score}", fontsize=9, parse_math=False)
         axis.set(xlim=(0, 1.02), ylim=(0, 1.05))
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
@@ -250,31 +225,31 @@ def main():
     utils.keep_freed_memory()
     device = utils.pick_device(DEVICE)
     model, classes, anchors, own_size = load_detector(CHECKPOINT, CLASSES, ANCHORS, device, PRECISION, COMPILE)
+    dataset = VOCDataset(DATA_DIR, IMAGE_SETS, anchors, own_size, classes, tolerate=TOLERATE)
+    print_doubts(dataset)
     means = {}
     for size in INPUT_SIZES or [own_size]:
-        dataset = VOCDataset(DATA_DIR, IMAGE_SETS, anchors, size, classes, tolerate=TOLERATE)
-        if not means:  # once
-            print_suspicious_labels(dataset)
-        detections, truths, seconds = utils.detect_dataset(
-            model, dataset, BATCH_SIZE, NUM_WORKERS, CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD
-        )
+        resized = dataset.changed(image_size=size)
+        thresholds = CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD
+        detections, truths, seconds = utils.detect_dataset(model, resized, BATCH_SIZE, NUM_WORKERS, *thresholds)
         rows, curves = measure(detections, truths, classes, FIXED_THRESHOLD)
         means[size] = [utils.mean_average_precision([row[name] for row in rows]) for name in COLUMNS[4:7]]
-        print(
-            f"\n{CHECKPOINT} at {size} px on {len(dataset)} images, "
-            f"{len(truths)} ground truths, {len(detections)} detections"
-        )
-        print_table(rows)
-        print(f"{'mAP':>16s}  {'':25s}  " + "  ".join(f"{value:7.3f}" for value in means[size]))
         confident = detections[detections[:, 2] >= FIXED_THRESHOLD]
         errors = error_kinds(confident, truths, len(classes))
-        rows = [
-            row | counts for row, counts in zip(rows, count_errors(confident, truths, classes, errors), strict=True)
-        ]
-        print_errors(rows)
-        total = sum(seconds.values())
+        error_rows = count_errors(confident, truths, classes, errors)
+        rows = [row | counts for row, counts in zip(rows, error_rows, strict=True)]
+
+        counts = f"{len(dataset)} images, {len(truths)} ground truths, {len(detections)} detections"
+        print(f"\n{CHECKPOINT} at {size} px on {counts}")
+        shown = [row for row in rows if row["truths"] or row["difficult"] or row["detections"]]
+        print_table(shown)
+        print(f"{'mAP':>16s}  {'':25s}  " + "  ".join(f"{value:7.3f}" for value in means[size]))
+        if len(shown) < len(rows):
+            print(f"not shown: {len(rows) - len(shown)} classes without ground truth and detections")
+        print_errors(shown)
+        rate = len(dataset) / sum(seconds.values())
         parts = ", ".join(f"{name} {1000 * value / len(dataset):.1f} ms" for name, value in seconds.items())
-        print(f"{len(dataset) / total:.1f} images/s in batches of {BATCH_SIZE}; per image: {parts}")
+        print(f"{rate:.1f} images/s in batches of {BATCH_SIZE}; per image: {parts}")
 
     if len(means) > 1:  # as in the paper's Table 3
         print(f"\n{'input':>16s}  " + "  ".join(f"{size:7d}" for size in means))

@@ -1,8 +1,7 @@
 """Trains YOLOv2 for detection (YOLO9000 sec. 3, "Training for detection").
 
     python train.py                                          the sample of 16 images, a few minutes on a CPU
-    python train.py DATA_DIR=/data/VOCdevkit "IMAGE_SETS=[('2007','trainval'),('2012','trainval')]"
-        AUGMENT=True REPEAT=1 ...
+    python train.py DATA_DIR=/data/VOCdevkit "IMAGE_SETS=[('2007','trainval'),('2012','trainval')]" AUGMENT=True ...
 
 The README has complete recipes. Writes, named after CHECKPOINT: `runs/yolov2.pt` after each epoch,
 `runs/yolov2_best.pt` (best mAP), `runs/yolov2_metrics.csv` (one row per epoch), `runs/yolov2_charts.png` (its columns
@@ -22,7 +21,6 @@ from tqdm import tqdm
 import model as yolov2_model
 import utils
 from dataset import (
-    VOC_CLASSES,
     VOCDataset,
     check_training_sets,
     drop_broken_images,
@@ -37,7 +35,7 @@ from loss import YoloLoss
 DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv, .txt or .json lists
 IMAGE_SETS = [("2007", "tiny")]  # VOC 07+12: [("2007", "trainval"), ("2012", "trainval")]; ["a.csv"]; COCO ["a.json"]
 VAL_IMAGE_SETS = []  # none: the sample is too small to be split; VOC: [("2007", "test")]
-CLASSES = VOC_CLASSES  # any names, or a Darknet .names file; saved in the checkpoint
+CLASSES = yolov2_model.VOC_CLASSES  # any names, or a Darknet .names file; saved in the checkpoint
 TOLERATE = []  # "other classes": skip objects that CLASSES does not name; "missing labels": unlabelled is background
 AUGMENT = False  # crop, flip and colour jitter; True for anything larger than the sample
 REPEAT = 5  # repeats of each image per epoch; 1 for a real data set
@@ -85,23 +83,8 @@ COMPILE = False  # torch.compile: faster on a GPU, after minutes of start-up
 
 def check_settings():
     """Raises ValueError or OSError for an invalid setting."""
-    utils.check_at_least(
-        1, EPOCHS=EPOCHS, BATCH_SIZE=BATCH_SIZE, SUBDIVISIONS=SUBDIVISIONS, REPEAT=REPEAT, EVAL_EVERY=EVAL_EVERY
-    )
-    utils.check_at_least(1, EVAL_TRAIN_IMAGES=EVAL_TRAIN_IMAGES)
-    utils.check_at_least(0, WEIGHT_DECAY=WEIGHT_DECAY, BURN_IN=BURN_IN, CLIP_NORM=CLIP_NORM, SEED=SEED)
-    utils.check_at_least(0, LAMBDA_COORD=LAMBDA_COORD, LAMBDA_OBJECT=LAMBDA_OBJECT, LAMBDA_NO_OBJECT=LAMBDA_NO_OBJECT)
-    utils.check_at_least(
-        0, LAMBDA_CLASS=LAMBDA_CLASS, NUM_WORKERS=NUM_WORKERS, LEARNING_RATE=LEARNING_RATE, LR_POWER=LR_POWER
-    )
-    utils.check_at_least(0, SAVE_EVERY_MINUTES=SAVE_EVERY_MINUTES, MAX_HOURS=MAX_HOURS)
-    utils.check_at_most(1, MOMENTUM=MOMENTUM, IGNORE_THRESHOLD=IGNORE_THRESHOLD, EVAL_THRESHOLD=EVAL_THRESHOLD)
-    utils.check_numbers(MULTI_SCALE=MULTI_SCALE)
-    utils.check_one_of(("stop", "skip"), BROKEN_IMAGES=BROKEN_IMAGES)
-    utils.check_one_of(("adam", "sgd"), OPTIMIZER=OPTIMIZER)
+    utils.check_settings(globals())
     utils.check_schedule(LR_SCHEDULE, LR_DROPS, EPOCHS)
-    if any(size < 32 or size % 32 for size in MULTI_SCALE):
-        raise ValueError(f"MULTI_SCALE must hold multiples of 32 pixels, not {MULTI_SCALE}")
     if BATCH_SIZE % SUBDIVISIONS:
         raise ValueError(f"BATCH_SIZE {BATCH_SIZE} must be a multiple of SUBDIVISIONS {SUBDIVISIONS}")
     utils.check_writable(CHECKPOINT)
@@ -114,37 +97,45 @@ LOSS_TERMS = ("coord", "object", "no_object", "class", "prior", "total")
 
 
 def read_data_sets(anchors, broken_list):
-    """-> the training set, and the sets to evaluate: train_map (the first training images, not
-    augmented) and val_map."""
+    """-> the training set, and the sets to evaluate: train_map (first training images, not augmented) and val_map."""
     common = {"anchors": anchors, "image_size": IMAGE_SIZE, "classes": CLASSES, "tolerate": TOLERATE}
     train_set = VOCDataset(DATA_DIR, IMAGE_SETS, augment=AUGMENT, **common)
-    eval_sets = {"train_map": VOCDataset(DATA_DIR, IMAGE_SETS, limit=EVAL_TRAIN_IMAGES, **common)}
+    eval_sets = {"train_map": train_set.changed(augment=False, samples=train_set.samples[:EVAL_TRAIN_IMAGES])}
     if VAL_IMAGE_SETS:
         eval_sets["val_map"] = VOCDataset(DATA_DIR, VAL_IMAGE_SETS, **common)
     check_training_sets(train_set, eval_sets)
     if min(BATCH_SIZE // SUBDIVISIONS, len(train_set) * REPEAT) == 1 and min(MULTI_SCALE or [IMAGE_SIZE]) == 32:
         raise ValueError("batch norm needs two values per channel: set IMAGE_SIZE=64, or two images or more per batch")
-    train_set.broken_list = broken_list
-    for eval_set in eval_sets.values() if broken_list else ():
-        drop_broken_images(eval_set, broken_list)
+    if broken_list:
+        train_set.broken_list = broken_list
+        for eval_set in eval_sets.values():
+            drop_broken_images(eval_set, broken_list)
     return train_set, eval_sets
+
+
+def make_optimizer(model, dtype):
+    """SGD with momentum as in the paper, or AdamW, whose weight decay is decoupled from the gradient."""
+    groups = utils.parameter_groups(model, WEIGHT_DECAY)
+    fused = dtype != torch.float16  # in fp16, GradScaler would leave the inf check to a fused optimiser
+    if OPTIMIZER == "sgd":
+        return torch.optim.SGD(groups, LEARNING_RATE, momentum=MOMENTUM, fused=fused)
+    return torch.optim.AdamW(groups, LEARNING_RATE, fused=fused)
 
 
 def evaluate(model, eval_set, device, dtype, stop):
     """mAP at IoU .5 (all points) of detections with confidence >= EVAL_THRESHOLD; incomplete if a stop was requested
     meanwhile. Draws the first eight images; val_map is computed last, so its picture is the one that stays."""
     settings = (BATCH_SIZE // SUBDIVISIONS, NUM_WORKERS, EVAL_THRESHOLD)
+    asked = functools.partial(utils.should_stop, stop)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         # found (D, 7), truths (G, 7), as in utils.average_precision
-        found, truths, _ = utils.detect_dataset(
-            model.eval(), eval_set, *settings, should_stop=lambda: utils.should_stop(stop)
-        )
+        found, truths, _ = utils.detect_dataset(model.eval(), eval_set, *settings, should_stop=asked)
     mean = utils.mean_average_precision(utils.average_precision(found, truths, len(eval_set.classes)))
     if not stop.reason:
-        images = [read_image(file) for file, _ in eval_set.samples[:8]]
+        images = [read_image(sample.image_file) for sample in eval_set.samples[:8]]
         utils.draw_samples(images, eval_set.classes, found, truths, f"{CHECKPOINT.removesuffix('.pt')}_samples.jpg")
-    if mean == 0 and not stop.reason:  # distinguishes no detections from wrong ones
-        tqdm.write(f"mAP is 0: {len(found)} detections at {EVAL_THRESHOLD} for {len(truths)} ground truths")
+        if mean == 0:  # distinguishes no detections from wrong ones
+            tqdm.write(f"mAP is 0: {len(found)} detections at {EVAL_THRESHOLD} for {len(truths)} ground truths")
     return mean
 
 
@@ -156,14 +147,15 @@ def main():
     dtype = utils.pick_precision(PRECISION, device, CHECKPOINT if RESUME else "")
     stop = utils.catch_stop_signals(MAX_HOURS)
     stem = CHECKPOINT.removesuffix(".pt")
-    anchors = yolov2_model.read_anchors(ANCHORS, [IMAGE_SIZE, *MULTI_SCALE])
 
     # data
+    anchors = yolov2_model.read_anchors(ANCHORS, largest_size=max([IMAGE_SIZE, *MULTI_SCALE]))
     broken_list = f"{stem}_broken.txt" if BROKEN_IMAGES == "skip" else ""
     train_set, eval_sets = read_data_sets(anchors, broken_list)
     classes = train_set.classes
     steps = steps_per_epoch(len(train_set) * REPEAT, BATCH_SIZE, SUBDIVISIONS)
-    utils.print_long_burn_in(BURN_IN, EPOCHS * steps)
+    total_steps = EPOCHS * steps
+    utils.print_long_burn_in(BURN_IN, total_steps)
     sampling = (len(train_set), BATCH_SIZE, SUBDIVISIONS, MULTI_SCALE or [IMAGE_SIZE], SEED)
     batches_from = functools.partial(training_batches, *sampling, repeat=REPEAT)  # batches_from(first_step)
 
@@ -174,45 +166,39 @@ def main():
     network = torch.compile(model) if COMPILE else model
     lambdas = (LAMBDA_COORD, LAMBDA_OBJECT, LAMBDA_NO_OBJECT, LAMBDA_CLASS)
     loss_function = YoloLoss(anchors, *lambdas, IGNORE_THRESHOLD, EQUATION).to(device)
-    groups = utils.parameter_groups(model, WEIGHT_DECAY)
-    fused = dtype != torch.float16  # in fp16, GradScaler would leave the inf check to a fused optimiser
-    if OPTIMIZER == "sgd":
-        optimizer = torch.optim.SGD(groups, LEARNING_RATE, momentum=MOMENTUM, fused=fused)
-    else:
-        optimizer = torch.optim.AdamW(groups, LEARNING_RATE, fused=fused)  # decoupled weight decay
+    optimizer = make_optimizer(model, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    # the run's position, and the epoch's sums of the loss terms
-    state = {"epoch": 0, "step": 0, "images_seen": 0, "best": -1.0}
+    # the run's position, one row of metrics per finished epoch, and this epoch's sums of the loss terms
+    state = {"epoch": 0, "step": 0, "images_seen": 0, "best": -1.0, "metrics": []}
     state["sums"] = torch.zeros(len(LOSS_TERMS), dtype=torch.float64, device=device)
     settings = utils.script_settings(globals()) | {"PRECISION": str(dtype), "CLASSES": classes, "ANCHORS": anchors}
     settings["training images"] = utils.fingerprint(train_set.samples)
+    metadata = {"classes": classes, "anchors": anchors, "image_size": IMAGE_SIZE, "settings": settings}
     if RESUME:
         state = utils.resume(CHECKPOINT, model, optimizer, scaler, settings, FIXED)
+        utils.write_metrics(stem, state["metrics"])  # the last run may have died before it wrote them
     else:
         utils.keep_earlier_run(CHECKPOINT, PRETRAINED)
-    metadata = {"classes": classes, "anchors": anchors, "image_size": IMAGE_SIZE, "settings": settings}
 
     def save():
         optimizing = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         utils.save_checkpoint(CHECKPOINT, model=model.state_dict(), **optimizing, **state, **metadata)
 
-    print(
-        f"{len(train_set)} training images, {EPOCHS} epochs of {steps} steps, "
-        f"{MULTI_SCALE or IMAGE_SIZE} px, {device}, {dtype}"
-    )
+    print(f"{len(train_set)} images, {EPOCHS} x {steps} steps, {MULTI_SCALE or IMAGE_SIZE} px, {device}, {dtype}")
     loading = {"num_workers": NUM_WORKERS, "pin_memory": device.type == "cuda", "worker_init_fn": utils.ignore_signals}
     data = iter(DataLoader(train_set, batch_sampler=batches_from(state["step"]), **loading))
-    bar = tqdm(total=EPOCHS * steps, initial=state["step"], unit="step", disable=None)
-    stopping, saved, began, first_step = False, time.monotonic(), time.monotonic(), state["step"]
+    bar = tqdm(total=total_steps, initial=state["step"], unit="step", disable=None)
+    schedule = (total_steps, LEARNING_RATE, LR_SCHEDULE, BURN_IN, LR_POWER, [drop * steps for drop in LR_DROPS])
+    first_step = state["step"]
+    run_start = time.monotonic()
+    last_save = time.monotonic()
     while state["epoch"] < EPOCHS:
-        end, images_before, start = (state["epoch"] + 1) * steps, state["images_seen"], time.monotonic()
+        images_before = state["images_seen"]
+        epoch_start = time.monotonic()
         model.train()
-        while state["step"] < end:
-            drops = [drop * steps for drop in LR_DROPS]
-            rate = utils.learning_rate_at(
-                state["step"], EPOCHS * steps, LEARNING_RATE, LR_SCHEDULE, BURN_IN, LR_POWER, drops
-            )
+        while state["step"] < (state["epoch"] + 1) * steps and not stop.reason:
+            rate = utils.learning_rate_at(state["step"], *schedule)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             utils.warm_batch_norm(network, state["step"] * SUBDIVISIONS)  # a larger momentum at first, then .01
@@ -230,9 +216,7 @@ def main():
                 state["images_seen"] += len(images)
 
             scaler.unscale_(optimizer)
-            # the norm is for clipping and for finding NaN and inf; in fp16 the scaler finds them
-            needed = CLIP_NORM > 0 or not scaler.is_enabled()
-            norm = get_total_norm([parameter.grad for parameter in model.parameters()] if needed else [])
+            norm = get_total_norm([parameter.grad for parameter in model.parameters()])
             if CLIP_NORM > 0:
                 clip_grads_with_norm_(model.parameters(), CLIP_NORM, norm)
             if problem := utils.problem_of_step(LOSS_TERMS, step_sums, norm, scaler):
@@ -243,37 +227,36 @@ def main():
             optimizer.zero_grad(set_to_none=True)
             state["sums"] += step_sums
             state["step"] += 1
-            utils.advance(bar, state["images_seen"] - images_before, start, step_sums[-1] / SUBDIVISIONS)
-
-            if stopping := utils.should_stop(stop):
-                break
-            if time.monotonic() - saved >= 60 * SAVE_EVERY_MINUTES:
+            utils.advance(bar, state["images_seen"] - images_before, epoch_start, step_sums[-1] / SUBDIVISIONS)
+            if time.monotonic() - last_save >= 60 * SAVE_EVERY_MINUTES:
                 save()
-                saved = time.monotonic()
+                last_save = time.monotonic()
+            utils.should_stop(stop)  # sets stop.reason at the time limit
 
-        images, seconds = state["images_seen"] - images_before, time.monotonic() - start
+        images = state["images_seen"] - images_before  # none if this process resumed at the end of an epoch
         row = {"epoch": state["epoch"] + 1, "learning_rate": optimizer.param_groups[0]["lr"]}
         row |= dict(zip(LOSS_TERMS, (state["sums"] / (steps * SUBDIVISIONS)).tolist(), strict=True))
-        row |= {"images_per_second": images / seconds if images else "", "train_map": "", "val_map": ""}
-        if not stopping and (row["epoch"] % EVAL_EVERY == 0 or row["epoch"] == EPOCHS):
+        row["images_per_second"] = images / (time.monotonic() - epoch_start) if images else None
+        row |= {"train_map": None, "val_map": None}  # not evaluated
+        if not stop.reason and (row["epoch"] % EVAL_EVERY == 0 or row["epoch"] == EPOCHS):
             save()  # so that a failing evaluation loses no training
-            for name, eval_set in eval_sets.items():
-                row[name] = evaluate(model, eval_set, device, dtype, stop)
-            stopping = utils.should_stop(stop)
-        if stopping:
+            row |= {name: evaluate(model, eval_set, device, dtype, stop) for name, eval_set in eval_sets.items()}
+        if utils.should_stop(stop):
             save()
             utils.report_stop(bar, stop, state, CHECKPOINT)
             return
 
         state["epoch"] += 1
         state["sums"].zero_()
+        state["metrics"].append(row)
         score = row["val_map"] if VAL_IMAGE_SETS else row["train_map"]
-        if score != "" and not score < state["best"]:  # if it is NaN (no objects), the last network is the best
+        if score is not None and not score < state["best"]:  # if it is NaN (no objects), the last network is the best
             state["best"] = score
             utils.save_checkpoint(f"{stem}_best.pt", model=model.state_dict(), **state, **metadata)
+        save()  # after the best network: if the run dies in between, RESUME repeats the end of the epoch
+        utils.write_metrics(stem, state["metrics"])
         bar.clear()
-        utils.log_epoch(stem, row, utils.time_left(began, state["step"] - first_step, EPOCHS * steps - state["step"]))
-        save()  # last: after a crash above, RESUME repeats the end of the epoch and writes its row and best network
+        utils.print_epoch(row, utils.time_left(run_start, state["step"] - first_step, total_steps - state["step"]))
     utils.finish(bar, broken_list)
 
 

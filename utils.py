@@ -1,11 +1,9 @@
-"""Shared by the scripts: boxes, decoding, running a detector, average precision, Darknet's training
-rules, checkpoints, drawing.
+"""Shared by the scripts: boxes, average precision, Darknet's training rules, checkpoints, settings, drawing.
 
 Letters: N images, A anchors (5), S_h x S_w grid cells, C classes (20), M = A * S_h * S_w boxes per image, K kept
-detections, D detections and G ground truths in a whole data set. Boxes are xyxy (corners) or cxcywh
-(centre and size), in fractions of the image (0..1) or in pixels as in the VOC devkit (the first pixel is 1, and both
-end pixels belong to the box).
-"""
+detections, D detections and G ground truths in a whole data set. Boxes are xyxy (corners) or cxcywh (centre and size),
+in fractions of the image (0..1) or in pixels as in the VOC devkit (the first pixel is 1, both end pixels belong to the
+box)."""
 
 import ast
 import atexit
@@ -32,6 +30,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -98,9 +97,10 @@ def postprocess(predictions: Tensor, anchors, confidence_threshold: float, nms_i
 
 
 def to_devkit_pixels(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
-    """boxes: (..., 4) xyxy in fractions of the image -> devkit pixels, where the first pixel is 1
-    (Darknet's detector.c)."""
-    return boxes * np.array([width, height, width, height]) + 1
+    """boxes: (..., 4) xyxy in fractions of the image -> devkit pixels, where the first pixel is 1 (Darknet's
+    detector.c), clipped to the image. Rounded to 1e-6, so that the integers of VOC's XML come back exactly."""
+    size = np.array([width, height, width, height])
+    return (boxes * size + 1).round(6).clip(1, size)
 
 
 # ---------------------------------------------------------------- running a detector over a data set
@@ -124,25 +124,25 @@ def detect_dataset(
     """
     parameter = next(model.parameters())
     loading = {"num_workers": num_workers, "pin_memory": parameter.is_cuda, "worker_init_fn": ignore_signals}
-    # workers read by index
-    loader = DataLoader(range(len(dataset)), batch_size, collate_fn=dataset.images_and_sizes, **loading)
+    loader = DataLoader(range(len(dataset)), batch_size, collate_fn=dataset.images, **loading)  # workers read by index
     seconds = {"loading": 0.0, "network": 0.0, "post-processing": 0.0}
     detections, ground_truths, index = [np.empty((0, 7))], [np.empty((0, 7))], 0
     clock = time.perf_counter()
-    for images, sizes in loader:
+    for images in loader:
         if should_stop():
             break
-        seconds["loading"] += (loaded := time.perf_counter()) - clock
+        loaded = time.perf_counter()
         predictions = model(images.to(parameter.device, non_blocking=True)).float().cpu()
-        seconds["network"] += (computed := time.perf_counter()) - loaded
-        found = postprocess(predictions, dataset.anchors, confidence_threshold, nms_iou_threshold)
-        for (width, height), rows in zip(sizes.tolist(), found, strict=True):
+        computed = time.perf_counter()
+        for rows in postprocess(predictions, dataset.anchors, confidence_threshold, nms_iou_threshold):
             rows = rows.double().numpy()  # (K, 6)
-            pixels = to_devkit_pixels(rows[:, :4], width, height).clip(1, [width, height, width, height])
+            pixels = to_devkit_pixels(rows[:, :4], *dataset.samples[index].size)
             detections.append(np.column_stack([np.full(len(rows), index), rows[:, 5], rows[:, 4], pixels]))
-            truths, _ = dataset.ground_truth(index, (width, height))
-            ground_truths.append(np.column_stack([np.full(len(truths), index), truths.numpy()]))
+            truths = dataset.ground_truth(index).numpy()
+            ground_truths.append(np.column_stack([np.full(len(truths), index), truths]))
             index += 1
+        seconds["loading"] += loaded - clock
+        seconds["network"] += computed - loaded
         clock = time.perf_counter()
         seconds["post-processing"] += clock - computed
     return np.concatenate(detections), np.concatenate(ground_truths), seconds
@@ -242,18 +242,22 @@ def average_precision(
     (VOC 2010 and later, Padilla et al.). NaN for a class without ground truth (difficult ones do not count). Raises
     ValueError for another metric or a class out of range.
     """
-    check_one_of(("voc2007", "all_points"), metric=metric)
     curves = precision_recall(detections, ground_truths, num_classes, iou_threshold)
     truths = np.asarray(ground_truths, dtype=np.float64).reshape(-1, 7)
     areas = np.full(num_classes, np.nan)
     for c in np.unique(truths[truths[:, 2] == 0, 1]).astype(int):
-        _, precision, recall = curves[c]
-        if metric == "voc2007":  # mean over the recall levels 0, .1 .. 1 of the best precision at that recall or above
-            areas[c] = np.mean([precision[recall >= level].max(initial=0) for level in np.arange(11) / 10])
-        else:  # area under the curve after making precision monotonically decreasing
-            envelope = np.maximum.accumulate(precision[::-1])[::-1]
-            areas[c] = (np.diff(recall, prepend=0) * envelope).sum()
+        areas[c] = area_under_curve(*curves[c][1:], metric)
     return torch.from_numpy(areas)
+
+
+def area_under_curve(precision: np.ndarray, recall: np.ndarray, metric: str = "all_points") -> float:
+    """Average precision of one class from its curve, as precision_recall returns it; metric as in average_precision."""
+    if metric == "voc2007":  # mean over the recall levels 0, .1 .. 1 of the best precision at that recall or above
+        return float(np.mean([precision[recall >= level].max(initial=0) for level in np.arange(11) / 10]))
+    if metric == "all_points":  # area under the curve after making precision monotonically decreasing
+        envelope = np.maximum.accumulate(precision[::-1])[::-1]
+        return float((np.diff(recall, prepend=0) * envelope).sum())
+    raise ValueError(f'metric must be "voc2007" or "all_points", not {metric!r}')
 
 
 def mean_average_precision(average_precisions: Tensor) -> float:
@@ -290,13 +294,7 @@ LR_SCHEDULES = ("constant", "steps", "polynomial", "cosine")
 
 
 def learning_rate_at(
-    step: int,
-    total_steps: int,
-    learning_rate: float,
-    schedule: str,
-    burn_in: int = 0,
-    power: float = 4.0,
-    drops: tuple = (),
+    step: int, total_steps: int, learning_rate: float, schedule: str, burn_in: int = 0, power=4.0, drops: tuple = ()
 ) -> float:
     """The learning rate of one optimiser step, counted from 0 (get_current_rate in Darknet's src/network.c).
 
@@ -304,7 +302,8 @@ def learning_rate_at(
     (1 - update / total_steps)^power; "cosine" (ours): falls to 0. During the first burn_in - 1 updates the rate is
     learning_rate (update / burn_in)^4 instead; with "polynomial", the exponent is `power` there too.
     """
-    check_one_of(LR_SCHEDULES, LR_SCHEDULE=schedule)
+    if schedule not in LR_SCHEDULES:
+        raise ValueError(f"LR_SCHEDULE must be one of {LR_SCHEDULES}, not {schedule!r}")
     update = step + 1  # Darknet increments its batch counter before it computes the rate
     if update < burn_in:
         return learning_rate * (update / burn_in) ** (power if schedule == "polynomial" else 4)
@@ -353,7 +352,6 @@ def pick_precision(name: str, device: torch.device, resumed: str = "") -> torch.
     with native bfloat16, it measures which type is faster: some Intel processors without AMX have the
     instructions, but run slower with them.
     """
-    check_one_of(("auto", *DTYPES), PRECISION=name)
     if name != "auto":
         return DTYPES[name]
     if os.path.isfile(resumed):
@@ -483,12 +481,78 @@ def kill_workers() -> None:
         process.kill()
 
 
-# ---------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------- reading and writing files
 
 
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its type if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def printable(text: str) -> str:
+    """Text with backslash escapes for control characters and undecodable bytes, so that any terminal can print it."""
+    special = {c for c in text if unicodedata.category(c) in ("Cc", "Cs")}
+    return "".join(c.encode("unicode_escape", "surrogatepass").decode() if c in special else c for c in text)
+
+
+@contextlib.contextmanager
+def reading(file: str | os.PathLike, kind: str, advice: str):
+    """Any error in the block becomes a FileNotFoundError or ValueError of one sentence: the file, what is wrong, what
+    to do.
+
+    kind: what the file should be, such as "VOC annotation". A damaged file can raise anything.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: no such {kind}; {advice}") from None
+    except Exception as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
+        raise ValueError(f"{file}: not a readable {kind} ({reason[:200]}); {advice}") from None
+
+
+def read_text(file: str | os.PathLike) -> str:
+    """Reads UTF-8 or, with a byte order mark, UTF-16. Raises OSError, or ValueError for other encodings."""
+    content = Path(file).read_bytes()
+    try:
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:  # also UTF-16 and UTF-32 without a byte order mark
+        raise ValueError("it is not UTF-8 text; save it as UTF-8")
+    return text
+
+
+def read_classes(classes) -> list[str]:
+    """Class names from a list or a Darknet `.names` file (one per line). Raises FileNotFoundError, or ValueError for
+    names that check_classes refuses."""
+    if not isinstance(classes, str):
+        return check_classes("CLASSES", list(classes))
+    with reading(classes, "file of class names", "CLASSES is a list of names or a .names file"):
+        lines = read_text(classes).splitlines()
+    return check_classes(classes, [line.strip() for line in lines if line.strip()])
+
+
+def check_classes(source: str, classes: list[str]) -> list[str]:
+    """Returns the class names; raises ValueError, naming their source, if one cannot be part of a file
+    name or two would clash."""
+    if not classes:
+        raise ValueError(f"{source}: contains no class names")
+    files = {}
+    for name in classes:
+        if not isinstance(name, str) or not name or name != name.strip():
+            raise ValueError(f"{source}: {name!r} is not a class name; use text without spaces around it")
+        if any(c.isspace() and c != " " for c in name):
+            raise ValueError(f"{source}: {name!r} has an unusual space; use plain ones")
+        if printable(name) != name or "/" in name or "\\" in name or name in (".", ".."):
+            raise ValueError(f"{source}: {name!r} cannot be part of a file name; remove slashes and control characters")
+        file = name.replace(" ", "_")
+        if file in files:
+            raise ValueError(
+                f"{source}: the classes {files[file]!r} and {name!r} would share a file of detections; rename one"
+            )
+        files[file] = name
+    return [str(name) for name in classes]  # not numpy's str_, which a checkpoint must not contain
 
 
 @contextlib.contextmanager
@@ -532,6 +596,9 @@ def check_writable(file: str | os.PathLike, is_folder: bool = False) -> None:
         raise OSError(f"{file}: could not be written ({first_line(error)}); choose another place") from error
 
 
+# ---------------------------------------------------------------- checkpoints
+
+
 def is_torch_file(file: str | os.PathLike) -> bool:
     """Whether torch.save wrote a file, by its first bytes: a zip archive or a pickle. The suffix decides if the file is
     missing, or damaged so that it is not a Darknet file either."""
@@ -550,18 +617,6 @@ LARGEST_WEIGHT = 1e9  # far above any trained weight; abs() < it is false for Na
 def check_weights(file: str | os.PathLike, weights: dict[str, Tensor]) -> None:
     """Raises ValueError, naming the file, for damaged weights: not finite, a negative running variance, a kernel of
     zeros, or zeros at the end of the last kernel (an incomplete download)."""
-    dtypes = {*DTYPES.values(), torch.float64, torch.int64}  # int64: the number of batches that batch norm has seen
-    for name, tensor in weights.items():
-        plain = (
-            isinstance(name, str)
-            and isinstance(tensor, Tensor)
-            and tensor.layout == torch.strided
-            and not tensor.is_meta
-        )
-        if not plain or tensor.dtype not in dtypes:
-            raise ValueError(
-                f"{file}: damaged weights ({name!r:.40} is not a numeric tensor); download or train it again"
-            )
     kernels = [tensor for tensor in weights.values() if tensor.ndim == 4]
     problem = ""
     if not all((tensor.abs() < LARGEST_WEIGHT).all() for tensor in weights.values()):
@@ -572,7 +627,7 @@ def check_weights(file: str | os.PathLike, weights: dict[str, Tensor]) -> None:
         problem = "a kernel of zeros"
     if problem:
         raise ValueError(
-            f"{file}: damaged weights ({problem}), or those of another network; download or train them again"
+            f"{file}: damaged weights ({problem}), or those of another network; download or train it again"
         )
 
 
@@ -593,57 +648,27 @@ def save_checkpoint(file: str | os.PathLike, **state) -> None:
 def load_checkpoint(file: str | os.PathLike, device: str | torch.device = "cpu", keys: tuple = ()) -> dict:
     """Reads a file of save_checkpoint without running any code that a foreign pickle may contain.
 
-    Raises FileNotFoundError or ValueError, naming the file, if it is missing, damaged, not a
-    checkpoint or lacks one of `keys`.
+    Raises FileNotFoundError or ValueError, naming the file, if it is missing, damaged, not a checkpoint or lacks one of
+    `keys`.
     """
-    if not os.path.isfile(file):
-        raise FileNotFoundError(f"{file}: no such checkpoint; train it first, or correct the name")
-    try:
+    with reading(file, "checkpoint of this repository", "train it first, or name another file"):
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 if damaged := archive.testzip():  # torch does not check the checksums
-                    raise ValueError(f"{damaged} fails its checksum")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about foreign pickles; the messages below say more
-            state = torch.load(file, map_location=device, weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{file}: not a checkpoint of this repository, or it contains code; it was not loaded"
-        ) from None
-    except Exception as error:  # a damaged file can raise anything
-        raise ValueError(f"{file}: damaged or not a checkpoint ({first_line(error)[:80]})") from None
-    if not isinstance(state, dict):
-        raise ValueError(f"{file}: not a checkpoint of this repository (it contains a {type(state).__name__})")
-    if missing := [key for key in keys if key not in state]:
-        raise ValueError(f"{file}: this checkpoint cannot be used here (it has no {', '.join(missing)})")
-    for key in {*keys, "classes"} & state.keys():
-        if not CHECKPOINT_VALUES[key](state[key]):
-            raise ValueError(
-                f"{file}: damaged checkpoint, its {key} is {' '.join(repr(state[key]).split())[:60]}; use another one"
-            )
-    if not isinstance(state.get("model", {}), dict):
-        raise ValueError(f"{file}: not a checkpoint of this repository (its model is not a dict)")
-    check_weights(file, state.get("model", {}))
+                    raise ValueError(f"damaged: {damaged} fails its checksum")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about foreign pickles
+                state = torch.load(file, map_location=device, weights_only=True)
+        except pickle.UnpicklingError:
+            raise ValueError("it contains code or is damaged; it was not loaded") from None
+        if missing := [key for key in keys if key not in state.keys()]:  # noqa: SIM118 - only a dict has keys()
+            raise ValueError(f"it has no {', '.join(missing)}")
+        weights = dict(state.get("model", {}))
+    check_weights(file, weights)
     if "classes" in state:
         check_classes(os.fspath(file), list(state["classes"]))
     return state
-
-
-def is_counter(value) -> bool:
-    return type(value) is int and 0 <= value < 2**60
-
-
-# what the values of a checkpoint must be; a damaged file may contain anything
-CHECKPOINT_VALUES = {
-    **dict.fromkeys(("model", "optimizer", "scaler", "settings"), lambda value: isinstance(value, dict)),
-    **dict.fromkeys(("epoch", "step", "images_seen"), is_counter),
-    **dict.fromkeys(("classes", "anchors"), lambda value: isinstance(value, (list, tuple))),
-    "best": lambda value: isinstance(value, (int, float)) and not value > 1,  # -1 before any evaluation; may be NaN
-    "sums": lambda value: (
-        isinstance(value, Tensor) and value.dtype == torch.float64 and value.ndim == 1 and (value >= 0).all()
-    ),
-    "image_size": lambda value: is_counter(value) and 32 <= value <= 10_000,
-}
 
 
 # may change silently on RESUME, because they do not affect what a run computes
@@ -662,30 +687,27 @@ SCORE_SETTINGS = {"VAL_IMAGE_SETS", "EVAL_THRESHOLD", "EVAL_TRAIN_IMAGES"}  # a 
 
 
 def fingerprint(samples: list[tuple]) -> str:
-    """The number of samples (file, label) and a checksum of their file names, as readable text."""
-    names = "\n".join(os.path.basename(file) for file, _ in samples)
-    checksum = zlib.crc32(names.encode(errors="surrogateescape"))
-    return f"{len(samples)} images with the checksum {checksum:08x} of their names"
+    """The number of samples (file, ...) and a checksum of their file names, as readable text."""
+    names = "\n".join(os.path.basename(sample[0]) for sample in samples).encode(errors="surrogateescape")
+    return f"{len(samples)} images with the checksum {zlib.crc32(names):08x} of their names"
 
 
 def resume(
     file: str | os.PathLike, model: nn.Module, optimizer, scaler, settings: dict, fixed: tuple[str, ...]
 ) -> dict:
-    """Loads a training checkpoint into model, optimizer and scaler -> the run's counters: epoch,
-    step, images_seen, best, sums.
+    """Loads a training checkpoint into model, optimizer and scaler -> the run's position and log: epoch, step,
+    images_seen, best, sums, metrics.
 
     Raises ValueError if a setting in `fixed` has changed or the file does not fit; prints other changed settings.
     """
-    counters = ("epoch", "step", "images_seen", "best", "sums")
-    saved = load_checkpoint(file, keys=("model", "optimizer", "scaler", *counters, "settings"))
+    position = ("epoch", "step", "images_seen", "best", "sums", "metrics")
+    saved = load_checkpoint(file, keys=("model", "optimizer", "scaler", *position, "settings"))
     old = saved["settings"]
-    if len(saved["sums"]) != (6 if "EQUATION" in settings else 3):  # the terms of train.py, or loss, hits and images
-        raise ValueError(f"{file}: damaged, or a checkpoint of another script (it has {len(saved['sums'])} sums)")
     if missing := [name for name in fixed if name not in old]:
-        raise ValueError(f"{file}: damaged, or a checkpoint of another script (its settings lack {', '.join(missing)})")
-    changed = [
-        name for name in settings if name in old and json.dumps(old[name], default=repr) != json.dumps(settings[name])
-    ]
+        raise ValueError(
+            f"{file}: a checkpoint of another script (its settings lack {', '.join(missing)}); resume it there"
+        )
+    changed = [name for name in settings if name in old and json.dumps(old[name]) != json.dumps(settings[name])]
 
     def shown(value):  # marked if cut: two long lists may differ only later
         return repr(value) if len(repr(value)) <= 200 else f"{value!r:.200}... ({len(value)} in all)"
@@ -698,31 +720,20 @@ def resume(
     for name in changed:
         if name not in RUN_SETTINGS:
             print(f"changed since {file} was written: {name} {old[name]!r} -> {settings[name]!r}")
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    try:
-        adam = isinstance(optimizer, torch.optim.AdamW)
-        for index, buffers in saved["optimizer"]["state"].items():  # a fused optimiser does not check them
-            if buffers.keys() != ({"step", "exp_avg", "exp_avg_sq"} if adam else {"momentum_buffer"}):
-                raise ValueError("the optimiser's buffers are those of another one")
-            shapes = {
-                (buffer.shape, buffer.is_sparse, 0 in buffer.stride())
-                for name, buffer in buffers.items()
-                if name != "step"
-            }
-            if shapes != {(parameters[index].shape, False, False)}:
-                raise ValueError("the optimiser's buffers have other shapes than the weights")
+    with reading(file, "checkpoint of this model and optimiser", "start a new run"):
         model.load_state_dict(saved["model"])
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for index, buffers in saved["optimizer"]["state"].items():  # a fused step on other shapes would crash
+            if any(buffer.ndim and buffer.shape != parameters[index].shape for buffer in buffers.values()):
+                raise ValueError("the optimiser's buffers have other shapes than the weights")
+        # of the groups, only the rate: all else is in this run's settings
         pairs = zip(optimizer.state_dict()["param_groups"], saved["optimizer"]["param_groups"], strict=True)
-        groups = [own | {"lr": float(old["lr"])} for own, old in pairs]  # all else is in this run's settings
+        groups = [own | {"lr": saved_group["lr"]} for own, saved_group in pairs]
         optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
         if saved["scaler"]:  # empty unless the run is in fp16
             scaler.load_state_dict(saved["scaler"])
-    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{file}: does not fit this model and optimiser ({first_line(error)[:90]}); start a new run"
-        ) from None
-    state = {name: saved[name] for name in counters}
-    state["sums"] = state["sums"].to(next(model.parameters()).device)
+        state = {name: saved[name] for name in position}
+        state["sums"] = state["sums"].to(parameters[0].device)
     if SCORE_SETTINGS & set(changed):
         state["best"] = -1.0  # no longer comparable
     print(f"resuming {file} after epoch {state['epoch']}, step {state['step']}", flush=True)
@@ -731,37 +742,54 @@ def resume(
     return state
 
 
+def keep_earlier_run(checkpoint: str, start_file: str) -> None:
+    """Renames the files of an earlier run to `<file>.old`, so that a new run does not destroy them, and says so.
+    start_file: the weights that the new run starts from; it stays (and is copied), because a restart needs it."""
+    stem, kept = checkpoint.removesuffix(".pt"), []
+    for file in filter(os.path.isfile, (checkpoint, f"{stem}_best.pt", f"{stem}_metrics.csv")):
+        path = os.path.realpath(file)  # a symbolic link stays
+        move = shutil.copyfile if start_file and path == os.path.realpath(start_file) else shutil.move
+        move(path, f"{file}.old")
+        kept.append(f"{file}.old")
+    if kept:
+        advice = "to continue that run, stop, rename them back and add RESUME=True"
+        print(f"this is a new run; files of an earlier one are now {', '.join(kept)}: {advice}", flush=True)
+
+
 # ---------------------------------------------------------------- log and charts
 
 
-def append_metrics(file: str | os.PathLike, row: dict) -> None:
-    """Appends one epoch to a CSV file; drops rows of this and later epochs, which a resumed run repeats."""
-    rows = []
-    if os.path.isfile(file):
-        try:
-            with open(file, newline="", encoding="utf-8") as stream:
-                reader = csv.DictReader(stream)
-                rows = [old for old in reader if int(old["epoch"]) < row["epoch"]]
-                if "epoch" not in (reader.fieldnames or []):
-                    raise ValueError("no header")
-        except (ValueError, KeyError, TypeError, csv.Error):  # another file, or damaged
-            os.replace(file, f"{file}.unreadable")
-            print(f"{file} was not readable; it is kept as {file}.unreadable and a new file is started")
-    with atomic_write(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(row), extrasaction="ignore")
-        writer.writeheader()
-        for entry in [*rows, row]:
-            writer.writerow(
-                {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in entry.items()}
-            )
+def print_epoch(row: dict, left: str) -> None:
+    """Prints the values of an epoch that are not None, and the time left."""
+    values = {name: value for name, value in row.items() if value is not None}
+    shown = [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()]
+    print("  ".join([*shown, left] if left else shown), flush=True)
 
 
-def draw_charts(metrics_file: str | os.PathLike, chart_file: str | os.PathLike) -> None:
-    """Draws the CSV of a run as a PNG: one panel per loss term, one for all scores, one for the learning rate."""
+def write_metrics(stem: str, rows: list[dict]) -> None:
+    """Writes the rows of a run's epochs, None where not evaluated, as `<stem>_metrics.csv` and `<stem>_charts.png`."""
+    if not rows:
+        return
+    try:
+        with (
+            atomic_write(f"{stem}_metrics.csv") as temporary,
+            open(temporary, "w", newline="", encoding="utf-8") as stream,
+        ):
+            writer = csv.DictWriter(stream, fieldnames=list(rows[-1]), extrasaction="ignore")
+            writer.writeheader()
+            for row in rows:
+                texts = {name: f"{value:.6g}" for name, value in row.items() if isinstance(value, float)}
+                writer.writerow(row | texts)
+        draw_charts(rows, f"{stem}_charts.png")
+    except Exception as error:  # no chart or CSV error may end a run
+        print(f"{stem}_metrics.csv or {stem}_charts.png could not be written: {first_line(error)}")
+
+
+def draw_charts(rows: list[dict], chart_file: str | os.PathLike) -> None:
+    """Draws the rows of write_metrics as a PNG: one panel per loss term, one for all scores, one for the learning
+    rate."""
     from matplotlib import pyplot as plt  # here, because it takes a second to import
 
-    with open(metrics_file, newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
     scores = [name for name in rows[0] if name.startswith(("train_", "val_")) and not name.endswith("loss")]
     others = ("epoch", "learning_rate", "images_per_second", *scores)
     panels = {name: [name] for name in rows[0] if name not in others}
@@ -773,9 +801,9 @@ def draw_charts(metrics_file: str | os.PathLike, chart_file: str | os.PathLike) 
     for axis, (title, names) in zip(axes.flat, panels.items(), strict=False):
         values = []
         for name in names:
-            measured = [row for row in rows if row[name]]  # empty where not evaluated
+            measured = [row for row in rows if row.get(name) is not None]
             if measured:
-                epochs, values = [int(row["epoch"]) for row in measured], [float(row[name]) for row in measured]
+                epochs, values = [row["epoch"] for row in measured], [row[name] for row in measured]
                 axis.plot(epochs, values, marker="." if len(values) < 40 else None, label=name)
         if title == "scores":
             for name in ("val_map", "val_top1", "train_map"):  # the first one measured decides on the best checkpoint
@@ -830,52 +858,95 @@ def finish(bar, broken_list: str) -> None:
         print(f"{broken_list} lists the images that could not be read")
 
 
-def log_epoch(stem: str, row: dict, left: str) -> None:
-    """Appends an epoch to `<stem>_metrics.csv`, redraws `<stem>_charts.png` and prints the epoch's values that are not
-    empty, and the time left."""
-    try:
-        append_metrics(f"{stem}_metrics.csv", row)
-        draw_charts(f"{stem}_metrics.csv", f"{stem}_charts.png")
-    except Exception as error:  # no chart or CSV error may end a run
-        print(f"{stem}_metrics.csv or {stem}_charts.png could not be written: {first_line(error)}")
-    shown = [
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in row.items()
-        if value != ""
-    ]
-    print("  ".join([*shown, left] if left else shown), flush=True)
-
-
 # ---------------------------------------------------------------- settings of a script
+
+# What a setting may be on its own. The scripts' check_settings() add the rules between two settings.
+WORDS = {
+    "BROKEN_IMAGES": ("stop", "skip"),
+    "EQUATION": ("darknet", "yolov1"),
+    "LR_SCHEDULE": LR_SCHEDULES,
+    "OPTIMIZER": ("adam", "sgd"),
+    "PRECISION": ("auto", *DTYPES),
+    "TOLERATE": ("other classes", "missing labels"),
+}
+COUNTS = ("EPOCHS", "BATCH_SIZE", "SUBDIVISIONS", "REPEAT", "EVAL_EVERY", "EVAL_TRAIN_IMAGES")
+AMOUNTS = (
+    "LEARNING_RATE",
+    "WEIGHT_DECAY",
+    "CLIP_NORM",
+    "LR_POWER",
+    "LAMBDA_COORD",
+    "LAMBDA_OBJECT",
+    "LAMBDA_NO_OBJECT",
+)
+AMOUNTS += ("LAMBDA_CLASS", "IDENTITY_INIT", "SAVE_EVERY_MINUTES", "MAX_HOURS", "CROP_SCALE")
+SHARES = (
+    "MOMENTUM",
+    "IGNORE_THRESHOLD",
+    "EVAL_THRESHOLD",
+    "CONFIDENCE_THRESHOLD",
+    "NMS_IOU_THRESHOLD",
+    "FIXED_THRESHOLD",
+)
+SHARES += ("LABEL_SMOOTHING",)
+RANGES = {  # least, most, and the number of which it must be a multiple (0: any number)
+    **dict.fromkeys(COUNTS, (1, 10**12, 1)),
+    **dict.fromkeys(("NUM_WORKERS", "BURN_IN", "SEED"), (0, 10**12, 1)),
+    **dict.fromkeys(AMOUNTS, (0, 10**12, 0)),
+    **dict.fromkeys(SHARES, (0, 1, 0)),
+    **dict.fromkeys(("IMAGE_SIZE", "MULTI_SCALE", "INPUT_SIZES"), (32, 9984, 32)),  # a grid cell is 32 pixels
+    "LR_DROPS": (1, 10**12, 0),
+    "SHEET_IMAGES": (1, 500, 1),
+}
+
+
+def check_settings(script_globals: dict, **ranges: tuple) -> None:
+    """Raises ValueError for the first setting of a script that is outside of WORDS or RANGES; in a list, each entry
+    counts. ranges: NAME=(least, most, multiple) instead of that in RANGES."""
+    for name, value in script_settings(script_globals).items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if name in WORDS and (wrong := [word for word in values if word not in WORDS[name]]):
+            raise ValueError(f"{name} must be one of {', '.join(WORDS[name])}, not {wrong[0]!r:.40}")
+        if value is None or name not in RANGES | ranges:  # None: IMAGE_SIZE of a checkpoint
+            continue
+        least, most, step = (RANGES | ranges)[name]
+        for number in values:
+            if not isinstance(number, (int, float)) or not least <= number <= most or (step and number % step):
+                kind = {0: "a number", 1: "a whole number"}.get(step, f"a multiple of {step}")
+                raise ValueError(f"{name} must be {kind} from {least} to {most:g}, not {number!r:.40}")
+
+
+def settings_block(script_globals: dict) -> str:
+    """The lines of a script's file that assign its settings, with their comments: from the first one to the first
+    function."""
+    text = re.split(
+        r"^(?:def|class|@)", Path(script_globals["__file__"]).read_text("utf-8"), maxsplit=1, flags=re.MULTILINE
+    )
+    found = re.search(r"^(# \w+\n)?[A-Z][A-Z_]+ = ", text[0], re.MULTILINE)
+    return text[0][found.start() :].rstrip() if found else ""
 
 
 def script_settings(script_globals: dict) -> dict:
     """The settings of a script: the UPPER_CASE globals that it assigns itself, above its first function."""
-    names = {name for name in script_globals if name.isupper() and len(name) > 1 and name[0] != "_"}
-    if os.path.isfile(file := script_globals.get("__file__", "")):
-        with open(file, encoding="utf-8") as stream:
-            names &= set(re.findall(r"^(\w+)\s*=", stream.read().split("\ndef ")[0], re.MULTILINE))
-    names -= {"VOC_CLASSES", "COCO_CLASSES", "IMAGE_SUFFIXES"}  # constants of dataset.py
+    names = re.findall(r"^([A-Z][A-Z_]+) = ", settings_block(script_globals), re.MULTILINE)
     # values of other types, such as a Path, become text: a checkpoint must not contain them
     plain = (str, int, float, bool, list, tuple, type(None))
-    settings = {name: value for name, value in script_globals.items() if name in names}
-    return {name: value if type(value) in plain else str(value) for name, value in settings.items()}
+    values = {name: script_globals[name] for name in names}
+    return {name: value if type(value) in plain else str(value) for name, value in values.items()}
 
 
 def override_globals(script_globals: dict, words: list[str]) -> None:
-    """Sets a script's settings from the NAME=value arguments of its command line; `--help` prints them and exits.
+    """Sets a script's settings from the NAME=value arguments of its command line; `--help` prints the settings and
+    exits.
 
-    Values are Python literals; text needs no quotes. A value must have the type of its default, except that an
-    int is accepted for a float; where the default is None, it must be an int or None. Other values end the
-    script with a one-line message.
-    """
+    Values are Python literals; text needs no quotes. A value must have the type of its default, except that an int is
+    accepted for a float; where the default is None, it must be an int or None. Other values end the script with a
+    one-line message."""
     known = script_settings(script_globals)
-    script = os.path.basename(script_globals.get("__file__", "script"))
+    script = os.path.basename(script_globals["__file__"])
     if "--help" in words or "-h" in words:
-        print((script_globals.get("__doc__") or "").strip())
-        print("\nSettings (edit them in the file, or pass NAME=value):")
-        for name, value in known.items():
-            print(f"  {name} = {value!r}")
+        print((script_globals["__doc__"] or "").strip())
+        print(f"\nSettings (edit them in the file, or pass NAME=value):\n\n{settings_block(script_globals)}")
         sys.exit(0)
     for word in words:
         name, equals, text = word.partition("=")
@@ -901,45 +972,8 @@ def override_globals(script_globals: dict, words: list[str]) -> None:
         script_globals[name] = value
 
 
-def check_at_least(least: float, **settings: float) -> None:
-    """Raises ValueError for the first setting, passed as NAME=value, that is less than `least` or an
-    integer of absurd size."""
-    for name, value in settings.items():
-        if not isinstance(value, (int, float)) or not value >= least or (type(value) is int and value >= 2**40):
-            raise ValueError(f"{name} must be {least} or more, not {value!r:.40}")
-
-
-def check_at_most(most: float, **settings: float) -> None:
-    """Raises ValueError for the first setting, passed as NAME=value, that is negative or more than `most`."""
-    for name, value in settings.items():
-        if not isinstance(value, (int, float)) or not 0 <= value <= most:
-            raise ValueError(f"{name} must be between 0 and {most}, not {value!r:.40}")
-
-
-def check_numbers(**settings: list) -> None:
-    """Raises ValueError for the first setting, passed as NAME=value, that is not a list of non-negative numbers."""
-    for name, values in settings.items():
-        if not isinstance(values, (list, tuple)) or not all(
-            type(value) in (int, float) and value >= 0 for value in values
-        ):
-            raise ValueError(f"{name} must be a list of non-negative numbers, not {values!r:.80}")
-
-
-def check_one_of(choices: tuple[str, ...], **settings: str) -> None:
-    """Raises ValueError for the first setting, passed as NAME=value, that is not one of the choices."""
-    for name, value in settings.items():
-        if value not in choices:
-            quoted = [f'"{choice}"' for choice in choices]
-            raise ValueError(f"{name} must be {', '.join(quoted[:-1])} or {quoted[-1]}, not {value!r}")
-
-
 def check_schedule(schedule: str, drops: list, epochs: int) -> None:
-    """Raises ValueError for an unknown LR_SCHEDULE, for LR_DROPS that are not a list of numbers, and if "steps" would
-    drop the rate before the first step or never."""
-    check_one_of(LR_SCHEDULES, LR_SCHEDULE=schedule)
-    check_numbers(LR_DROPS=drops)
-    if schedule == "steps" and drops and min(drops) <= 0:
-        raise ValueError(f"LR_DROPS {drops} must be above 0: they are epochs")
+    """Raises ValueError if LR_SCHEDULE="steps" would never drop the rate."""
     if schedule == "steps" and drops and min(drops) > epochs:
         raise ValueError(
             f"LR_DROPS {drops} are all above EPOCHS {epochs}: the rate would never drop; change one of them"
@@ -953,48 +987,6 @@ def print_long_burn_in(burn_in: int, total_steps: int) -> None:
             f"BURN_IN {burn_in} is longer than the run (steps: {total_steps}): "
             "the rate never reaches LEARNING_RATE; lower it"
         )
-
-
-def keep_earlier_run(checkpoint: str, start_file: str) -> None:
-    """Renames the files of an earlier run to `<file>.old`, so that a new run does not destroy them, and says so.
-    start_file: the weights that the new run starts from; it stays (and is copied), because a restart needs it."""
-    stem, kept = checkpoint.removesuffix(".pt"), []
-    for file in filter(os.path.isfile, (checkpoint, f"{stem}_best.pt", f"{stem}_metrics.csv")):
-        path = os.path.realpath(file)  # a symbolic link stays
-        move = shutil.copyfile if start_file and path == os.path.realpath(start_file) else shutil.move
-        move(path, f"{file}.old")
-        kept.append(f"{file}.old")
-    if kept:
-        advice = "to continue that run, stop, rename them back and add RESUME=True"
-        print(f"this is a new run; files of an earlier one are now {', '.join(kept)}: {advice}", flush=True)
-
-
-def check_classes(source: str, classes: list[str]) -> list[str]:
-    """Returns the class names; raises ValueError, naming their source, if one cannot be part of a file
-    name or two would clash."""
-    if not classes:
-        raise ValueError(f"{source}: contains no class names")
-    files = {}
-    for name in classes:
-        if not isinstance(name, str) or not name or name != name.strip():
-            raise ValueError(f"{source}: {name!r} is not a class name; use text without spaces around it")
-        if any(c.isspace() and c != " " for c in name):
-            raise ValueError(f"{source}: {name!r} has an unusual space; use plain ones")
-        if printable(name) != name or "/" in name or "\\" in name or name in (".", ".."):
-            raise ValueError(f"{source}: {name!r} cannot be part of a file name; remove slashes and control characters")
-        file = name.replace(" ", "_")
-        if file in files:
-            raise ValueError(
-                f"{source}: the classes {files[file]!r} and {name!r} would share a file of detections; rename one"
-            )
-        files[file] = name
-    return [str(name) for name in classes]  # not numpy's str_, which a checkpoint must not contain
-
-
-def printable(text: str) -> str:
-    """Text with backslash escapes for control characters and undecodable bytes, so that any terminal can print it."""
-    special = {c for c in text if unicodedata.category(c) in ("Cc", "Cs")}
-    return "".join(c.encode("unicode_escape", "surrogatepass").decode() if c in special else c for c in text)
 
 
 @contextlib.contextmanager
@@ -1040,29 +1032,33 @@ def class_colour(index: int) -> tuple[int, int, int]:
 
 
 @functools.cache
-def find_font(characters: frozenset) -> str | None:
-    """An installed font file with all of the characters; None, with a message, if there is none."""
-    from matplotlib import font_manager, ft2font
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which matplotlib brings along and uses for its own text: Latin, Greek, Cyrillic and more."""
+    import matplotlib  # here, because it takes a moment to import
 
-    for file in sorted(font_manager.findSystemFonts()):
-        with contextlib.suppress(RuntimeError, OSError):  # unreadable font files
-            if {ord(c) for c in characters} <= ft2font.FT2Font(file).get_charmap().keys():
-                return file
-    print(
-        f"no installed font has {''.join(sorted(characters))}: pictures show numbers instead; "
-        "install a font for this alphabet"
-    )
-    return None
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
 
 
-def drawable(text: str, substitute: str) -> tuple[str, str | None]:
-    """The text and a font file that can draw it (None: the default font); the substitute if no installed font can."""
+@functools.cache
+def font_characters() -> set[int]:
+    """The code points that the font has."""
+    from matplotlib import ft2font
+
+    return set(ft2font.FT2Font(font(10).path).get_charmap())
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    print(message)
+
+
+def drawable(text: str, substitute: str) -> str:
+    """The text, or the substitute if the font of the pictures lacks one of its characters, which is then said once."""
     text = printable(text)
-    special = frozenset(c for c in text if c > "\u024f")  # the default fonts have Latin letters only
-    if not special:
-        return text, None
-    font = find_font(special)
-    return (text, font) if font else (substitute, None)
+    if font_characters().issuperset(map(ord, text)):
+        return text
+    say_once("names with characters that DejaVu Sans lacks are drawn as numbers in pictures")
+    return substitute
 
 
 def draw_boxes(image: np.ndarray, boxes, labels: list[str], class_indices) -> Image.Image:
@@ -1075,15 +1071,19 @@ def draw_boxes(image: np.ndarray, boxes, labels: list[str], class_indices) -> Im
         x1, y1, x2, y2 = (round(float(value)) for value in box)
         colour = class_colour(int(index))
         draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=thickness)
-        label, file = drawable(label, f"class {int(index)}")
-        font = ImageFont.truetype(file, font_size) if file else ImageFont.load_default(size=font_size)
-        _, _, right, bottom = draw.textbbox((0, 0), label, font=font)
+        label = drawable(label, f"class {int(index)}")
+        _, _, right, bottom = draw.textbbox((0, 0), label, font=font(font_size))
         width, height = right + 2 * thickness, bottom + 2 * thickness
         x = max(0, min(x1, picture.width - width))
         y = y1 - height if y1 >= height else y1  # above the box, or inside it at the top of the image
         draw.rectangle((x, y, x + width, y + height), fill=colour)
         luminance = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2]
-        draw.text((x + thickness, y + thickness / 2), label, fill="white" if luminance < 130 else "black", font=font)
+        draw.text(
+            (x + thickness, y + thickness / 2),
+            label,
+            fill="white" if luminance < 130 else "black",
+            font=font(font_size),
+        )
     return picture
 
 

@@ -72,8 +72,8 @@ TERMS = [  # name, slots it applies to, formula lines, note lines
 
 
 def draw_geometry(axes) -> None:
-    """Draws YOLO9000 Fig. 3 in grid cells: the top left corner of the image, one cell, its anchor
-    and its predicted box."""
+    """Draws YOLO9000 Fig. 3 in grid cells: the top left corner of the image, one cell, its anchor and its predicted
+    box."""
     c_x, c_y, p_w, p_h, b_x, b_y, b_w, b_h = 1, 1, 1.76, 1.48, 1.64, 1.62, 2.5, 2.3
     for line in range(4):
         colour, width = (PALE, 1) if line else (INK, 2)  # line 0 is the edge of the image
@@ -93,9 +93,8 @@ def draw_geometry(axes) -> None:
         ((2.6, b_y - p_h / 2), (2.6, b_y + p_h / 2), "$p_h$", (2.74, b_y), GREY),
     ]
     for start, end, label, position, colour in lengths:
-        axes.annotate(
-            "", end, start, arrowprops={"arrowstyle": "<->", "shrinkA": 0, "shrinkB": 0, "lw": 1.3, "color": colour}
-        )
+        arrow = {"arrowstyle": "<->", "shrinkA": 0, "shrinkB": 0, "lw": 1.3, "color": colour}
+        axes.annotate("", end, start, arrowprops=arrow)
         axes.text(*position, label, fontsize=16, color=colour, ha="center", va="center")
     axes.set(xlim=(-0.02, 3.4), ylim=(3.45, -0.02))
     axes.axis("off")
@@ -109,12 +108,8 @@ def main() -> None:
     page.plot([352, 352], [15, HEIGHT - 15], color=PALE, lw=1)
     page.text(15, 32, "From raw outputs to a box", fontsize=TITLE, weight="bold")
     page.text(368, 32, "The loss: five terms", fontsize=TITLE, weight="bold")
-    for x, label, colour in [
-        (15, "image edge", INK),
-        (118, "cell", AMBER),
-        (162, "anchor", GREY),
-        (231, "predicted box", BLUE),
-    ]:
+    legend = [(15, "image edge", INK), (118, "cell", AMBER), (162, "anchor", GREY), (231, "predicted box", BLUE)]
+    for x, label, colour in legend:
         page.text(x, 64, label, color=colour, weight="bold")
     draw_geometry(figure.add_axes((15 / WIDTH, 1 - 407 / HEIGHT, 324 / WIDTH, 327 / HEIGHT)))
     for x, y, size, text in TEXTS:

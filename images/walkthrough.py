@@ -1,10 +1,10 @@
-"""Draws walkthrough.png next to this script: one photograph on its way through YOLOv2, from grid
-and anchors to final boxes.
+"""Draws walkthrough.png next to this script: one photograph on its way through YOLOv2, from grid and anchors to final
+boxes.
 
     python train.py IMAGE_SIZE=416 EPOCHS=24 && python images/walkthrough.py
 
-All numbers and maps come from the photograph's label file and from the network in CHECKPOINT. Sources: YOLO9000 sec. 2,
-yolov2-voc.cfg.
+All numbers and maps come from the photograph's label file and from the network in CHECKPOINT. Sources: YOLO9000 sec. 2
+and yolov2-voc.cfg.
 """
 
 import sys
@@ -42,8 +42,8 @@ OUTLINE = [patheffects.withStroke(linewidth=3, foreground="white")]  # keeps tex
 
 
 def add_picture(page, x, y, number, title, notes, image, cells, dim=0.0):
-    """Adds a square picture with its title and notes -> its axes, in grid cells. dim: share of
-    white mixed into the image."""
+    """Adds a square picture with its title and notes -> its axes, in grid cells. dim: share of white mixed into the
+    image."""
     page.text(x, y, f"{number}  {title}", fontsize=TITLE, weight="bold")
     axes = page.figure.add_axes((x / WIDTH, 1 - (y + 14 + SIDE) / HEIGHT, SIDE / WIDTH, SIDE / HEIGHT))
     axes.imshow(image * (1 - dim) + dim, extent=(0, cells, cells, 0), interpolation="bilinear")
@@ -80,15 +80,11 @@ def draw_anchors(axes, box, anchors, overlaps):
         add_box(axes, (x, y, width, height), ec=BLUE if best else GREY, lw=2.5 if best else 1.5, ls="--")
         text = f"{anchor}: IoU {overlaps[anchor]:.2f}"
         style = {"color": BLUE if best else INK, "weight": "bold" if best else "normal", "path_effects": OUTLINE}
-        top = y - height / 2
-        axes.text(
-            max(0.1, x - width / 2 + 0.1),
-            top - 0.1 if best else max(0.1, top + 0.1),
-            text,
-            fontsize=LABEL,
-            va="bottom" if best else "top",
-            **style,
-        )
+        left, top = max(0.1, x - width / 2 + 0.1), y - height / 2
+        if best:  # above the box
+            axes.text(left, top - 0.1, text, fontsize=LABEL, va="bottom", **style)
+        else:
+            axes.text(left, max(0.1, top + 0.1), text, fontsize=LABEL, va="top", **style)
 
 
 def draw_network(page, y, image_size, outputs):
@@ -116,9 +112,8 @@ def draw_network(page, y, image_size, outputs):
         page.text(x + width / 2, base + 38, f"x {channels}", ha="center", weight="bold", color=INK)
         page.text(x + width / 2, base + 57, note, ha="center", fontsize=LABEL - 0.5)
         if column:
-            page.annotate(
-                "", (x - 2, base - 17), (x - step + width + 2, base - 17), arrowprops={"arrowstyle": "->", "color": INK}
-            )
+            start, end = (x - step + width + 2, base - 17), (x - 2, base - 17)
+            page.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": INK})
             if shrink > stages[column - 1][1]:
                 page.text(x - (step - width) / 2, base - 25, "pool", ha="center", fontsize=LABEL - 0.5)
         tops.append((x + width / 2, base - height))
@@ -127,12 +122,8 @@ def draw_network(page, y, image_size, outputs):
     page.plot([x_1, x_1, x_2], [top_1, level, level], color=BLUE, lw=2)
     page.annotate("", (x_2, top_2), (x_2, level), arrowprops={"arrowstyle": "->", "color": BLUE, "lw": 2})
     page.text(x_1 + 8, level - 26, "passthrough: 1x1 convolution, 64 channels,", color=BLUE)
-    page.text(
-        x_1 + 8,
-        level - 8,
-        f"then reorg: {image_size // 16} x {image_size // 16} x 64 to {image_size // 32} x {image_size // 32} x 256",
-        color=BLUE,
-    )
+    fine, coarse = image_size // 16, image_size // 32
+    page.text(x_1 + 8, level - 8, f"then reorg: {fine} x {fine} x 64 to {coarse} x {coarse} x 256", color=BLUE)
 
 
 def draw_table(page, y, lines):
@@ -153,7 +144,7 @@ def draw_table(page, y, lines):
 def main() -> None:
     model, classes, anchors, size = load_detector(CHECKPOINT, [], [], torch.device("cpu"), "fp32")
     dataset = VOCDataset(DATA_DIR, IMAGE_SETS, anchors, size, classes)
-    index = [Path(file).stem for file, _ in dataset.samples].index(IMAGE_ID)
+    index = [sample.image_id for sample in dataset.samples].index(IMAGE_ID)
     image, targets = dataset[index]
     with torch.no_grad():
         outputs = model(image[None]).float()  # (1, A, S, S, 5 + C)
@@ -161,13 +152,12 @@ def main() -> None:
     picture = image.permute(1, 2, 0).numpy() / 255
 
     # the objects, and the largest one, which the numbers are about
-    lines = follow_object(dataset.samples[index], dataset.labels[index], anchors, size)
+    lines = follow_object(dataset.samples[index], anchors, size)
     numbers = {step: values for step, values, _ in lines}
     overlaps = numbers["IoU with the anchors"]
     slots = targets[..., 0].nonzero()  # (M, 3): anchor, row, column
-    boxes = torch.stack(
-        [torch.cat([slot[[2, 1]] + targets[tuple(slot)][1:3], targets[tuple(slot)][3:5]]) for slot in slots]
-    )
+    _, x, y, w, h, _ = targets[targets[..., 0] > 0].T
+    boxes = torch.stack([slots[:, 2] + x, slots[:, 1] + y, w, h], dim=1)  # (M, 4): centre and size, in cells
     followed = int(boxes[:, 2:].prod(dim=1).argmax())
     slot = tuple(slots[followed].tolist())
     label = int(targets[slot][5])
@@ -212,19 +202,13 @@ def main() -> None:
     for row, note in enumerate(notes):
         page.text(LEFT, 829 + 20 * row, note)
 
-    page.text(
-        LEFT,
-        893,
-        f"4  One {classes[label]} (amber), from its label to its target, and the output",
-        fontsize=TITLE,
-        weight="bold",
-    )
+    title = f"4  One {classes[label]} (amber), from its label to its target, and the output"
+    page.text(LEFT, 893, title, fontsize=TITLE, weight="bold")
     draw_table(page, 921, lines)
     formula = "x = sigma(t_x) + column, y = sigma(t_y) + row, w = anchor width * exp(t_w), h = anchor height * exp(t_h)"
     page.text(LEFT, 1125, f"The box, in cells: {formula}.")
-    page.text(
-        LEFT, 1145, f"The network was trained on this photograph and {len(dataset) - 1} others: it knows the answer."
-    )
+    note = f"The network was trained on this photograph and {len(dataset) - 1} others: it knows the answer."
+    page.text(LEFT, 1145, note)
 
     best = objectness.argmax(dim=0, keepdim=True)  # (1, S, S): the anchor with the highest objectness of each cell
     notes = [
@@ -234,14 +218,10 @@ def main() -> None:
     axes = add_picture(page, LEFT, 1190, 5, "Objectness", notes, picture, cells, dim=0.6)
     highest = objectness.amax(dim=0).numpy()
     axes.imshow(np.ones_like(highest), extent=(0, cells, cells, 0), cmap="Blues", vmin=0, vmax=1.3, alpha=0.9 * highest)
+    centred = {"ha": "center", "va": "center", "fontsize": 11}
     for row, column in zip(*(highest >= 0.05).nonzero(), strict=True):
-        style = {
-            "color": "white" if highest[row, column] > 0.6 else INK,
-            "ha": "center",
-            "va": "center",
-            "fontsize": 11,
-        }
-        axes.text(column + 0.5, row + 0.5, f"{highest[row, column]:.2f}".lstrip("0"), **style)
+        colour = "white" if highest[row, column] > 0.6 else INK
+        axes.text(column + 0.5, row + 0.5, f"{highest[row, column]:.2f}".lstrip("0"), color=colour, **centred)
 
     likely = probabilities.argmax(dim=-1).gather(0, best)[0]  # (S, S)
     notes = [
@@ -252,19 +232,14 @@ def main() -> None:
     colours = torch.tensor([utils.class_colour(index) for index in range(len(classes))])
     axes.imshow(colours[likely].numpy() / 255, extent=(0, cells, cells, 0), alpha=np.where(highest < 0.05, 0.2, 0.9))
     for row, column in zip(*(highest >= 0.05).nonzero(), strict=True):
-        style = {"ha": "center", "va": "center", "fontsize": 11}
-        axes.text(column + 0.5, row + 0.5, classes[likely[row, column]], **style)
+        axes.text(column + 0.5, row + 0.5, classes[likely[row, column]], **centred)
 
     large = cv2.resize(image.permute(1, 2, 0).numpy(), (SIDE * 2, SIDE * 2))  # for sharp labels
+    threshold = f"Objectness x class probability >= {THRESHOLD}"
+    found = "Several cells and anchors find the same object."
     suppressed = f"Boxes that overlap a better one (IoU > {NMS_THRESHOLD}) are gone."
     for x, number, title, note, overlap in [
-        (
-            LEFT,
-            7,
-            f"Objectness x class probability >= {THRESHOLD}",
-            "Several cells and anchors find the same object.",
-            1.0,
-        ),
+        (LEFT, 7, threshold, found, 1.0),
         (RIGHT, 8, "After non-maximum suppression", suppressed, NMS_THRESHOLD),
     ]:
         detections = utils.postprocess(outputs, anchors, THRESHOLD, overlap)[0]
@@ -275,9 +250,8 @@ def main() -> None:
     figure.savefig(FILE, dpi=120)
     with Image.open(FILE) as drawn:  # 256 colours: less than half of the bytes
         picture = drawn.convert("RGB")
-    picture.quantize(palette=picture.quantize(256, Image.Quantize.FASTOCTREE), dither=Image.Dither.FLOYDSTEINBERG).save(
-        FILE, optimize=True
-    )
+    palette = picture.quantize(256, Image.Quantize.FASTOCTREE)
+    picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(FILE, optimize=True)
     print(f"wrote {FILE}: {len(slots)} objects, {len(detections)} detections")
 
 

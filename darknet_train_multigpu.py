@@ -1,5 +1,4 @@
-"""Pre-trains Darknet-19 on ImageNet on all GPUs of one machine with DataParallel (YOLO9000 sec. 3,
-"Training for classification").
+"""Pre-trains Darknet-19 on ImageNet on all GPUs of one machine with DataParallel (YOLO9000 sec. 3).
 
     python darknet_train_multigpu.py DATA_DIR=/data/imagenet NUM_WORKERS=16 IMAGE_SIZE=224 BATCH_SIZE=256 EPOCHS=160
 

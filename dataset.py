@@ -44,19 +44,17 @@ from torchvision.ops import box_convert
 from tqdm import tqdm
 
 import utils
-from model import ANCHORS, COCO_ANCHORS, COCO_CLASSES, VOC_CLASSES  # noqa: F401 - COCO's for those who import them from here
+from model import ANCHORS, VOC_CLASSES
 
 cv2.setNumThreads(0)  # one thread per process, because the loader's workers run in parallel
 
 # data
 DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv, .txt or .json lists
-IMAGE_SETS = [
-    ("2007", "train")
-]  # (year, list) pairs, or lists in DATA_DIR: .csv (image,label), Darknet .txt, COCO .json
+IMAGE_SETS = [("2007", "train")]  # (year, list); or lists in DATA_DIR: .csv (image,label), Darknet .txt, COCO .json
 CLASSES = VOC_CLASSES  # any names, or a Darknet .names file
 TOLERATE = []  # "other classes": skip objects that CLASSES does not name; "missing labels": unlabelled is background
 # model
-IMAGE_SIZE = 416  # pixels of the sheet's samples, a multiple of 32
+IMAGE_SIZE = 416  # network input in pixels, a multiple of 32: for the anchors and the sheet
 # run
 SHEET = "runs/label_sheet.png"  # augmented samples with boxes
 SHEET_IMAGES = 20  # samples on the sheet
@@ -68,7 +66,7 @@ class Sample(NamedTuple):
 
     image_file: str
     label_file: str  # for messages; "instances.json, image 7" for COCO; "" if a tolerated one is missing
-    size: tuple[int, int]  # width and height of the image as read_image returns it, from the header
+    size: tuple[int, int]  # width and height of what read_image returns; of an unreadable image the declared ones, or 0
     labels: np.ndarray  # (G, 6) float64: class, difficult, x1, y1, x2, y2 in fractions of the image, clipped to it
     image_id: int | str  # COCO's id; otherwise the file name without suffix
     doubts: tuple[str, ...]  # what can be read but is probably wrong: sentences "kind: detail"
@@ -131,8 +129,8 @@ def plain_transform(image_size: int) -> albumentations.Compose:
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
-    """(H, W, 3) -> (3, H, W), both uint8: a quarter of float32's bytes on the way to the device; the
-    network divides by 255."""
+    """(H, W, 3) -> (3, H, W), both uint8: a quarter of float32's bytes on the way to the device; the network divides by
+    255."""
     return torch.from_numpy(image).permute(2, 0, 1)
 
 
@@ -163,8 +161,8 @@ def encode_targets(boxes, class_indices, anchors, grid_height: int, grid_width: 
 
 
 def shape_iou(sizes, anchors) -> Tensor:
-    """IoU of shapes alone, all boxes at the same centre: sizes (M, 2), anchors (A, 2) of the same
-    unit -> (M, A) float64."""
+    """IoU of shapes alone, all boxes at the same centre: sizes (M, 2), anchors (A, 2) of the same unit -> (M, A)
+    float64."""
     boxes = F.pad(torch.as_tensor(sizes, dtype=torch.float64), (2, 0))  # (M, 4) cxcywh with centres at 0
     anchor_boxes = F.pad(torch.as_tensor(anchors, dtype=torch.float64), (2, 0))  # (A, 4)
     return utils.box_iou(boxes[:, None], anchor_boxes)
@@ -227,7 +225,7 @@ class VOCDataset(Dataset):
         images = [
             transform(image=read_image(self.samples[index].image_file), bboxes=NO_LABELS)["image"] for index in indices
         ]
-        return default_collate([to_tensor(image) for image in images])
+        return default_collate([to_tensor(image) for image in images])  # in a worker: into shared memory, or an error
 
     def ground_truth(self, index: int) -> Tensor:
         """-> (G, 6) float64: class, difficult, x1, y1, x2, y2 in devkit pixels of the original image."""
@@ -407,8 +405,8 @@ def imagenet_dataset(
 
 
 def average_best_iou(box_sizes, anchors) -> float:
-    """Mean IoU of shapes between each box and its best anchor (YOLO9000 Table 1); sizes and
-    anchors in the same unit."""
+    """Mean IoU of shapes between each box and its best anchor (YOLO9000 Table 1); sizes and anchors in the same
+    unit."""
     return float(shape_iou(box_sizes, anchors).amax(dim=1).mean())
 
 
@@ -468,7 +466,7 @@ def read_image(file: str | os.PathLike) -> np.ndarray:
         if image.format == "PNG":
             image.verify()  # its checksums, which decoding ignores; the image cannot be used afterwards
             image = stack.enter_context(Image.open(file))
-        if turn := exif_turn(image):
+        if (turn := exif_turn(image)) is not None:  # Transpose.FLIP_LEFT_RIGHT is 0
             image = image.transpose(turn)
         if image.mode.startswith("I;16"):  # 16-bit grey: keep the upper eight bits
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -521,7 +519,7 @@ def list_samples(
 
     Raises FileNotFoundError or ValueError, naming the file; but if `problems` is a list, adds the error of each bad
     label file to it and goes on, with a record without labels."""
-    if isinstance(image_sets, str) or (len(image_sets) == 2 and str(image_sets[0]).isdigit()):
+    if not isinstance(image_sets, (list, tuple)) or (len(image_sets) == 2 and str(image_sets[0]).isdigit()):
         image_sets = [image_sets]  # a single set, not in a list
     pair_readers = {".csv": read_csv_list, ".txt": read_darknet_list}
     samples = []
@@ -568,7 +566,7 @@ def read_voc_list(root: Path, year: str, name: str) -> list[tuple[str, str]]:
 def read_csv_list(file: str) -> list[tuple[str, str]]:
     """Lines `image,label`, both relative to the file; a header line of these two words is skipped -> pairs of paths."""
     pairs = []
-    with utils.reading(file, "list of images", "write lines image,label with a .xml or .txt label"):
+    with utils.reading(file, "list of images", "it takes lines image,label with a .xml or .txt label"):
         for number, row in enumerate(csv.reader(io.StringIO(utils.read_text(file), newline="")), start=1):
             row = [cell.strip() for cell in row]
             if not any(row) or (number == 1 and row == ["image", "label"]):
@@ -629,7 +627,7 @@ def judge(sample: Sample, objects: Iterable[tuple], declared, frame, classes: li
         sizes = "declares {} x {}, but the image is {} x {}".format(*declared, *size)
         doubts.append(f"another image size: {sizes} ({cause}?)")
     size = size if all(size) else declared
-    if not all(size):
+    if not all(size):  # an unreadable image, whose boxes cannot be checked
         return sample
     width, height = frame or size
     left_out, cut_off, largest = [], [], 0.0
@@ -638,14 +636,16 @@ def judge(sample: Sample, objects: Iterable[tuple], declared, frame, classes: li
         if isinstance(label, str) or not 0 <= label < len(classes):
             if "other classes" in tolerate:
                 continue
-            advice = f"correct it, add it to CLASSES ({', '.join(classes)}), or set TOLERATE=['other classes']"
-            raise ValueError(f"{sample.label_file}, {where}: unknown class {name!r}; {advice}")
+            advice = "correct it, add it, or set TOLERATE=['other classes']"
+            names = ", ".join(classes)
+            raise ValueError(f"{sample.label_file}, {where}: unknown class {name!r} (CLASSES: {names}); {advice}")
         difficult = DIFFICULT.get(str(flag).strip().lower())
         if difficult is None:
-            raise ValueError(f"{sample.label_file}, {where}: difficult must be 0 or 1, not {flag!r}")
+            raise ValueError(f"{sample.label_file}, {where}: difficult (COCO: iscrowd) must be 0 or 1, not {flag!r}")
         if not math.isfinite(x1 + y1 + x2 + y2) or x2 < x1 or y2 < y1:
+            box = f"the box from ({x1:g}, {y1:g}) to ({x2:g}, {y2:g})"
             raise ValueError(
-                f"{sample.label_file}, {where}: no box has the corners {x1, y1, x2, y2}; correct or remove it"
+                f"{sample.label_file}, {where}: {box} has swapped corners or is not finite; correct or remove it"
             )
         largest = max(largest, x2, y2)
         box = (x1 / width, y1 / height, x2 / width, y2 / height)
@@ -750,9 +750,8 @@ def read_yolo_txt(file: str) -> Iterator[tuple]:
 
 def read_coco(root: str, file: str, classes: list[str], tolerate=(), problems=None) -> list[Sample]:
     """The records of a COCO JSON file; arguments and errors as in list_samples. Crowds count as difficult."""
-    name = Path(file).stem.rpartition("_")[
-        2
-    ]  # in COCO's own layout, the images of instances_val2017.json are in val2017/
+    # in COCO's own layout, the images of instances_val2017.json are in val2017/
+    name = Path(file).stem.rpartition("_")[2]
     parts = ("", "images", name, f"../{name}", f"images/{name}")
     bases = (os.path.dirname(file), root)
     folders = list(dict.fromkeys(os.path.normpath(os.path.join(base, part)) for base in bases for part in parts))
@@ -760,6 +759,7 @@ def read_coco(root: str, file: str, classes: list[str], tolerate=(), problems=No
         content = json.loads(utils.read_text(file))
         categories = coco_categories(content, classes)
         annotations = {image["id"]: [] for image in content["images"]}  # image id -> its annotations
+        files = [find_file(folders, str(image["file_name"])) for image in content["images"]]
         if len(annotations) < len(content["images"]):
             raise ValueError("two images have the same id")
         unknown = 0
@@ -776,9 +776,8 @@ def read_coco(root: str, file: str, classes: list[str], tolerate=(), problems=No
             f"{file}: it has no annotations; set TOLERATE=['missing labels'] if its images have no objects"
         )
     samples = []
-    for image in content["images"]:
+    for image, path in zip(content["images"], files, strict=True):
         label_file = f"{file}, image {image['id']}"
-        path = find_file(folders, str(image["file_name"]))
         sample = unlabelled(path, label_file if is_labelled else "", image["id"])
         with collecting(problems):
             with utils.reading(label_file, "COCO annotation", "export the labels as COCO JSON"):
@@ -787,7 +786,7 @@ def read_coco(root: str, file: str, classes: list[str], tolerate=(), problems=No
             declared = sides if all(type(side) is int and side > 0 for side in sides) else (0, 0)
             sample = judge(sample, objects, declared, declared if all(declared) else None, classes, tolerate)
         samples.append(sample)
-    if not any(os.path.isfile(sample.image_file) for sample in samples):
+    if files and not any(map(os.path.isfile, files)):
         raise FileNotFoundError(
             f"{file}: none of its images is in one of the folders {', '.join(folders)}; set DATA_DIR"
         )
@@ -797,6 +796,8 @@ def read_coco(root: str, file: str, classes: list[str], tolerate=(), problems=No
 def coco_objects(annotations: list[dict], categories: dict) -> Iterator[tuple]:
     """Yields the objects of an image of a COCO file, boxes in pixels from 0 of the size that the file declares."""
     for row in annotations:
+        if row["category_id"] not in categories:
+            raise ValueError(f"annotation {row.get('id')} has the unknown category_id {row['category_id']!r}")
         x, y, w, h = map(float, row["bbox"])
         difficult = row.get("iscrowd") or row.get("ignore") or 0
         yield f"annotation {row.get('id')}", categories[row["category_id"]], difficult, (x, y, x + w, y + h)
@@ -825,7 +826,7 @@ def drop_broken_images(dataset: VOCDataset, broken_list: str) -> None:
     dataset.samples = [sample for i, sample in enumerate(samples) if read_or_next(samples, i, broken_list)[1] == i]
 
 
-def print_doubts(dataset: VOCDataset) -> None:
+def print_doubts(dataset: VOCDataset, where: str = "") -> None:
     """Prints what is probably wrong with a data set, one line per kind: how often it occurs, and where first."""
     samples, found = dataset.samples, {}
     counts = Counter(os.path.realpath(sample.image_file) for sample in samples)
@@ -839,7 +840,7 @@ def print_doubts(dataset: VOCDataset) -> None:
             found.setdefault(kind, []).append(f"{sample.label_file}: {detail}")
     for kind, cases in found.items():
         if cases:
-            print(utils.printable(f"{kind}: {len(cases)} (first: {cases[0]})"))
+            print(utils.printable(f"{kind}{where}: {len(cases)} (first: {cases[0]})"))
 
 
 def check_training_sets(train_set: VOCDataset, eval_sets: dict[str, VOCDataset]) -> None:
@@ -862,7 +863,7 @@ def check_training_sets(train_set: VOCDataset, eval_sets: dict[str, VOCDataset])
         ]
         if shared := files[0] & files[1]:
             print(f"images in both training and validation set: {len(shared)} (first: {utils.printable(min(shared))})")
-        print_doubts(sets["val_map"])
+        print_doubts(sets["val_map"], " in the validation set")
     print_doubts(train_set)
     size = train_set.image_size
     cells = (boxes["training"][:, 2:] - boxes["training"][:, :2]) * (size / 32)
@@ -950,7 +951,8 @@ def main() -> None:
     labels = np.concatenate([sample.labels for sample in samples])  # (all objects, 6)
     print(f"{len(samples)} images, {len(labels)} objects, {int(labels[:, 1].sum())} of them difficult")
     counts = [len(sample.labels) for sample in samples]
-    print(f"{counts.count(0)} images without objects; at most {max(counts)} objects per image")
+    missing = sum(not sample.label_file for sample in samples)
+    print(f"{counts.count(0)} images without objects ({missing} without a label file); at most {max(counts)} per image")
     for index, name in enumerate(dataset.classes):
         difficult = labels[labels[:, 0] == index, 1] > 0
         print(f"  {name:16s} {int((~difficult).sum()):6d}  difficult {int(difficult.sum()):5d}")

@@ -147,7 +147,8 @@ def read_anchors(anchors, largest_size: int = 416) -> list[list[float]]:
     (13 if that is smaller), which are probably in pixels.
     """
     try:
-        pairs = torch.tensor(anchors, dtype=torch.float64).reshape(-1, 2).tolist()
+        table = torch.tensor(anchors, dtype=torch.float64)
+        pairs = table.reshape(-1, 2).tolist() if table.ndim == 1 or table.shape[1:] == (2,) else []
     except (TypeError, ValueError, RuntimeError):
         pairs = []
     if not pairs:

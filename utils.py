@@ -79,8 +79,8 @@ def postprocess(predictions: Tensor, anchors, confidence_threshold: float, nms_i
     """predictions: (N, A, S_h, S_w, 5+C) raw -> a list of N tensors (K, 6): x1, y1, x2, y2 in fractions of the image,
     clipped to it, confidence (objectness x class probability), class; sorted by descending confidence, on the CPU.
 
-    As in Darknet's `valid`, a box gives one detection per class above the threshold, and NMS
-    works on one class at a time.
+    As in Darknet's `valid`, a box gives one detection per class above the threshold, and NMS works on one class at a
+    time.
     """
     boxes, objectness, probabilities = (tensor.cpu() for tensor in decode_predictions(predictions, anchors))
     boxes = box_convert(boxes, "cxcywh", "xyxy")  # (N, M, 4)
@@ -188,8 +188,8 @@ def largest_overlaps(
 def assign_detections(
     detections: np.ndarray, truths: np.ndarray, num_classes: int, iou_threshold: float = 0.5
 ) -> tuple[np.ndarray, ...]:
-    """Assigns each detection to a ground truth by the rules of the VOC devkit (VOCevaldet.m);
-    tables as in average_precision.
+    """Assigns each detection to a ground truth by the rules of the VOC devkit (VOCevaldet.m); tables as in
+    average_precision.
 
     -> best_iou (D,) and best_truth (D,) of largest_overlaps, is_true_positive (D,), is_ignored (D,).
 
@@ -242,6 +242,8 @@ def average_precision(
     (VOC 2010 and later, Padilla et al.). NaN for a class without ground truth (difficult ones do not count). Raises
     ValueError for another metric or a class out of range.
     """
+    if metric not in ("voc2007", "all_points"):
+        raise ValueError(f'metric must be "voc2007" or "all_points", not {metric!r}')
     curves = precision_recall(detections, ground_truths, num_classes, iou_threshold)
     truths = np.asarray(ground_truths, dtype=np.float64).reshape(-1, 7)
     areas = np.full(num_classes, np.nan)
@@ -254,10 +256,9 @@ def area_under_curve(precision: np.ndarray, recall: np.ndarray, metric: str = "a
     """Average precision of one class from its curve, as precision_recall returns it; metric as in average_precision."""
     if metric == "voc2007":  # mean over the recall levels 0, .1 .. 1 of the best precision at that recall or above
         return float(np.mean([precision[recall >= level].max(initial=0) for level in np.arange(11) / 10]))
-    if metric == "all_points":  # area under the curve after making precision monotonically decreasing
-        envelope = np.maximum.accumulate(precision[::-1])[::-1]
-        return float((np.diff(recall, prepend=0) * envelope).sum())
-    raise ValueError(f'metric must be "voc2007" or "all_points", not {metric!r}')
+    # area under the curve after making precision monotonically decreasing
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    return float((np.diff(recall, prepend=0) * envelope).sum())
 
 
 def mean_average_precision(average_precisions: Tensor) -> float:
@@ -345,8 +346,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_precision(name: str, device: torch.device, resumed: str = "") -> torch.dtype:
-    """The autocast dtype for "fp32", "bf16", "fp16" or "auto": bfloat16 if native, else float16 on a
-    GPU and float32 on a CPU.
+    """The autocast dtype for "fp32", "bf16", "fp16" or "auto": bfloat16 if native, else float16 on a GPU and float32 on
+    a CPU.
 
     "auto" keeps the type of the run in the checkpoint `resumed`, except bfloat16 on a GPU without it. On a CPU
     with native bfloat16, it measures which type is faster: some Intel processors without AMX have the
@@ -374,8 +375,8 @@ def pick_precision(name: str, device: torch.device, resumed: str = "") -> torch.
 
 @torch.no_grad()
 def time_convolution() -> list[float]:
-    """Milliseconds that a convolution of the backbone (256 to 512 channels at 26 x 26) takes on the CPU
-    in float32 and bfloat16."""
+    """Milliseconds that a convolution of the backbone (256 to 512 channels at 26 x 26) takes on the CPU in float32 and
+    bfloat16."""
     layers = []
     for dtype in (torch.float32, torch.bfloat16):  # ones: drawing random numbers would change the initial weights
         maps, kernel = torch.ones(1, 256, 26, 26, dtype=dtype), torch.ones(512, 256, 3, 3, dtype=dtype)
@@ -467,8 +468,8 @@ def divergence_message(problem: str, state: dict, files: list[str], checkpoint: 
 
 
 def ignore_signals(worker: int) -> None:
-    """worker_init_fn of a DataLoader: signals reach all processes of a run, but only the main
-    process reacts to them."""
+    """worker_init_fn of a DataLoader: signals reach all processes of a run, but only the main process reacts to
+    them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -534,8 +535,8 @@ def read_classes(classes) -> list[str]:
 
 
 def check_classes(source: str, classes: list[str]) -> list[str]:
-    """Returns the class names; raises ValueError, naming their source, if one cannot be part of a file
-    name or two would clash."""
+    """Returns the class names; raises ValueError, naming their source, if one cannot be part of a file name or two
+    would clash."""
     if not classes:
         raise ValueError(f"{source}: contains no class names")
     files = {}
@@ -548,17 +549,15 @@ def check_classes(source: str, classes: list[str]) -> list[str]:
             raise ValueError(f"{source}: {name!r} cannot be part of a file name; remove slashes and control characters")
         file = name.replace(" ", "_")
         if file in files:
-            raise ValueError(
-                f"{source}: the classes {files[file]!r} and {name!r} would share a file of detections; rename one"
-            )
+            raise ValueError(f"{source}: {files[file]!r} and {name!r} would share a file of detections; rename one")
         files[file] = name
     return [str(name) for name in classes]  # not numpy's str_, which a checkpoint must not contain
 
 
 @contextlib.contextmanager
 def atomic_write(file: str | os.PathLike, suffix: str = ""):
-    """Yields a temporary name, renamed to `file` at the end; on failure the old file stays. Raises
-    OSError, naming the file.
+    """Yields a temporary name, renamed to `file` at the end; on failure the old file stays. Raises OSError, naming the
+    file.
 
     suffix: of the temporary name, for a writer that takes the format from it."""
     target = os.path.realpath(file)  # keeps a symbolic link
@@ -568,11 +567,10 @@ def atomic_write(file: str | os.PathLike, suffix: str = ""):
         yield temporary
         os.replace(temporary, target)
     except (OSError, RuntimeError) as error:
-        # torch's own error for a failed write
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's own for a failed write
             raise
         raise OSError(
-            f"{file}: could not be written ({first_line(error)}); is the disk full, or the folder read-only?"
+            f"{file}: could not be written ({first_line(error)}); free some space, or choose another place"
         ) from error
     finally:
         if os.path.exists(temporary):
@@ -583,13 +581,11 @@ def check_writable(file: str | os.PathLike, is_folder: bool = False) -> None:
     """Raises OSError or ValueError, naming the file, if atomic_write would fail: better before training than after an
     epoch. is_folder: `file` is the folder of the files that will be written."""
     if not (file if is_folder else os.path.basename(file)):
-        raise ValueError(
-            f"{os.fspath(file)!r} is not the name of a file or folder; set CHECKPOINT, OUTPUT or OUTPUT_DIR"
-        )
+        raise ValueError(f"{os.fspath(file)!r} is no file or folder name; correct the setting")
     folder = os.path.realpath(file) if is_folder else os.path.dirname(os.path.realpath(file))
     try:
-        if os.path.isdir(file) and not is_folder:
-            raise IsADirectoryError("it is a folder")
+        if os.path.exists(file) and not is_folder and not os.path.isfile(file):
+            raise FileExistsError("it is a folder, a device or a pipe")
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
@@ -617,18 +613,19 @@ LARGEST_WEIGHT = 1e9  # far above any trained weight; abs() < it is false for Na
 def check_weights(file: str | os.PathLike, weights: dict[str, Tensor]) -> None:
     """Raises ValueError, naming the file, for damaged weights: not finite, a negative running variance, a kernel of
     zeros, or zeros at the end of the last kernel (an incomplete download)."""
-    kernels = [tensor for tensor in weights.values() if tensor.ndim == 4]
+    tensors = [tensor for tensor in weights.values() if isinstance(tensor, Tensor) and tensor.dtype != torch.bool]
+    kernels = [tensor for tensor in tensors if tensor.ndim == 4]
     problem = ""
-    if not all((tensor.abs() < LARGEST_WEIGHT).all() for tensor in weights.values()):
+    if len(tensors) < len(weights):
+        problem = "other values than numeric tensors"
+    elif not all((tensor.abs() < LARGEST_WEIGHT).all() for tensor in weights.values()):
         problem = "NaN, infinite or huge numbers"
     elif any(name.endswith("running_var") and (tensor < 0).any() for name, tensor in weights.items()):
         problem = "a negative variance"
     elif not all(kernel.any() for kernel in kernels) or (kernels and not kernels[-1].flatten()[-16:].any()):
         problem = "a kernel of zeros"
     if problem:
-        raise ValueError(
-            f"{file}: damaged weights ({problem}), or those of another network; download or train it again"
-        )
+        raise ValueError(f"{file}: damaged weights, or those of another network ({problem}); use another file")
 
 
 def save_checkpoint(file: str | os.PathLike, **state) -> None:
@@ -639,7 +636,7 @@ def save_checkpoint(file: str | os.PathLike, **state) -> None:
     if not all((tensor.abs() < LARGEST_WEIGHT).all() for tensor in state.get("model", {}).values()):
         kept = "those of the last save are kept" if os.path.isfile(file) else "it was not written"
         raise ValueError(
-            f"{file}: the new weights are NaN, infinite or huge; {kept}. Lower LEARNING_RATE or lengthen BURN_IN"
+            f"{file}: the weights are NaN, infinite or huge; {kept}. Lower LEARNING_RATE or lengthen BURN_IN"
         )
     with atomic_write(file) as temporary:
         torch.save(state, temporary)
@@ -665,24 +662,16 @@ def load_checkpoint(file: str | os.PathLike, device: str | torch.device = "cpu",
         if missing := [key for key in keys if key not in state.keys()]:  # noqa: SIM118 - only a dict has keys()
             raise ValueError(f"it has no {', '.join(missing)}")
         weights = dict(state.get("model", {}))
+        classes = list(state.get("classes", []))
     check_weights(file, weights)
-    if "classes" in state:
-        check_classes(os.fspath(file), list(state["classes"]))
+    if classes:
+        check_classes(os.fspath(file), classes)
     return state
 
 
-# may change silently on RESUME, because they do not affect what a run computes
-RUN_SETTINGS = {
-    "DATA_DIR",
-    "IMAGE_SETS",
-    "NUM_WORKERS",
-    "CHECKPOINT",
-    "RESUME",
-    "SAVE_EVERY_MINUTES",
-    "MAX_HOURS",
-    "DEVICE",
-}
-RUN_SETTINGS |= {"PRETRAINED", "RESUME_WEIGHTS", "EVAL_EVERY"}
+# may change silently on RESUME, because they do not affect what a run computes (fingerprint() checks the images)
+RUN_SETTINGS = {"DATA_DIR", "IMAGE_SETS", "NUM_WORKERS", "CHECKPOINT", "RESUME", "RESUME_WEIGHTS", "PRETRAINED"}
+RUN_SETTINGS |= {"SAVE_EVERY_MINUTES", "MAX_HOURS", "DEVICE", "EVAL_EVERY"}
 SCORE_SETTINGS = {"VAL_IMAGE_SETS", "EVAL_THRESHOLD", "EVAL_TRAIN_IMAGES"}  # a change of these resets the best score
 
 
@@ -692,9 +681,7 @@ def fingerprint(samples: list[tuple]) -> str:
     return f"{len(samples)} images with the checksum {zlib.crc32(names):08x} of their names"
 
 
-def resume(
-    file: str | os.PathLike, model: nn.Module, optimizer, scaler, settings: dict, fixed: tuple[str, ...]
-) -> dict:
+def resume(file: str | os.PathLike, model: nn.Module, optimizer, scaler, settings: dict, fixed: tuple) -> dict:
     """Loads a training checkpoint into model, optimizer and scaler -> the run's position and log: epoch, step,
     images_seen, best, sums, metrics.
 
@@ -704,17 +691,14 @@ def resume(
     saved = load_checkpoint(file, keys=("model", "optimizer", "scaler", *position, "settings"))
     old = saved["settings"]
     if missing := [name for name in fixed if name not in old]:
-        raise ValueError(
-            f"{file}: a checkpoint of another script (its settings lack {', '.join(missing)}); resume it there"
-        )
+        raise ValueError(f"{file}: a checkpoint of another script, without {', '.join(missing)}; resume it there")
     changed = [name for name in settings if name in old and json.dumps(old[name]) != json.dumps(settings[name])]
 
     def shown(value):  # marked if cut: two long lists may differ only later
         return repr(value) if len(repr(value)) <= 200 else f"{value!r:.200}... ({len(value)} in all)"
 
-    if refused := [
-        f"{name} was {shown(old[name])} and is {shown(settings[name])}" for name in changed if name in fixed
-    ]:
+    refused = [f"{name} was {shown(old[name])} and is {shown(settings[name])}" for name in changed if name in fixed]
+    if refused:
         advice = "set it back, or start a new run from its weights (RESUME_WEIGHTS, PRETRAINED)"
         raise ValueError(f"{file}: cannot resume with changed settings: {'; '.join(refused)}; {advice}")
     for name in changed:
@@ -743,8 +727,8 @@ def resume(
 
 
 def keep_earlier_run(checkpoint: str, start_file: str) -> None:
-    """Renames the files of an earlier run to `<file>.old`, so that a new run does not destroy them, and says so.
-    start_file: the weights that the new run starts from; it stays (and is copied), because a restart needs it."""
+    """Renames checkpoint, best checkpoint and metrics of an earlier run to `<file>.old`, and says so. start_file: the
+    weights that the new run starts from; it stays (and is copied), because a restart needs it."""
     stem, kept = checkpoint.removesuffix(".pt"), []
     for file in filter(os.path.isfile, (checkpoint, f"{stem}_best.pt", f"{stem}_metrics.csv")):
         path = os.path.realpath(file)  # a symbolic link stays
@@ -790,9 +774,9 @@ def draw_charts(rows: list[dict], chart_file: str | os.PathLike) -> None:
     rate."""
     from matplotlib import pyplot as plt  # here, because it takes a second to import
 
-    scores = [name for name in rows[0] if name.startswith(("train_", "val_")) and not name.endswith("loss")]
+    scores = [name for name in rows[-1] if name.startswith(("train_", "val_")) and not name.endswith("loss")]
     others = ("epoch", "learning_rate", "images_per_second", *scores)
-    panels = {name: [name] for name in rows[0] if name not in others}
+    panels = {name: [name] for name in rows[-1] if name not in others}
     panels |= {"scores": scores, "learning_rate": ["learning_rate"]}
     width = math.ceil(len(panels) / 2)
     figure, axes = plt.subplots(2, width, figsize=(3.6 * width, 6), squeeze=False, layout="constrained")
@@ -807,9 +791,8 @@ def draw_charts(rows: list[dict], chart_file: str | os.PathLike) -> None:
                 axis.plot(epochs, values, marker="." if len(values) < 40 else None, label=name)
         if title == "scores":
             for name in ("val_map", "val_top1", "train_map"):  # the first one measured decides on the best checkpoint
-                measured = [
-                    (float(row[name]), int(row["epoch"])) for row in rows if row.get(name) not in (None, "", "nan")
-                ]
+                scored = [row for row in rows if row.get(name) is not None and math.isfinite(row[name])]
+                measured = [(row[name], row["epoch"]) for row in scored]
                 if measured:
                     value, epoch = max(measured)
                     axis.plot([epoch], [value], "k*", markersize=10, label=f"best: {value:.3f} in epoch {epoch}")
@@ -830,8 +813,8 @@ def draw_charts(rows: list[dict], chart_file: str | os.PathLike) -> None:
 
 
 def advance(bar, images: int, start: float, loss: Tensor) -> None:
-    """Moves the progress bar by one step and shows the images per second since `start`
-    (time.monotonic()) and the step's loss."""
+    """Moves the progress bar by one step and shows the images per second since `start` (time.monotonic()) and the
+    step's loss."""
     if not bar.disable:
         if time.time() - bar.last_print_t >= bar.mininterval:  # reading the loss waits for the GPU
             bar.set_postfix_str(
@@ -841,8 +824,8 @@ def advance(bar, images: int, start: float, loss: Tensor) -> None:
 
 
 def time_left(began: float, done: int, remaining: int) -> str:
-    """How long the remaining steps take at the pace of those done since `began`
-    (time.monotonic()), evaluations included."""
+    """How long the remaining steps take at the pace of those done since `began` (time.monotonic()), evaluations
+    included."""
     if not remaining:
         return ""
     minutes = (time.monotonic() - began) / max(done, 1) * remaining / 60
@@ -869,35 +852,18 @@ WORDS = {
     "PRECISION": ("auto", *DTYPES),
     "TOLERATE": ("other classes", "missing labels"),
 }
-COUNTS = ("EPOCHS", "BATCH_SIZE", "SUBDIVISIONS", "REPEAT", "EVAL_EVERY", "EVAL_TRAIN_IMAGES")
-AMOUNTS = (
-    "LEARNING_RATE",
-    "WEIGHT_DECAY",
-    "CLIP_NORM",
-    "LR_POWER",
-    "LAMBDA_COORD",
-    "LAMBDA_OBJECT",
-    "LAMBDA_NO_OBJECT",
-)
-AMOUNTS += ("LAMBDA_CLASS", "IDENTITY_INIT", "SAVE_EVERY_MINUTES", "MAX_HOURS", "CROP_SCALE")
-SHARES = (
-    "MOMENTUM",
-    "IGNORE_THRESHOLD",
-    "EVAL_THRESHOLD",
-    "CONFIDENCE_THRESHOLD",
-    "NMS_IOU_THRESHOLD",
-    "FIXED_THRESHOLD",
-)
-SHARES += ("LABEL_SMOOTHING",)
-RANGES = {  # least, most, and the number of which it must be a multiple (0: any number)
-    **dict.fromkeys(COUNTS, (1, 10**12, 1)),
-    **dict.fromkeys(("NUM_WORKERS", "BURN_IN", "SEED"), (0, 10**12, 1)),
-    **dict.fromkeys(AMOUNTS, (0, 10**12, 0)),
-    **dict.fromkeys(SHARES, (0, 1, 0)),
-    **dict.fromkeys(("IMAGE_SIZE", "MULTI_SCALE", "INPUT_SIZES"), (32, 9984, 32)),  # a grid cell is 32 pixels
+LIMITS = {  # least, most, and the number of which it must be a multiple (0: any number)
+    "EPOCHS BATCH_SIZE SUBDIVISIONS REPEAT EVAL_EVERY EVAL_TRAIN_IMAGES": (1, 10**12, 1),
+    "NUM_WORKERS BURN_IN SEED": (0, 10**12, 1),
+    "LEARNING_RATE WEIGHT_DECAY CLIP_NORM LR_POWER IDENTITY_INIT CROP_SCALE": (0, 10**12, 0),
+    "LAMBDA_COORD LAMBDA_OBJECT LAMBDA_NO_OBJECT LAMBDA_CLASS SAVE_EVERY_MINUTES MAX_HOURS": (0, 10**12, 0),
+    "MOMENTUM LABEL_SMOOTHING IGNORE_THRESHOLD EVAL_THRESHOLD": (0, 1, 0),
+    "CONFIDENCE_THRESHOLD NMS_IOU_THRESHOLD FIXED_THRESHOLD": (0, 1, 0),
+    "IMAGE_SIZE MULTI_SCALE INPUT_SIZES": (32, 9984, 32),  # a grid cell is 32 pixels
     "LR_DROPS": (1, 10**12, 0),
     "SHEET_IMAGES": (1, 500, 1),
 }
+RANGES = {name: limits for names, limits in LIMITS.items() for name in names.split()}
 
 
 def check_settings(script_globals: dict, **ranges: tuple) -> None:

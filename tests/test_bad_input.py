@@ -1,27 +1,28 @@
-"""Wrong or unusual input of the kind that people report: bad input is never accepted silently, and one
-sentence names the cause.
-
-Each test sets up one case with as few files as possible: labels made for other image sizes or units, lists and
-encodings written by other tools, damaged weights, names that cannot be file names, contradictory settings.
-"""
+"""Wrong or unusual input of the kind that people report: it is never accepted silently, and one sentence names the
+file or setting. The contents of label files are in test_dataset.py."""
 
 import io
 import math
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from conftest import set_globals, voc_xml, write_devkit
 from PIL import Image
 
 import darknet_model
 import darknet_train
+import darknet_train_multigpu
+import darknet_train_multigpu_distr
 import dataset
 import detect
 import detect_txt
@@ -34,34 +35,19 @@ from model import ANCHORS, YOLOv2
 pytestmark = pytest.mark.usefixtures("narrow_module")
 
 ROOT = Path(__file__).parent.parent
+CLASSIFIERS = [darknet_train, darknet_train_multigpu, darknet_train_multigpu_distr]
+SCRIPTS = [train, *CLASSIFIERS, test_script, detect, detect_txt, dataset, model, darknet_model]
+BOLT = [("bolt", (11, 11, 51, 41))]
+TWO = {"a": BOLT, "b": BOLT}
 
 
-def annotation(box=(11, 11, 51, 41), name="bolt", size=(100, 60), difficult="0", extra="") -> str:
-    sides = "".join(
-        f"<{side}>{value}</{side}>" for side, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
-    )
-    return (
-        f"<annotation><size><width>{size[0]}</width><height>{size[1]}</height></size><object><name>{name}</name>"
-        f"<difficult>{difficult}</difficult><bndbox>{sides}</bndbox>{extra}</object></annotation>"
-    )
+def bolt(extra="", **size) -> str:
+    """The annotation of BOLT, with an element more in its object."""
+    return voc_xml(BOLT, **size).replace("</object>", f"{extra}</object>")
 
 
-def write_devkit(root: Path, files: dict[str, str], size=(100, 60), suffix=".jpg", **save) -> Path:
-    """Writes a devkit, VOC2026, and returns its folder; `files` maps each image id to the text of its
-    annotation. The list is `train`."""
-    folder = root / "VOC2026"
-    for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    for image_id, xml in files.items():
-        Image.new("RGB", size, (90, 120, 30)).save(folder / f"JPEGImages/{image_id}{suffix}", **save)
-        (folder / f"Annotations/{image_id}.xml").write_text(xml)
-    (folder / "ImageSets/Main/train.txt").write_text("".join(f"{image_id}\n" for image_id in files))
-    return folder
-
-
-def write_csv(root: Path, labels: str, image="a.png", size=(100, 60)) -> Path:
-    root.mkdir(exist_ok=True)
-    Image.new("RGB", size).save(root / image)
+def write_csv(root: Path, labels: str, image="a.png") -> Path:
+    Image.new("RGB", (100, 80)).save(root / image)
     (root / "a.txt").write_text(labels)
     (root / "train.csv").write_text(f"{image},a.txt\n")
     return root
@@ -77,183 +63,166 @@ def set_training(monkeypatch, root: Path, **values):
         "IMAGE_SIZE": 64, "BATCH_SIZE": 2, "REPEAT": 1, "EPOCHS": 1, "EVAL_EVERY": 1, "BURN_IN": 0, "NUM_WORKERS": 0,
         "PRECISION": "fp32", "CHECKPOINT": str(root / "runs/yolov2.pt"),
     }  # fmt: skip
-    for name, value in (small | values).items():
-        monkeypatch.setattr(train, name, value)
-    monkeypatch.setattr(utils, "draw_charts", lambda metrics_file, chart_file: None)
+    set_globals(monkeypatch, train, **(small | values))
+    monkeypatch.setattr(utils, "draw_charts", lambda rows, chart_file: None)
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
     """An untrained detector of one class."""
     torch.manual_seed(0)
-    file = tmp_path / "bolts.pt"
     state = {"model": YOLOv2(1).state_dict(), "classes": ["bolt"], "anchors": ANCHORS, "image_size": 64}
-    utils.save_checkpoint(file, **state)
-    return file
+    utils.save_checkpoint(tmp_path / "bolts.pt", **state)
+    return tmp_path / "bolts.pt"
 
 
-# ---------------------------------------------------------------- training images in the validation set
-
-
-def test_data_dir_may_not_be_a_csv_file_if_image_sets_are_given(tmp_path):
-    root = write_csv(tmp_path, "0 .5 .5 .2 .2\n")
-    with pytest.raises(ValueError, match="train.csv: DATA_DIR must be the folder of the lists"):
-        read(root / "train.csv", ["val.csv"])
-    assert len(read(root / "train.csv", [])) == 1
+# ---------------------------------------------------------------- labels that do not fit their image or their set
 
 
 def test_images_in_both_the_training_and_the_validation_set_are_counted(tmp_path, monkeypatch, capsys):
-    folder = write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
-    (folder / "ImageSets/Main/val.txt").write_text("b\n")
+    write_devkit(tmp_path, {"b": BOLT}, name="val")
+    write_devkit(tmp_path, TWO)
     set_training(monkeypatch, tmp_path, VAL_IMAGE_SETS=[("2026", "val")])
     train.main()
-    out = capsys.readouterr().out
-    assert out.count("images in both the training and the validation set: 1 (first: ") == 1 and "b.jpg)" in out
+    assert len(re.findall(r"both training and validation.*: 1 \(first: .*b\.jpg\)", capsys.readouterr().out)) == 1
 
 
-# ---------------------------------------------------------------- labels that do not fit their image
-
-
-@pytest.mark.parametrize(("declared", "cause"), [((60, 100), "EXIF rotation"), ((200, 120), "resized")])
+@pytest.mark.parametrize(("declared", "cause"), [((80, 100), "EXIF rotation"), ((200, 160), "resized")])
 def test_labels_made_for_another_image_size_are_reported(declared, cause, tmp_path, monkeypatch, capsys):
-    write_devkit(tmp_path, {"a": annotation(size=declared), "b": annotation()})
-    for name, value in {"DATA_DIR": str(tmp_path), "IMAGE_SETS": [("2026", "train")], "CLASSES": ["bolt"]}.items():
-        monkeypatch.setattr(dataset, name, value)
+    write_devkit(tmp_path, {"a": bolt(size=declared), "b": BOLT})
+    data = {"DATA_DIR": str(tmp_path), "IMAGE_SETS": [("2026", "train")]}
+    set_globals(monkeypatch, dataset, CLASSES=["bolt"], SHEET=str(tmp_path / "sheet.png"), **data)
     with pytest.raises(SystemExit, match="1 problems"):
         dataset.main()
-    sizes = f"declares an image of {declared[0]} x {declared[1]}, but the image is 100 x 60"
-    assert re.search(rf"problem: .*a\.xml: {sizes} \(.*{cause}", capsys.readouterr().out)
+    sizes = rf"a\.xml: .*{declared[0]} x {declared[1]}.* 100 x 80.*{cause}"
+    assert re.search(rf"^problem: .*{sizes.replace(': ', ': another image size: ', 1)}", capsys.readouterr().out, re.M)
     set_training(monkeypatch, tmp_path)
     train.main()
-    warning = re.compile(rf"^1 of 2 label files look wrong .*a\.xml: {sizes}", re.MULTILINE)
+    warning = re.compile(rf"^another image size: 1 \(first: .*{sizes}", re.MULTILINE)
     assert len(warning.findall(capsys.readouterr().out)) == 1
-    tested = {
-        "DATA_DIR": str(tmp_path),
-        "IMAGE_SETS": [("2026", "train")],
-        "CHECKPOINT": str(tmp_path / "runs/yolov2.pt"),
-    }
-    for name, value in (tested | {"OUTPUT": str(tmp_path / "test"), "NUM_WORKERS": 0, "PRECISION": "fp32"}).items():
-        monkeypatch.setattr(test_script, name, value)
+    files = {"CHECKPOINT": str(tmp_path / "runs/yolov2.pt"), "OUTPUT": str(tmp_path / "test")}
+    set_globals(monkeypatch, test_script, NUM_WORKERS=0, PRECISION="fp32", **data, **files)
     test_script.main()
     assert len(warning.findall(capsys.readouterr().out)) == 1
 
 
-def test_labels_that_leave_no_target_are_reported(tmp_path, capsys):
-    write_devkit(
-        tmp_path,
-        {"a": annotation(box=(0.1, 0.2, 0.5, 0.6)), "b": annotation(box=(150, 10, 180, 50)), "c": annotation()},
-    )
-    data = read(tmp_path)
-    dataset.print_suspicious_labels(data)
-    out = capsys.readouterr().out
-    assert "2 of 3 label files look wrong" in out and "a.xml: 1 of 1 objects" in out and "not in fractions" in out
-    assert not data[0][1].any() and data[2][1].any()
+def test_doubts_are_one_line_per_kind_with_the_number_of_files_and_the_first(tmp_path, capsys):
+    boxes = {
+        "fine": [(1, 1, 100, 80)],
+        "fractions": [(0.1, 0.2, 0.5, 0.6)],
+        "outside": [(11, 11, 51, 41), (150, 10, 180, 50)],
+        "overhang": [(-20, 10, 50, 80), (10, 10, 120, 80)],
+        "touching": [(0, 0, 101, 81)],  # a pixel more, as of tools that count from 0: no doubt
+        "twice": [(10, 10, 50, 80)] * 2,
+        "missing": [],
+    }
+    folder = write_devkit(tmp_path, {name: [("bolt", box) for box in rows] for name, rows in boxes.items()})
+    with open(folder / "ImageSets/Main/train.txt", "a") as stream:
+        stream.write("fine\n")
+    (folder / "Annotations/missing.xml").unlink()
+    with pytest.raises(FileNotFoundError, match=r"missing\.xml: .*TOLERATE=\['missing labels'\]"):
+        read(tmp_path)
+    data = read(tmp_path, classes=["bolt", "nut"], tolerate=["missing labels"])
+    dataset.print_doubts(data)
+    found = re.findall(r"^(.*): (\d+) \(first: (?:.*/)?(\w+)[.)]", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(found) == [
+        ("a box twice", "1", "twice"),
+        ("boxes cut off", "1", "overhang"),
+        ("boxes left out", "2", "fractions"),
+        ("classes without objects", "1", "nut"),
+        ("fractions instead of pixels", "1", "fractions"),
+        ("images listed more than once", "1", "fine"),
+        ("images without a label file", "1", "missing"),
+    ]
+    assert [len(sample.labels) for sample in data.samples] == [1, 0, 1, 2, 1, 2, 0, 1]
 
 
-@pytest.mark.parametrize("orientation", [1, 6, 8])
-def test_image_size_of_a_rotated_tiff_equals_that_of_the_image_read(tmp_path, orientation):
-    Image.new("RGB", (60, 100)).save(tmp_path / "a.tif", tiffinfo={274: orientation})
-    assert dataset.image_size(tmp_path / "a.tif") == dataset.read_image(tmp_path / "a.tif").shape[1::-1]
-    assert dataset.image_size(tmp_path / "a.tif") == ((100, 60) if orientation > 4 else (60, 100))
+def test_image_size_of_a_rotated_tiff_equals_that_of_the_image_read(tmp_path):
+    for orientation, size in ((1, (60, 100)), (6, (100, 60)), (8, (100, 60))):
+        Image.new("RGB", (60, 100)).save(tmp_path / "a.tif", tiffinfo={274: orientation})
+        assert dataset.read_image_size(tmp_path / "a.tif") == size
+        assert dataset.read_image(tmp_path / "a.tif").shape[1::-1] == size
 
 
 @pytest.mark.parametrize(
-    ("xml", "reason"),
+    "xml",
     [
-        ("<annotations><image name='x'><box label='bolt'/></image></annotations>", "root is <annotations>"),
-        ("<html><body>404</body></html>", "root is <html>"),
-        (annotation(extra="<bndbox><xmin>1</xmin></bndbox>"), "has 2 bndbox"),
-        (annotation(difficult="maybe"), "difficult of an object of class bolt must be 0 or 1, not 'maybe'"),
-        ("\x00\x01", "not readable as XML"),
+        "<annotations><image name='x'><box label='bolt'/></image></annotations>",  # CVAT
+        "<html><body>404</body></html>",
+        bolt("<bndbox><xmin>1</xmin></bndbox>"),
+        *[re.sub(rf"(<{tag}>.*?</{tag}>)", r"\1\1", bolt()) for tag in ("name", "difficult", "xmin", "ymax")],
     ],
 )
-def test_xml_that_is_not_a_valid_voc_annotation_is_refused(tmp_path, xml, reason):
+def test_xml_that_is_not_a_valid_voc_annotation_is_refused(tmp_path, xml):
     write_devkit(tmp_path, {"a": xml})
-    with pytest.raises(ValueError, match=rf"a\.xml: .*{re.escape(reason)}"):
+    with pytest.raises(ValueError, match=r"a\.xml: "):
         read(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("flag", "value"), [("", 0), ("Unspecified", 0), ("\n 0 \n", 0), ("0.0", 0), ("True", 1), ("yes", 1)]
-)
-def test_common_spellings_of_the_difficult_flag_are_read(tmp_path, flag, value):
-    write_devkit(tmp_path, {"a": annotation(difficult=flag)})
-    assert read(tmp_path).labels[0][0, 1] == value
+def test_common_spellings_of_the_difficult_flag_are_read(tmp_path):
+    flags = {"": 0, "Unspecified": 0, "\n 0 \n": 0, "0.0": 0, "false": 0, "1": 1, "True": 1, "yes": 1}
+    write_devkit(tmp_path, {str(n): [("bolt", (1, 1, 9, 9), flag)] for n, flag in enumerate(flags)})
+    assert [sample.labels[0, 1] for sample in read(tmp_path).samples] == list(flags.values())
 
 
-@pytest.mark.parametrize("tag", ["name", "difficult", "xmin", "ymax"])
-def test_an_xml_object_with_a_value_given_twice_is_refused(tag, tmp_path):
-    xml = re.sub(rf"(<{tag}>.*?</{tag}>)", r"\1\1", annotation())
-    write_devkit(tmp_path, {"a": xml})
-    with pytest.raises(ValueError, match=rf"a\.xml: an object of class bolt has {tag} twice"):
-        read(tmp_path)
-
-
-def test_xml_tags_may_have_capitals(tmp_path):
-    write_devkit(tmp_path, {"a": annotation().replace("object>", "Object>").replace("name>", "Name>")})
-    assert len(read(tmp_path).labels[0]) == 1
-
-
-def test_xml_namespaces_are_ignored_and_parts_are_not_objects(tmp_path):
+def test_capitals_and_namespaces_of_xml_are_read_and_parts_are_no_objects(tmp_path):
     part = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"
-    xml = annotation(extra=part).replace("<annotation>", '<annotation xmlns="http://example.org/voc">')
-    write_devkit(tmp_path, {"a": xml})
-    assert read(tmp_path).labels[0].tolist() == [[0, 0, 11, 11, 51, 41]]
+    capitals = bolt().replace("object>", "Object>").replace("name>", "Name>")
+    space = bolt(part).replace("<annotation>", '<annotation xmlns="http://example.org/voc">')
+    write_devkit(tmp_path, {"a": capitals, "b": space, "c": bolt(part)})
+    for index in range(3):
+        assert read(tmp_path).ground_truth(index).tolist() == [[0, 0, 11, 11, 51, 41]]
 
 
 # ---------------------------------------------------------------- lists and encodings of other tools
 
 
-def test_image_ids_may_contain_spaces(tmp_path):
-    folder = write_devkit(
-        tmp_path, {"photo": annotation(), "photo (1)": annotation(box=(1, 1, 9, 9)), "photo 2": annotation()}
-    )
-    (folder / "ImageSets/Main/train.txt").write_text("photo (1)\nphoto 2\nphoto  1\nphoto -1\n")
-    names = [Path(image).stem for image, _ in read(tmp_path).samples]
-    assert names == ["photo (1)", "photo 2", "photo", "photo"]
+def test_image_ids_may_contain_spaces_and_only_a_last_minus_1_0_or_1_is_a_column(tmp_path):
+    folder = write_devkit(tmp_path, dict.fromkeys(("photo", "photo (1)", "photo 2", "b 1"), BOLT))
+    (folder / "ImageSets/Main/train.txt").write_text("photo (1)\nphoto 2\nphoto  1\nphoto\t-1\nb 1\nb 1  1\n")
+    names = [sample.image_id for sample in read(tmp_path).samples]
+    assert names == ["photo (1)", "photo 2", "photo", "photo", "b 1", "b 1"]
+    assert all(len(sample.labels) for sample in read(tmp_path).samples)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_lists_are_read_in_utf_8_and_utf_16(tmp_path, encoding):
-    folder = write_devkit(tmp_path, {"né": annotation()})
-    (folder / "ImageSets/Main/train.txt").write_bytes("né\r\n".encode(encoding))
-    assert Path(read(tmp_path).samples[0][0]).name == "né.jpg"
-    assert len(read(tmp_path).labels[0]) == 1
+def test_lists_are_read_in_utf_8_and_utf_16(tmp_path):
+    folder = write_devkit(tmp_path, {"né": BOLT})
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (folder / "ImageSets/Main/train.txt").write_bytes("né\r\n".encode(encoding))
+        (sample,) = read(tmp_path).samples
+        assert Path(sample.image_file).name == "né.jpg" and len(sample.labels) == 1
 
 
-def test_an_unsupported_encoding_is_refused_with_advice(tmp_path):
-    folder = write_devkit(tmp_path, {"a": annotation()})
-    (folder / "ImageSets/Main/train.txt").write_bytes("né\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"train\.txt: not UTF-8 text; save it as UTF-8"):
-        read(tmp_path)
+def test_another_encoding_is_refused_with_the_advice_to_save_it_as_utf_8(tmp_path):
+    folder = write_devkit(tmp_path, {"a": BOLT})
+    for encoding in ("latin-1", "utf-16-le"):  # the second without a byte order mark
+        (folder / "ImageSets/Main/train.txt").write_bytes("né\n".encode(encoding))
+        with pytest.raises(ValueError, match=r"train\.txt: .*UTF-8"):
+            read(tmp_path)
     (folder / "ImageSets/Main/train.txt").write_text("a\n")
-    xml = annotation(name="螺栓")
+    xml = bolt().replace("bolt", "螺栓")
     (folder / "Annotations/a.xml").write_bytes(f'<?xml version="1.0" encoding="gb2312"?>{xml}'.encode("gb2312"))
-    with pytest.raises(ValueError, match=r"a\.xml: not readable as XML .*save it as UTF-8"):
+    with pytest.raises(ValueError, match=r"a\.xml: .*UTF-8"):
         read(tmp_path, classes=["螺栓"])
 
 
 @pytest.mark.parametrize("suffix", [".png", ".JPG", ".webp"])
 def test_images_of_a_devkit_may_have_any_suffix(tmp_path, suffix):
-    folder = write_devkit(tmp_path, {"a": annotation()}, suffix=suffix)
-    assert Path(read(tmp_path).samples[0][0]).name == f"a{suffix}"
-    assert read(tmp_path)[0][1].any()
+    folder = write_devkit(tmp_path, {"a": BOLT}, suffix=suffix)
+    data = read(tmp_path)
+    assert Path(data.samples[0].image_file).name == f"a{suffix}" and data[0][1].any()
     Image.new("RGB", (9, 9)).save(folder / "JPEGImages/a.bmp")
     with pytest.raises(ValueError, match=rf"a\.bmp and a\{suffix}|a\{suffix} and a\.bmp"):
         read(tmp_path)
 
 
-@pytest.mark.parametrize("image_sets", [("2026", "train"), [["2026", "train"]], [("2026", "train")]])
-def test_a_single_image_set_needs_no_enclosing_list(tmp_path, image_sets):
-    write_devkit(tmp_path, {"a": annotation()})
-    assert len(dataset.VOCDataset(tmp_path, image_sets, ANCHORS, 64, ["bolt"])) == 1
-
-
-@pytest.mark.parametrize("image_sets", [[2026], "2026 train", [("2026",)], [("2026", "train", "x")]])
-def test_a_malformed_image_set_is_refused_with_an_example(tmp_path, image_sets):
-    write_devkit(tmp_path, {"a": annotation()})
-    with pytest.raises(ValueError, match=r"IMAGE_SETS holds .*it takes \[\('2007', 'trainval'\)\]"):
-        dataset.VOCDataset(tmp_path, image_sets, ANCHORS, 64, ["bolt"])
+def test_a_single_image_set_needs_no_enclosing_list_and_other_forms_are_refused(tmp_path):
+    write_devkit(tmp_path, {"a": BOLT})
+    for image_sets in (("2026", "train"), [["2026", "train"]], [("2026", "train")]):
+        assert len(dataset.VOCDataset(tmp_path, image_sets, ANCHORS, 64, ["bolt"])) == 1
+    for image_sets in ([2026], "2026 train", [("2026",)], [("2026", "train", "x")]):
+        with pytest.raises(ValueError, match=r"IMAGE_SETS holds .*\[\('2007', 'trainval'\)\]"):
+            dataset.VOCDataset(tmp_path, image_sets, ANCHORS, 64, ["bolt"])
 
 
 def test_darknet_lists_and_names_are_read(tmp_path):
@@ -264,165 +233,89 @@ def test_darknet_lists_and_names_are_read(tmp_path):
     (tmp_path / "train.txt").write_text("images/a.jpg\n\n")
     (tmp_path / "obj.names").write_text("bolt\nnut\n\n")
     data = dataset.VOCDataset(tmp_path, ["train.txt"], ANCHORS, 64, str(tmp_path / "obj.names"))
-    assert data.classes == ["bolt", "nut"] and data.labels[0].tolist() == [[1, 0, 0.25, 0.25, 0.75, 0.75]]
-    with pytest.raises(FileNotFoundError, match=r"none\.names: no such file of class names"):
-        dataset.read_classes(str(tmp_path / "none.names"))
-    settings = {"CLASSES": ("a", "b"), "IMAGE_SETS": [("2007", "train")]}
+    assert data.classes == ["bolt", "nut"] and data.samples[0].labels.tolist() == [[1, 0, 0.25, 0.25, 0.75, 0.75]]
+    with pytest.raises(FileNotFoundError, match=r"none\.names: "):
+        utils.read_classes(str(tmp_path / "none.names"))
+    settings = dict(vars(train))
     utils.override_globals(settings, ["CLASSES=x/obj.names", "IMAGE_SETS=train.csv"])
-    assert settings == {"CLASSES": "x/obj.names", "IMAGE_SETS": "train.csv"}
+    assert (settings["CLASSES"], settings["IMAGE_SETS"]) == ("x/obj.names", "train.csv")
 
 
-@pytest.mark.parametrize("blank", ["\u00a0", "\u202f", "\u3000", "\u200d"])
-def test_unicode_spaces_in_a_csv_list_are_read_and_control_characters_are_refused(tmp_path, blank):
-    write_csv(tmp_path, "0 .5 .5 .2 .2\n", image=f"a{blank}b.png")
-    assert read(tmp_path, ["train.csv"])[0][1].any()
-    (tmp_path / "train.csv").write_text("a\x1b[2J.png,a.txt\n")
-    with pytest.raises(ValueError, match=r"train\.csv, line 1: .*x1b\[2J") as error:
-        read(tmp_path, ["train.csv"])
-    assert "\x1b" not in str(error.value)
-
-
-def test_backslashes_separate_folders_in_a_list(tmp_path):
+def test_names_with_unicode_spaces_or_backslashes_are_read_from_a_csv_list(tmp_path):
     (tmp_path / "images").mkdir()
-    write_csv(tmp_path, "0 .5 .5 .2 .2\n", image="images/a.png")
-    (tmp_path / "train.csv").write_text("images\\a.png,a.txt\n")
+    for blank in ("\u00a0", "\u202f", "\u3000", "\u200d"):
+        write_csv(tmp_path, "0 .5 .5 .2 .2\n", image=f"images/a{blank}b.png")
+        assert read(tmp_path, ["train.csv"])[0][1].any()
+    (tmp_path / "train.csv").write_text(f"images\\a{blank}b.png,a.txt\n")
     assert read(tmp_path, ["train.csv"])[0][1].any()
-
-
-@pytest.mark.parametrize("line", ["img,text", "a.png;a.txt", "a.png", "a.png,10,10,20,20,bolt"])
-def test_malformed_csv_lines_are_refused_with_their_line_number(tmp_path, line):
-    write_csv(tmp_path, "")
-    (tmp_path / "train.csv").write_text(f"{line}\n")
-    with pytest.raises(ValueError, match=r"train\.csv, line 1: expected image,label"):
-        read(tmp_path, ["train.csv"])
-
-
-def test_an_unbalanced_quote_in_a_csv_list_is_named_as_the_cause(tmp_path):
-    write_csv(tmp_path, "")
-    (tmp_path / "train.csv").write_text('"a.png,a.txt\n' + "b.png,b.txt\n" * 20_000)
-    with pytest.raises(ValueError, match=r"train\.csv: not readable as csv .*unbalanced quote"):
-        read(tmp_path, ["train.csv"])
-
-
-@pytest.mark.parametrize("line", ["0.0 .3 .4 .4 .5", "0 .3 .4 .4 1.00005", "0 .3 -.00005 .4 .5"])
-def test_harmless_variants_of_yolo_labels_are_read(tmp_path, line):
-    root = write_csv(tmp_path, line)
-    assert read(root, ["train.csv"]).labels[0].shape == (1, 6)
 
 
 @pytest.mark.parametrize(
-    ("line", "guess"),
-    [
-        ("0 .3 .4 .4 .5 .9", "confidence"),
-        ("0 .1 .1 .2 .1 .2 .2 .1 .2", "polygon"),
-        ("bolt .3 .4 .4 .5", "not a name"),
-        ("0 .3 .4 .4 1.1", "fractions of the image"),
-    ],
+    "lines", ["img,text", "a.png;a.txt", "a\x1b[2J.png,a.txt", '"a.png,a.txt\n' + "b.png,b.txt\n" * 20_000]
 )
-def test_errors_for_other_label_formats_say_what_is_wrong(tmp_path, line, guess):
-    with pytest.raises(ValueError, match=rf"a\.txt, line 1: .*{guess}"):
-        read(write_csv(tmp_path, line), ["train.csv"])
+def test_other_lists_are_refused_by_name_without_their_control_characters(tmp_path, lines):
+    write_csv(tmp_path, "")
+    (tmp_path / "train.csv").write_text(f"{lines}\n")
+    with pytest.raises(ValueError, match=r"train\.csv: ") as error:
+        read(tmp_path, ["train.csv"])
+    assert len(str(error.value)) < 500 and str(error.value).isprintable()
+    with pytest.raises((OSError, ValueError), match=r"train\.csv"):  # DATA_DIR is a folder
+        read(tmp_path / "train.csv", ["val.csv"])
 
 
-# ---------------------------------------------------------------- missing labels, objects and classes
-
-
-def test_objects_of_other_classes_and_missing_labels_are_tolerated_on_request(tmp_path):
-    folder = write_devkit(tmp_path, {"a": annotation(name="nut"), "b": annotation()})
-    with pytest.raises(ValueError, match=r"unknown class 'nut'.*TOLERATE=\['other classes'\]"):
-        read(tmp_path)
-    data = read(tmp_path, tolerate=["other classes"])
-    assert [len(labels) for labels in data.labels] == [0, 1]
-    (folder / "Annotations/a.xml").unlink()
-    with pytest.raises(FileNotFoundError, match=r"a\.xml: no such label file.*TOLERATE=\['missing labels'\]"):
-        read(tmp_path)
-    assert [len(labels) for labels in read(tmp_path, tolerate=["missing labels"]).labels] == [0, 1]
-    with pytest.raises(ValueError, match="TOLERATE takes .*not 'all'"):
-        read(tmp_path, tolerate=["all"])
+def test_harmless_variants_of_yolo_labels_are_read(tmp_path):
+    for line in ("0.0 .3 .4 .4 .5", "0 .3 .4 .4 1.00005", "0 .3 -.00005 .4 .5"):
+        assert read(write_csv(tmp_path, line), ["train.csv"]).samples[0].labels.shape == (1, 6)
 
 
 def test_detections_are_written_for_images_without_annotations(tmp_path, monkeypatch, capsys, checkpoint):
-    folder = write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
+    folder = write_devkit(tmp_path, TWO)
     for file in (folder / "Annotations").iterdir():
         file.unlink()
-    values = {
-        "CHECKPOINT": str(checkpoint),
-        "DATA_DIR": str(tmp_path),
-        "IMAGE_SETS": [("2026", "train")],
-        "NUM_WORKERS": 0,
-    }
-    for script, name, value in (
-        (script, name, value) for script in (detect_txt, test_script) for name, value in values.items()
-    ):
-        monkeypatch.setattr(script, name, value)
-    monkeypatch.setattr(detect_txt, "OUTPUT_DIR", str(tmp_path / "out"))
-    monkeypatch.setattr(test_script, "OUTPUT", str(tmp_path / "test"))
+    values = {"CHECKPOINT": str(checkpoint), "DATA_DIR": str(tmp_path), "IMAGE_SETS": [("2026", "train")]}
+    set_globals(monkeypatch, detect_txt, **values, NUM_WORKERS=0, OUTPUT_DIR=str(tmp_path / "out"))
+    set_globals(monkeypatch, test_script, **values, NUM_WORKERS=0, OUTPUT=str(tmp_path / "test"))
     detect_txt.main()
     assert "no ground truth is written" in capsys.readouterr().out
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
-        "coco_results.json",
-        "comp4_det_test_bolt.txt",
-        "detections",
-    ]
+    files = {file.name for file in (tmp_path / "out").iterdir()}
+    assert files == {"coco_results.json", "comp4_det_test_bolt.txt", "detections"}
     with pytest.raises(FileNotFoundError, match=r"a\.xml: no such label file"):
         test_script.main()
 
 
-def test_a_validation_set_without_objects_is_reported_and_the_last_checkpoint_becomes_the_best(
-    tmp_path, monkeypatch, capsys
-):
-    folder = write_devkit(tmp_path, {"a": annotation(), "b": annotation(), "c": annotation(difficult="1")})
-    (folder / "ImageSets/Main/train.txt").write_text("a\nb\n")
-    (folder / "ImageSets/Main/val.txt").write_text("c\n")
-    set_training(monkeypatch, tmp_path, VAL_IMAGE_SETS=[("2026", "val")], EPOCHS=2)
-    train.main()
-    assert capsys.readouterr().out.count("val_map will be nan, because its images have no objects") == 1
+def test_scores_without_objects_are_announced_and_the_last_checkpoint_is_then_the_best(tmp_path, monkeypatch, capsys):
+    difficult = [(*BOLT[0], 1)]
+    write_devkit(tmp_path, {"c": difficult}, name="val")
+    write_devkit(tmp_path, {"a": difficult, "b": BOLT})
+    for count, scores in ((1, ["train_map", "val_map"]), (2, ["val_map"])):
+        set_training(monkeypatch, tmp_path, VAL_IMAGE_SETS=[("2026", "val")], EPOCHS=2, EVAL_TRAIN_IMAGES=count)
+        train.main()
+        assert re.findall(r"^(\w+) will be nan", capsys.readouterr().out, re.MULTILINE) == scores
     best = utils.load_checkpoint(tmp_path / "runs/yolov2_best.pt")
     assert best["epoch"] == 2 and math.isnan(best["best"])
 
 
 @pytest.mark.parametrize(
-    ("labels", "tolerate"),
-    [
-        ({"a": annotation(difficult="1"), "b": annotation(difficult="1")}, []),
-        ({"a": annotation(name="Bolt"), "b": annotation(name="Bolt")}, ["other classes"]),
-        ({"a": "<annotation/>", "b": "<annotation/>"}, []),
-    ],
+    ("objects", "tolerate"), [([(*BOLT[0], 1)], []), ([("Bolt", BOLT[0][1])], ["other classes"]), ([], [])]
 )
-def test_training_images_without_objects_are_refused(labels, tolerate, tmp_path, monkeypatch):
-    write_devkit(tmp_path, labels)
+def test_training_images_without_objects_are_refused(objects, tolerate, tmp_path, monkeypatch):
+    write_devkit(tmp_path, {"a": objects, "b": objects})
     set_training(monkeypatch, tmp_path, TOLERATE=tolerate)
-    with pytest.raises(ValueError, match="the training images have no objects, or only difficult ones"):
+    with pytest.raises(ValueError, match="training images have no objects"):
         train.main()
 
 
-def test_first_training_images_without_objects_are_reported(tmp_path, monkeypatch, capsys):
-    write_devkit(tmp_path, {"a": annotation(difficult="1"), "b": annotation()})
-    for count, reported in ((1, True), (2, False)):
-        set_training(monkeypatch, tmp_path, EVAL_TRAIN_IMAGES=count)
-        train.main()
-        assert ("train_map will be nan, because its images have no objects" in capsys.readouterr().out) == reported
-
-
-def test_images_that_are_listed_twice_are_reported(tmp_path, monkeypatch, capsys):
-    write_csv(tmp_path, "0 0.5 0.5 0.2 0.2\n")
-    (tmp_path / "b.txt").write_text("0 0.2 0.2 0.2 0.2\n")
-    (tmp_path / "train.csv").write_text("a.png,a.txt\na.png,b.txt\n")
-    dataset.print_suspicious_labels(read(tmp_path, ["train.csv"]))
-    assert "images listed more than once: 1 (first: " in (out := capsys.readouterr().out) and "a.png)" in out
-    problems, *_ = dataset.check_dataset(dataset.list_samples(tmp_path, ["train.csv"]), ["bolt"])
-    assert len(problems) == 1 and problems[0].endswith("a.png: listed 2 times")
-
-
-def test_hidden_class_folders_are_skipped_and_other_files_counted(tmp_path, capsys):
-    for name in ("n1", "n2", ".ipynb_checkpoints"):
+def test_hidden_class_folders_are_skipped_other_files_counted_and_names_that_clash_refused(tmp_path, capsys):
+    for name in ("n 1", "n2", ".ipynb_checkpoints", "n2/.ipynb_checkpoints"):
         (tmp_path / "train" / name).mkdir(parents=True)
-    for name in ("n1", "n2"):
         Image.new("RGB", (40, 40)).save(tmp_path / "train" / name / "x.gif")
-    (tmp_path / "train/n1/notes.txt").write_text("x")
+    (tmp_path / "train/n2/notes.txt").write_text("x")
     data = dataset.imagenet_dataset(tmp_path, "train", 32, augment=False)
-    assert data.classes == ["n1", "n2"] and len(data) == 2
+    assert data.classes == ["n 1", "n2"] and len(data) == 2
     assert "skipped 1 files that are not images (first: " in capsys.readouterr().out
+    (tmp_path / "train/n2").rename(tmp_path / "train/n_1")
+    with pytest.raises(ValueError, match="'n 1' and 'n_1'"):  # before training: no checkpoint could name them
+        dataset.imagenet_dataset(tmp_path, "train", 32, augment=False)
 
 
 # ---------------------------------------------------------------- names
@@ -433,7 +326,7 @@ def test_hidden_class_folders_are_skipped_and_other_files_counted(tmp_path, caps
 )
 def test_class_names_that_would_break_files_are_refused(tmp_path, names):
     with pytest.raises(ValueError, match="CLASSES"):
-        dataset.read_classes(names)
+        utils.read_classes(names)
     utils.save_checkpoint(tmp_path / "odd.pt", model={}, classes=names, anchors=ANCHORS, image_size=64)
     with pytest.raises(ValueError, match=r"odd\.pt"):
         utils.load_checkpoint(tmp_path / "odd.pt")
@@ -443,51 +336,41 @@ def test_only_the_scripts_own_globals_are_settings():
     for script in (train, dataset, detect, test_script, darknet_train):
         names = set(utils.script_settings(vars(script)))
         assert "VOC_CLASSES" not in names and "FIXED" not in names and names & {"DATA_DIR", "SOURCE"}
-        with pytest.raises(SystemExit, match="unknown setting 'VOC_CLASSES'"):
+        with pytest.raises(SystemExit, match="VOC_CLASSES"):
             utils.override_globals(dict(vars(script)), ["VOC_CLASSES=['person']"])
 
 
 def test_detect_refuses_to_overwrite_a_source_image(tmp_path, monkeypatch, checkpoint):
-    (tmp_path / "data").mkdir()
-    Image.new("RGB", (40, 40)).save(tmp_path / "data/street.jpg")
-    before = (tmp_path / "data/street.jpg").read_bytes()
-    values = {"SOURCE": str(tmp_path / "data"), "OUTPUT_DIR": str(tmp_path / "data"), "CHECKPOINT": str(checkpoint)}
-    for name, value in values.items():
-        monkeypatch.setattr(detect, name, value)
-    with pytest.raises(ValueError, match=r"street\.jpg: a drawing would replace this source"):
-        detect.main()
-    assert (tmp_path / "data/street.jpg").read_bytes() == before
-    (tmp_path / "out").mkdir()
-    # like IMG.JPG and IMG.jpg on macOS: two names, one file
-    os.link(tmp_path / "data/street.jpg", tmp_path / "out/street.jpg")
-    monkeypatch.setattr(detect, "OUTPUT_DIR", str(tmp_path / "out"))
-    with pytest.raises(ValueError, match=r"street\.jpg: a drawing would replace this source"):
-        detect.main()
-    assert (tmp_path / "data/street.jpg").read_bytes() == before
+    for name in ("data", "out"):
+        (tmp_path / name).mkdir()
+    picture = tmp_path / "data/street.jpg"
+    Image.new("RGB", (40, 40)).save(picture)
+    os.link(picture, tmp_path / "out/street.jpg")  # like IMG.JPG and IMG.jpg on macOS: two names, one file
+    before = picture.read_bytes()
+    for name in ("data", "out"):
+        files = {"OUTPUT_DIR": str(tmp_path / name), "CHECKPOINT": str(checkpoint)}
+        set_globals(monkeypatch, detect, SOURCE=str(tmp_path / "data"), **files)
+        with pytest.raises(ValueError, match=r"street\.jpg: "):
+            detect.main()
+        assert picture.read_bytes() == before
 
 
 def test_find_sources_lists_every_image_format_and_counts_other_files(tmp_path, capsys):
-    for name in ("a.jfif", "b.PPM", "c.jpe", "d.gif"):
-        Image.new("RGB", (9, 9)).save(
-            tmp_path / name, format={".jfif": "JPEG", ".jpe": "JPEG", ".PPM": "PPM"}.get(Path(name).suffix)
-        )
+    for name, kind in (("a.jfif", "JPEG"), ("b.PPM", "PPM"), ("c.jpe", "JPEG"), ("d.gif", "GIF")):
+        Image.new("RGB", (9, 9)).save(tmp_path / name, kind)
     (tmp_path / "notes.txt").write_text("x")
     assert [Path(file).name for file in detect.find_sources(str(tmp_path))] == ["a.jfif", "b.PPM", "c.jpe", "d.gif"]
     assert "skipped 1 files that are not images or videos (first: notes.txt)" in capsys.readouterr().out
 
 
 def test_checkpoints_with_dots_in_their_names_write_separate_files(tmp_path, monkeypatch):
-    write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
+    write_devkit(tmp_path, TWO)
     for name in ("lr0.001", "lr0.01", "v1.pth.tar"):
         set_training(monkeypatch, tmp_path, CHECKPOINT=str(tmp_path / "runs" / name))
         train.main()
     endings = ("", "_best.pt", "_metrics.csv", "_samples.jpg")
     expected = {f"{name}{ending}" for name in ("lr0.001", "lr0.01", "v1.pth.tar") for ending in endings}
     assert {file.name for file in (tmp_path / "runs").iterdir()} == expected
-    loaded, *_ = model.load_detector(
-        tmp_path / "runs/v1.pth.tar", ["bolt"], [], torch.device("cpu"), "fp32"
-    )  # recognised by its content, not its suffix
-    assert isinstance(loaded, torch.nn.Module)
 
 
 def test_names_are_printed_with_escapes():
@@ -501,120 +384,44 @@ def test_names_are_printed_with_escapes():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("classes", 3), ("classes", "abc"), ("classes", None), ("anchors", None), ("anchors", [[1.0]] * 5),
-        ("anchors", [["1", 1]] * 5), ("anchors", [(-1.0, 2.0)] * 5), ("anchors", [(math.nan, 2.0)] * 5),
-        ("image_size", "64"), ("image_size", None), ("image_size", 63), ("image_size", 2**63), ("image_size", 64.0),
-        ("model", [1]), ("model", {3: torch.ones(1)}), ("model", {"w": torch.ones(3, dtype=torch.bool)}),
-        ("model", {"w": torch.ones(3).to_sparse()}), ("model", {"w": 3}),
+        ("classes", ["bolt", "nut"]), ("classes", [3]), ("anchors", None), ("anchors", [[1.0]] * 5),
+        ("anchors", [(-1.0, 2.0)] * 5), ("anchors", [(math.nan, 2.0)] * 5), ("anchors", ANCHORS[:4]), ("model", [1]),
+        ("model", {"w": torch.ones(3)}),
     ],
 )  # fmt: skip
-def test_a_detector_with_a_damaged_value_is_refused_by_its_name(key, value, checkpoint, tmp_path):
-    state = torch.load(checkpoint)
-    torch.save(state | {key: value}, tmp_path / "odd.pt")
+def test_a_detector_whose_values_do_not_fit_is_refused_by_its_name(key, value, checkpoint, tmp_path):
+    torch.save(torch.load(checkpoint) | {key: value}, tmp_path / "odd.pt")
     with pytest.raises(ValueError, match=r"odd\.pt: ") as error:
         model.load_detector(tmp_path / "odd.pt", [], [], torch.device("cpu"), "fp32")
     assert len(str(error.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("settings", None), ("settings", {}), ("settings", []), ("sums", [1.0]), ("sums", torch.zeros(6) > 1),
-        ("sums", torch.zeros(5).double()), ("epoch", "1"), ("epoch", -1), ("epoch", 1.5), ("step", math.nan),
-        ("step", -1), ("step", torch.tensor(1)), ("images_seen", None), ("best", None), ("best", 1e9),
-        ("scaler", torch.tensor([])), ("optimizer", 3),
-    ],
-)  # fmt: skip
-def test_resuming_a_checkpoint_with_a_damaged_value_is_refused(key, value, tmp_path, monkeypatch):
-    write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
-    set_training(monkeypatch, tmp_path, RESUME=True)
-    state = {"epoch": 0, "step": 0, "images_seen": 0, "best": -1.0, "sums": torch.zeros(6, dtype=torch.float64)}
-    detector, settings = YOLOv2(1), utils.script_settings(vars(train)) | {"training images": ""}
-    state |= {"model": detector.state_dict(), "optimizer": {"state": {}}, "scaler": {}, "settings": settings}
-    torch.save(state | {key: value}, tmp_path / "odd.pt")
-    with pytest.raises(ValueError, match=r"odd\.pt: .*(damaged|does not fit)"):
-        utils.resume(
-            str(tmp_path / "odd.pt"), detector, torch.optim.SGD(detector.parameters()), None, settings, train.FIXED
-        )
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"exp_avg": torch.tensor(1.0)}, {"exp_avg_sq": torch.ones(1).expand(4, 3, 3, 3)}, {"exp_avg": torch.ones(3)},
-        {"exp_avg": torch.ones(4, 3, 3, 3).to_sparse()}, {"exp_avg_sq": None},
-        {"momentum_buffer": torch.ones(4, 3, 3, 3)},
-    ],
-)  # fmt: skip
-def test_damaged_buffers_of_the_optimiser_are_refused(change, tmp_path):
-    """A fused optimiser would read and write beyond them."""
-    layer = torch.nn.Conv2d(3, 4, 3, bias=False)
-    optimizer = torch.optim.AdamW(layer.parameters(), 0.1, fused=True)
-    buffers = {"step": torch.tensor(1.0), "exp_avg": torch.ones(4, 3, 3, 3), "exp_avg_sq": torch.ones(4, 3, 3, 3)}
-    changed = {name: buffer for name, buffer in (buffers | change).items() if buffer is not None}
-    state = {
-        "epoch": 0,
-        "step": 0,
-        "images_seen": 0,
-        "best": -1.0,
-        "sums": torch.zeros(3).double(),
-        "scaler": {},
-        "settings": {"EPOCHS": 1},
-    }
-    state |= {"model": layer.state_dict(), "optimizer": {"state": {0: changed}, "param_groups": [{"lr": 0.1}]}}
-    torch.save(state, tmp_path / "odd.pt")
-    with pytest.raises(ValueError, match=r"odd\.pt: does not fit this model and optimiser \(the optimiser's buffers"):
-        utils.resume(str(tmp_path / "odd.pt"), layer, optimizer, None, {"EPOCHS": 1}, ())
-    torch.save(state | {"optimizer": state["optimizer"] | {"state": {0: buffers}}}, tmp_path / "fine.pt")
-    utils.resume(str(tmp_path / "fine.pt"), layer, optimizer, None, {"EPOCHS": 1}, ())
-
-
-# ---------------------------------------------------------------- damaged weights
-
-
-def damage(tensors: dict, kind: str) -> None:
-    name = {
-        "nan": "head.0.0.weight",
-        "zeros": "head.0.0.weight",
-        "variance": "head.0.1.running_var",
-        "tail": "output.weight",
-    }[kind]
-    tensors[name] = tensors[name].clone()
-    if kind == "nan":
-        tensors[name].view(-1)[5] = math.nan
-    elif kind == "zeros":
-        tensors[name].zero_()
-    elif kind == "variance":
-        tensors[name][3] = -0.5
-    else:
-        tensors[name][-1, -20:] = 0
-
-
 DAMAGES = {
-    "nan": "NaN, infinite or huge",
-    "zeros": "kernel of zeros",
-    "variance": "negative variance",
-    "tail": "kernel of zeros",
+    "nan": lambda tensors: tensors["head.0.0.weight"].view(-1)[5].fill_(math.nan),
+    "zeros": lambda tensors: tensors["head.0.0.weight"].zero_(),
+    "variance": lambda tensors: tensors["head.0.1.running_var"][3].fill_(-0.5),
+    "tail": lambda tensors: tensors["output.weight"][-1, -20:].zero_(),  # an incomplete download
+    "big-endian": lambda tensors: [
+        tensor.copy_(torch.from_numpy(tensor.numpy().byteswap())) for tensor in tensors.values() if tensor.ndim
+    ],
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
 @pytest.mark.parametrize("suffix", [".pt", ".weights"])
 def test_damaged_weights_are_refused_and_the_model_is_unchanged(kind, suffix, tmp_path):
-    donor, file = YOLOv2(1), tmp_path / f"damaged{suffix}"
-    state = dict(donor.state_dict())
-    damage(state, kind)
+    donor, file = YOLOv2(1), tmp_path / f"odd{suffix}"
+    DAMAGES[kind](donor.state_dict())
     if suffix == ".pt":
-        torch.save({"model": state, "classes": ["bolt"], "anchors": ANCHORS, "image_size": 64}, file)
+        torch.save({"model": donor.state_dict(), "classes": ["bolt"], "anchors": ANCHORS, "image_size": 64}, file)
     else:
-        donor.load_state_dict(state)
         darknet_model.save_darknet_weights(donor, file)
     own = YOLOv2(1)
     before = {name: tensor.clone() for name, tensor in own.state_dict().items()}
-    with pytest.raises(ValueError, match=rf"damaged{re.escape(suffix)}: damaged weights \(.*{DAMAGES[kind]}"):
+    with pytest.raises(ValueError, match=rf"odd\{suffix}: damaged weights"):
         model.load_pretrained_backbone(own, file)
     assert all(torch.equal(tensor, before[name]) for name, tensor in own.state_dict().items())
-    with pytest.raises(ValueError, match="damaged weights"):
+    with pytest.raises(ValueError, match=rf"odd\{suffix}: damaged weights"):
         model.load_detector(file, ["bolt"], ANCHORS, torch.device("cpu"), "fp32")
 
 
@@ -624,18 +431,8 @@ def test_a_png_with_a_wrong_checksum_is_refused(tmp_path):
     content = bytearray((tmp_path / "a.png").read_bytes())
     content[content.index(b"IDAT") + 2000] ^= 4
     (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.png: not a readable image"):
+    with pytest.raises(ValueError, match=r"a\.png: "):
         dataset.read_image(tmp_path / "a.png")
-
-
-def test_big_endian_weights_are_refused(tmp_path):
-    donor = YOLOv2(1)
-    darknet_model.save_darknet_weights(donor, tmp_path / "x.weights")
-    content = (tmp_path / "x.weights").read_bytes()
-    numbers = np.frombuffer(content[20:], "<f4").astype(">f4").tobytes()
-    (tmp_path / "x.weights").write_bytes(content[:20] + numbers)
-    with pytest.raises(ValueError, match=r"x\.weights: damaged weights"):
-        darknet_model.load_darknet_weights(YOLOv2(1), tmp_path / "x.weights")
 
 
 def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path, checkpoint):
@@ -644,14 +441,8 @@ def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path, checkpoint):
     content = bytearray(checkpoint.read_bytes())
     content[largest.header_offset + 5000] ^= 1
     checkpoint.write_bytes(content)
-    with pytest.raises(ValueError, match=r"bolts\.pt: damaged"):
+    with pytest.raises(ValueError, match=r"bolts\.pt: .*checksum"):
         utils.load_checkpoint(checkpoint)
-
-
-def test_a_web_page_saved_as_weights_is_reported_as_one(tmp_path):
-    (tmp_path / "yolov2.weights").write_text("\n<!DOCTYPE html><html><body>moved</body></html>" * 9)
-    with pytest.raises(ValueError, match=r"yolov2\.weights: this is a web page, not weights"):
-        darknet_model.load_darknet_weights(YOLOv2(1), tmp_path / "yolov2.weights")
 
 
 def test_only_the_backbone_is_loaded_if_the_classes_or_their_order_differ(tmp_path, capsys):
@@ -664,88 +455,95 @@ def test_only_the_backbone_is_loaded_if_the_classes_or_their_order_differ(tmp_pa
     assert not torch.equal(own.output.weight, donor.output.weight)
     assert model.load_pretrained_backbone(own, tmp_path / "two.pt", ["nut", "bolt"]) == 23
     assert torch.equal(own.output.weight, donor.output.weight)
-    utils.save_checkpoint(
-        tmp_path / "classifier.pt", model=darknet_model.Darknet19(3).state_dict(), classes=["n1", "n2", "n3"]
-    )
+    classifier = darknet_model.Darknet19(3).state_dict()
+    utils.save_checkpoint(tmp_path / "classifier.pt", model=classifier, classes=["n1", "n2", "n3"])
     capsys.readouterr()
     assert model.load_pretrained_backbone(own, tmp_path / "classifier.pt", ["nut", "bolt"]) == 18
     assert capsys.readouterr().out.endswith("loaded 18 of 23 convolutions, the backbone\n")  # its classes do not matter
 
 
-def test_optimiser_buffers_of_another_shape_are_refused(tmp_path, monkeypatch):
-    write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
-    set_training(monkeypatch, tmp_path, OPTIMIZER="sgd")
+@pytest.mark.parametrize(("optimizer", "buffer"), [("sgd", "momentum_buffer"), ("adam", "exp_avg_sq")])
+def test_optimiser_buffers_of_another_shape_are_refused(optimizer, buffer, tmp_path, monkeypatch):
+    """A fused optimiser would read and write beyond them."""
+    write_devkit(tmp_path, TWO)
+    set_training(monkeypatch, tmp_path, OPTIMIZER=optimizer)
     train.main()
     state = utils.load_checkpoint(tmp_path / "runs/yolov2.pt")
-    state["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(3)
+    state["optimizer"]["state"][0][buffer] = torch.zeros(3)
     utils.save_checkpoint(tmp_path / "runs/yolov2.pt", **state)
-    set_training(monkeypatch, tmp_path, OPTIMIZER="sgd", RESUME=True, EPOCHS=2)
-    with pytest.raises(ValueError, match=r"yolov2\.pt: does not fit this model and optimiser .*other shapes"):
+    set_globals(monkeypatch, train, RESUME=True, EPOCHS=2)
+    with pytest.raises(ValueError, match=r"yolov2\.pt: .*optimiser"):
         train.main()
-
-
-def test_an_unreadable_metrics_file_is_renamed_and_a_new_one_is_started(tmp_path, capsys):
-    file = tmp_path / "run_metrics.csv"
-    for content in (b"\xff\xfe\x00broken", b"no,header\n1,2\n", b"1,0.5,7.25\n"):
-        file.write_bytes(content)
-        utils.append_metrics(file, {"epoch": 2, "loss": 1.5})
-        assert file.read_text().splitlines() == ["epoch,loss", "2,1.5"]
-        assert (tmp_path / "run_metrics.csv.unreadable").read_bytes() == content
-        assert "is kept as" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- settings
 
 
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"MOMENTUM": -0.1}, "MOMENTUM must be between 0 and 1"),
-        ({"MOMENTUM": 2.0}, "MOMENTUM must be between 0 and 1"),
-        ({"EVAL_THRESHOLD": 40.0}, "EVAL_THRESHOLD must be between 0 and 1"),
-        ({"BATCH_SIZE": 10**30}, "BATCH_SIZE must be 1 or more"),
-        ({"MAX_HOURS": -1.0}, "MAX_HOURS must be 0 or more"),
-        ({"LR_DROPS": ["a"]}, "LR_DROPS must be a list of non-negative numbers"),
-        ({"LR_DROPS": 60}, "LR_DROPS must be a list of non-negative numbers"),
-        ({"LR_DROPS": [np.float64(60)]}, "LR_DROPS must be a list of non-negative numbers"),
-        ({"LR_SCHEDULE": "steps", "LR_DROPS": [0, 60]}, r"LR_DROPS \[0, 60\] must be above 0: they are epochs"),
-        (
-            {"LR_SCHEDULE": "steps", "LR_DROPS": [40000, 60000], "EPOCHS": 310},
-            r"LR_DROPS \[40000, 60000\] are all above",
-        ),
-        ({"MULTI_SCALE": range(320, 609, 32)}, "MULTI_SCALE must be a list of non-negative numbers"),
-        ({"MULTI_SCALE": "x.txt"}, "MULTI_SCALE must be a list of non-negative numbers"),
-        ({"ANCHORS": [("a", 1)]}, "ANCHORS must hold pairs"),
-        ({"CHECKPOINT": ""}, "'' is not the name of a file or folder"),
-        ({"DEVICE": "meta"}, "DEVICE=meta: not a device that works here"),
-        ({"WEIGHT_DECAY": -1.0}, "WEIGHT_DECAY must be 0 or more"),
-        ({"BURN_IN": -1}, "BURN_IN must be 0 or more"),
-        ({"SEED": -1}, "SEED must be 0 or more"),
-        ({"LAMBDA_COORD": -1.0}, "LAMBDA_COORD must be 0 or more"),
-        ({"EVAL_TRAIN_IMAGES": 0}, "EVAL_TRAIN_IMAGES must be 1 or more"),
-        ({"ANCHORS": [(1, 2, 3), (4, 5, 6)]}, "ANCHORS must hold pairs"),
-        ({"ANCHORS": [(42, 55), (359, 320)]}, "ANCHORS must be in grid cells"),
-        ({"IMAGE_SIZE": 32, "BATCH_SIZE": 1}, "batch norm needs two values"),
-        ({"DEVICE": "gpu"}, "DEVICE=gpu: not a device that works here"),
-        ({"DEVICE": "99"}, "DEVICE=99: PyTorch sees"),
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_every_number_and_every_word_of_a_script_has_limits(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the default outputs are relative
+    lists = {"MULTI_SCALE", "INPUT_SIZES", "LR_DROPS", "CROP_SCALE"}  # every entry counts
+    words = {"BROKEN_IMAGES", "EQUATION", "LR_SCHEDULE", "OPTIMIZER", "PRECISION", "TOLERATE"}
+    for name, value in utils.script_settings(vars(script)).items():
+        wrong = []
+        if name in words:
+            wrong = ["nonsense"] if isinstance(value, str) else [["nonsense"]]
+        elif name in lists or name == "IMAGE_SIZE" or type(value) in (int, float):
+            wrong = [[64, -1], [64, math.nan]] if name in lists else [-1, math.nan]
+        for bad in wrong:
+            with monkeypatch.context() as patch, pytest.raises(ValueError, match=rf"^{name}\b"):
+                patch.setattr(script, name, bad)
+                script.check_settings()
+    script.check_settings()
+
+
+INVALID = [
+    *[(train, {name: 2.0}, name) for name in ("MOMENTUM", "EVAL_THRESHOLD", "IGNORE_THRESHOLD")],
+    *[(train, {name: 0}, name) for name in ("EPOCHS", "EVAL_EVERY", "EVAL_TRAIN_IMAGES", "REPEAT", "SUBDIVISIONS")],
+    (train, {"BATCH_SIZE": 10**30}, "BATCH_SIZE"),
+    (train, {"BATCH_SIZE": 3, "SUBDIVISIONS": 2}, "BATCH_SIZE 3.*SUBDIVISIONS 2"),
+    (train, {"IMAGE_SIZE": 100}, "IMAGE_SIZE"),
+    (train, {"IMAGE_SIZE": 32, "BATCH_SIZE": 1}, "IMAGE_SIZE"),  # batch norm needs two values
+    *[(train, {"MULTI_SCALE": value}, "MULTI_SCALE") for value in ([64, 100], [0, 64], range(320, 609, 32), "x.txt")],
+    *[(train, {"LR_DROPS": value}, "LR_DROPS") for value in (["a"], [0, 60])],
+    (train, {"LR_SCHEDULE": "steps", "LR_DROPS": [40000, 60000]}, "LR_DROPS .*40000, 60000.* EPOCHS"),  # steps
+    *[(train, {"ANCHORS": value}, "ANCHORS") for value in ([("a", 1)], [(1, 2, 3), (4, 5, 6)], [1, 2, 3], [])],
+    (train, {"ANCHORS": [(42, 55), (359, 320)]}, "ANCHORS must be in grid cells"),  # pixels
+    *[(train, {"DEVICE": name}, f"DEVICE={name}") for name in ("meta", "gpu", "99")],
+    *[(train, {name: empty}, name) for name, empty in (("CHECKPOINT", ""), ("CLASSES", []))],
+    *[(script, {name: 0}, name) for script in CLASSIFIERS for name in ("EPOCHS", "BATCH_SIZE", "SUBDIVISIONS")],
+    *[
+        (script, {name: n}, name)
+        for script in CLASSIFIERS
+        for name, n in (("IMAGE_SIZE", 16), ("LABEL_SMOOTHING", 1.5))
     ],
-)
-def test_invalid_settings_are_refused_by_name(setting, message, tmp_path, monkeypatch):
-    write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
-    set_training(monkeypatch, tmp_path, **setting)
+    (test_script, {"CONFIDENCE_THRESHOLD": 0.5}, "CONFIDENCE_THRESHOLD 0.5.*FIXED_THRESHOLD 0.4"),
+    (test_script, {"INPUT_SIZES": [416, 500]}, "INPUT_SIZES"),
+]
+
+
+@pytest.mark.parametrize(("script", "setting", "message"), INVALID)
+def test_invalid_settings_are_refused_by_name(script, setting, message, tmp_path, monkeypatch):
+    write_devkit(tmp_path, TWO)
+    set_training(monkeypatch, tmp_path)
+    for each in CLASSIFIERS:
+        data = {"DATA_DIR": str(ROOT / "data_samples/imagenet"), "CHECKPOINT": str(tmp_path / "runs/darknet19.pt")}
+        set_globals(monkeypatch, each, IMAGE_SIZE=32, EPOCHS=1, NUM_WORKERS=0, PRECISION="fp32", **data)
+    monkeypatch.setattr(test_script, "OUTPUT", str(tmp_path / "runs/test"))
+    set_globals(monkeypatch, script, **setting)
     with pytest.raises(ValueError, match=message):
-        train.main()
+        script.main()
     assert not list((tmp_path / "runs").glob("*"))  # nothing was written
 
 
 def test_settings_of_other_types_are_saved_as_text(tmp_path, monkeypatch):
     """A checkpoint with a pickled Path would not load."""
-    write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
-    set_training(monkeypatch, tmp_path, DATA_DIR=tmp_path, TOLERATE={"other classes"}, CLASSES=list(np.array(["bolt"])))
+    write_devkit(tmp_path, TWO)
+    set_training(monkeypatch, tmp_path, DATA_DIR=tmp_path, CLASSES=list(np.array(["bolt"])))
     train.main()
     settings = utils.load_checkpoint(tmp_path / "runs/yolov2.pt")["settings"]
-    assert settings["DATA_DIR"] == str(tmp_path) and settings["TOLERATE"] == "{'other classes'}"
-    set_training(monkeypatch, tmp_path, DATA_DIR=tmp_path, TOLERATE={"other classes"}, RESUME=True, EPOCHS=2)
+    assert settings["DATA_DIR"] == str(tmp_path)
+    set_training(monkeypatch, tmp_path, DATA_DIR=tmp_path, RESUME=True, EPOCHS=2)
     train.main()
     assert utils.load_checkpoint(tmp_path / "runs/yolov2.pt")["epoch"] == 2
 
@@ -753,23 +551,21 @@ def test_settings_of_other_types_are_saved_as_text(tmp_path, monkeypatch):
 def test_a_new_run_keeps_the_files_of_an_earlier_one(tmp_path, monkeypatch, capsys):
     """Otherwise, forgetting RESUME=True would cost the weights of a long run, even if the new
     one is stopped at once."""
-    write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
+    write_devkit(tmp_path, TWO)
     files = [tmp_path / "runs" / name for name in ("yolov2.pt", "yolov2_best.pt", "yolov2_metrics.csv")]
     kept = [Path(f"{file}.old") for file in files]
     set_training(monkeypatch, tmp_path)
     train.main()
     monkeypatch.setattr(train, "RESUME", True)
     train.main()
-    assert "earlier" not in capsys.readouterr().out and not any(file.exists() for file in kept)
+    out = capsys.readouterr().out
+    assert "earlier" not in out and not any(file.exists() for file in kept) and "set a larger EPOCHS" in out
     contents = [file.read_bytes() for file in files]
     new = {"RESUME": False, "SEED": 1, "MAX_HOURS": 1e-9, "PRETRAINED": str(files[1])}  # stops after the first step
-    for name, value in new.items():
-        monkeypatch.setattr(train, name, value)
+    set_globals(monkeypatch, train, **new)
     train.main()
     assert [file.read_bytes() for file in kept] == contents
-    assert (
-        f"files of an earlier one are now {', '.join(map(str, kept))}: to continue that run" in capsys.readouterr().out
-    )
+    assert ", ".join(map(str, kept)) in capsys.readouterr().out
     assert utils.load_checkpoint(files[0])["settings"]["SEED"] == 1 and not files[2].exists()
     assert files[1].read_bytes() == contents[1]  # the weights to start from, which a restart needs again
 
@@ -786,24 +582,29 @@ def test_a_new_run_writes_through_the_link_of_an_earlier_one(tmp_path):
 
 
 def test_a_burn_in_longer_than_the_run_is_named(tmp_path, monkeypatch, capsys):
-    write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
+    write_devkit(tmp_path, TWO)
     for burn_in, said in ((1, False), (2, True)):
         set_training(monkeypatch, tmp_path, BURN_IN=burn_in, BATCH_SIZE=2, EPOCHS=1, REPEAT=1)
         train.main()
-        assert ("BURN_IN 2 is longer than the run (steps: 1)" in capsys.readouterr().out) == said
+        assert ("BURN_IN 2 is longer than the run" in capsys.readouterr().out) == said
 
 
-def test_pixel_anchors_of_a_darknet_file_are_refused(tmp_path):
+def test_anchors_may_be_the_flat_list_of_a_cfg_but_neither_pixels_nor_others_than_the_files(checkpoint, tmp_path):
+    assert model.read_anchors([1.3, 1.7, 3.1, 4.0]) == [[1.3, 1.7], [3.1, 4.0]]
     darknet_model.save_darknet_weights(YOLOv2(1), tmp_path / "bolt.weights")
     pixels = [10, 14, 23, 27, 37, 58, 81, 82, 135, 169]
-    with pytest.raises(ValueError, match="ANCHORS must be in grid cells.* divide pixels by 32"):
-        model.load_detector(tmp_path / "bolt.weights", ["bolt"], pixels, torch.device("cpu"))
+    for file, anchors, message in (
+        (tmp_path / "bolt.weights", pixels, "ANCHORS must be in grid cells"),
+        (checkpoint, [1, 2, 3, 4], r"bolts\.pt: has other anchors than ANCHORS"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.load_detector(file, ["bolt"], anchors, torch.device("cpu"), "fp32")
 
 
 def test_anchors_may_be_larger_than_the_grid_of_image_size_if_multi_scale_is(tmp_path, monkeypatch):
     """Here up to 15 cells at 512 px; the readers of checkpoint and Darknet file take them back."""
     anchors = [(1, 2), (15, 14.5)]
-    write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
+    write_devkit(tmp_path, TWO)
     set_training(monkeypatch, tmp_path, ANCHORS=anchors, MULTI_SCALE=[512])
     train.main()
     network, state = model.read_detector(tmp_path / "runs/yolov2.pt")
@@ -812,46 +613,24 @@ def test_anchors_may_be_larger_than_the_grid_of_image_size_if_multi_scale_is(tmp
     assert model.darknet_detector(tmp_path / "bolts.weights", ["bolt"], anchors)[1] == state["anchors"]
 
 
-def test_another_number_of_anchors_than_the_checkpoint_has_is_refused(checkpoint):
-    with pytest.raises(ValueError, match=r"bolts\.pt: has other anchors than ANCHORS"):
-        model.load_detector(checkpoint, [], [1, 2, 3, 4], torch.device("cpu"), "fp32")
-
-
-def test_anchors_may_be_the_flat_list_of_a_cfg():
-    assert model.read_anchors([1.3, 1.7, 3.1, 4.0], [416]) == [[1.3, 1.7], [3.1, 4.0]]
-
-
 def test_a_folder_that_cannot_be_written_is_found_before_training(tmp_path, monkeypatch):
-    write_devkit(tmp_path, {"a": annotation()})
+    write_devkit(tmp_path, {"a": BOLT})
     (tmp_path / "runs").write_text("a file, not a folder")
     set_training(monkeypatch, tmp_path)
-    with pytest.raises(OSError, match=r"yolov2\.pt: could not be written .*choose another place"):
+    with pytest.raises(OSError, match=r"yolov2\.pt: could not be written"):
         train.main()
 
 
-def test_resuming_a_finished_run_says_so(tmp_path, monkeypatch, capsys):
-    write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
-    set_training(monkeypatch, tmp_path)
-    train.main()
-    set_training(monkeypatch, tmp_path, RESUME=True)
-    train.main()
-    assert "all 1 epochs are done; set a larger EPOCHS" in capsys.readouterr().out
-
-
-def test_a_killed_dataloader_worker_is_reported_as_out_of_memory(tmp_path):
-    error = RuntimeError("DataLoader worker (pid 5) is killed by signal: Bus error.")
-    with pytest.raises(RuntimeError, match="Bus error"), utils.atomic_write(tmp_path / "x"):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("DataLoader worker (pid 5) is killed by signal: Bus error."), "Bus error.*NUM_WORKERS=0.*shm"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "GPU.*BATCH_SIZE.*SUBDIVISIONS"),
+    ],
+)
+def test_a_full_memory_ends_with_the_setting_that_helps(error, message, tmp_path):
+    with pytest.raises(SystemExit, match=message), utils.plain_errors(), utils.atomic_write(tmp_path / "x"):
         raise error
-    with pytest.raises(SystemExit, match=r"ran out of memory .*Bus error.*NUM_WORKERS=0.*shm"), utils.plain_errors():
-        raise error
-
-
-def test_a_full_gpu_ends_with_the_setting_that_helps():
-    with (
-        pytest.raises(SystemExit, match="the GPU ran out of memory; lower BATCH_SIZE .* SUBDIVISIONS"),
-        utils.plain_errors(),
-    ):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
 def test_curves_are_drawn_for_dollar_signs_in_class_names_and_for_40_classes(tmp_path):
@@ -861,19 +640,23 @@ def test_curves_are_drawn_for_dollar_signs_in_class_names_and_for_40_classes(tmp
         assert picture.width > picture.height * 0.8  # 20 panels, not 40
 
 
-def test_text_with_another_encoding_than_utf_8_is_refused_by_its_name(tmp_path):
-    write_devkit(tmp_path, {"a": annotation()})
-    (tmp_path / "VOC2026/ImageSets/Main/train.txt").write_bytes("a\n".encode("utf-16-le"))
-    with pytest.raises(ValueError, match=r"train\.txt: not UTF-8 text; save it as UTF-8"):
-        read(tmp_path)
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files in /dev/shm")
+def test_a_full_shared_memory_ends_an_evaluation_with_an_error(tmp_path):
+    """A worker that fails to send a batch must not leave the main process waiting for it."""
+    import resource  # not on Windows
 
-
-def test_a_full_shared_memory_ends_an_evaluation_with_an_error(tmp_path, monkeypatch):
-    write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
-    full = RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
-    monkeypatch.setattr(torch.Tensor, "share_memory_", Mock(side_effect=full))  # forked workers inherit it
-    with pytest.raises(RuntimeError, match="No space left on device"):
-        utils.detect_dataset(YOLOv2(1).eval(), read(tmp_path), 1, 1)
+    write_devkit(tmp_path, TWO)
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGCHLD)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))  # an image of 512 pixels has 786,432 bytes
+    try:
+        with pytest.raises(RuntimeError, match="torch_"):
+            utils.detect_dataset(YOLOv2(1).eval(), read(tmp_path).changed(image_size=512), 1, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        utils.kill_workers()  # as at the end of a script; PyTorch alone would wait 10 s for the worker
+        while multiprocessing.active_children():
+            time.sleep(0.01)
+        signal.signal(signal.SIGCHLD, handler)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file names")
@@ -884,13 +667,7 @@ def test_a_broken_image_whose_name_is_not_utf8_is_skipped_and_listed(tmp_path):
     for _ in range(2):
         _, index = dataset.read_or_next([(broken, ""), (str(good), "")], 0, str(tmp_path / "broken.txt"))
         assert index == 1
-    assert (tmp_path / "broken.txt").read_bytes().count(b"br\xfcken.png: not a readable image") == 1
-
-
-def test_the_column_of_a_list_per_class_may_follow_a_tab(tmp_path):
-    write_devkit(tmp_path, {"a": annotation(), "b 1": annotation()})
-    (tmp_path / "VOC2026/ImageSets/Main/train.txt").write_text("a\t-1\nb 1\nb 1  1\n")
-    assert [Path(file).name for file, _ in read(tmp_path).samples] == ["a.jpg", "b 1.jpg", "b 1.jpg"]
+    assert (tmp_path / "broken.txt").read_bytes().count(b"br\xfcken.png: ") == 1
 
 
 def test_a_file_is_recognised_by_its_content_whatever_its_suffix(checkpoint, tmp_path):
@@ -899,29 +676,10 @@ def test_a_file_is_recognised_by_its_content_whatever_its_suffix(checkpoint, tmp
     for name in ("darknet.pt", "ours.weights"):
         _, classes, *_ = model.load_detector(tmp_path / name, ["bolt"], ANCHORS, torch.device("cpu"), "fp32")
         assert classes == ["bolt"]
-    (tmp_path / "text.pt").write_text("neither of them")
-    with pytest.raises(ValueError, match=r"text\.pt: (damaged or )?not a checkpoint"):
-        model.load_detector(tmp_path / "text.pt", [], [], torch.device("cpu"), "fp32")
-
-
-def test_class_folders_that_no_checkpoint_could_name_are_refused_before_training(tmp_path):
-    for name in ("a b", "a_b", ".hidden"):
-        (tmp_path / "train" / name).mkdir(parents=True)
-        Image.new("RGB", (40, 30)).save(tmp_path / "train" / name / "x.png")
-    with pytest.raises(ValueError, match="'a b' and 'a_b' would share a file"):
-        dataset.imagenet_dataset(tmp_path, "train", 32, augment=False)
-    (tmp_path / "train" / "a_b").rename(tmp_path / "train" / "a b" / ".ipynb_checkpoints")
-    assert len(dataset.imagenet_dataset(tmp_path, "train", 32, augment=False)) == 1
-
-
-def test_confidences_between_the_thresholds_of_test_py_are_never_left_out_silently(monkeypatch):
-    monkeypatch.setattr(test_script, "CONFIDENCE_THRESHOLD", 0.5)
-    with pytest.raises(ValueError, match="CONFIDENCE_THRESHOLD 0.5 must be at most FIXED_THRESHOLD 0.4"):
-        test_script.check_settings()
-    monkeypatch.setattr(test_script, "CONFIDENCE_THRESHOLD", 0.1)
-    monkeypatch.setattr(test_script, "INPUT_SIZES", [416, 500])
-    with pytest.raises(ValueError, match="INPUT_SIZES must hold multiples of 32"):
-        test_script.check_settings()
+    for name in ("page.pt", "page.weights"):
+        (tmp_path / name).write_text("\n<!DOCTYPE html><html><body>moved</body></html>" * 9)
+        with pytest.raises(ValueError, match=rf"{re.escape(name)}: "):
+            model.load_detector(tmp_path / name, [], [], torch.device("cpu"), "fp32")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file names")
@@ -929,14 +687,9 @@ def test_detect_goes_on_after_a_file_name_that_is_not_utf8(checkpoint, tmp_path,
     source = tmp_path / "pictures"
     source.mkdir()
     for name in (b"caf\xe9.png", b"z.png"):
-        Image.new("RGB", (80, 60)).save(stream := io.BytesIO(), "PNG")
-        Path(os.fsdecode(os.fsencode(source) + b"/" + name)).write_bytes(stream.getvalue())
-    for name, value in {
-        "SOURCE": str(source),
-        "CHECKPOINT": str(checkpoint),
-        "OUTPUT_DIR": str(tmp_path / "out"),
-    }.items():
-        monkeypatch.setattr(detect, name, value)
+        Image.new("RGB", (80, 60)).save(os.fsdecode(os.fsencode(source) + b"/" + name))
+    files = {"CHECKPOINT": str(checkpoint), "OUTPUT_DIR": str(tmp_path / "out")}
+    set_globals(monkeypatch, detect, SOURCE=str(source), **files)
     detect.main()
     out = capsys.readouterr().out
     assert r"caf\udce9.png" in out and "z.png" in out
@@ -944,21 +697,19 @@ def test_detect_goes_on_after_a_file_name_that_is_not_utf8(checkpoint, tmp_path,
 
 
 def test_charts_are_drawn_in_the_environment_of_a_notebook(tmp_path):
-    (tmp_path / "metrics.csv").write_text("epoch,learning_rate,total,images_per_second,train_map\n1,0.1,5.0,3.0,0.5\n")
     environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONPATH": str(ROOT)}
-    command = "import utils; utils.draw_charts('metrics.csv', 'charts.png')"
+    rows = [{"epoch": 1, "learning_rate": 0.1, "total": 5.0, "images_per_second": 3.0, "train_map": 0.5}]
+    command = f"import utils; utils.draw_charts({rows}, 'charts.png')"
     subprocess.run([sys.executable, "-c", command], cwd=tmp_path, env=environment, check=True)
     with Image.open(tmp_path / "charts.png") as picture:
         assert picture.width > 500
 
 
 def test_spawned_workers_give_the_same_items(tmp_path):
-    write_devkit(tmp_path, {"a": annotation(), "b": annotation()})
+    write_devkit(tmp_path, TWO)
     data = read(tmp_path, augment=True)
-    loader = torch.utils.data.DataLoader(
-        data, batch_sampler=[[(0, 64, 5)]], num_workers=1, multiprocessing_context="spawn"
-    )
-    (images, targets), *_ = loader
+    loading = {"num_workers": 1, "multiprocessing_context": "spawn"}
+    (images, targets), *_ = torch.utils.data.DataLoader(data, batch_sampler=[[(0, 64, 5)]], **loading)
     image, target = data[(0, 64, 5)]
     assert torch.equal(images[0], image) and torch.equal(targets[0], target)
 
@@ -971,4 +722,4 @@ def test_an_image_with_unreadable_exif_data_is_still_read(tmp_path):
     segment = b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif
     (tmp_path / "odd.jpg").write_bytes(data[:2] + segment + data[2:])
     assert dataset.read_image(tmp_path / "odd.jpg").shape == (40, 60, 3)
-    assert dataset.image_size(tmp_path / "odd.jpg") == (60, 40)
+    assert dataset.read_image_size(tmp_path / "odd.jpg") == (60, 40)

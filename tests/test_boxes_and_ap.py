@@ -170,7 +170,7 @@ def test_a_batch_gives_the_same_detections_as_its_images_one_by_one():
 def test_the_first_devkit_pixel_is_one():
     # a quarter of 200 and of 100 pixels, then the whole: 0-based 50 and 25 become 51 and 26
     pixels = utils.to_devkit_pixels(np.array([[0.25, 0.25, 1.0, 1.0], [0, 0, 0.5, 0.5]]), 200, 100)
-    assert pixels.tolist() == [[51, 26, 201, 101], [1, 1, 101, 51]]
+    assert pixels.tolist() == [[51, 26, 200, 100], [1, 1, 101, 51]]  # clipped to the image
 
 
 # ---------------------------------------------------------------- average precision

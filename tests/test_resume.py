@@ -7,18 +7,20 @@ import itertools
 import multiprocessing
 import os
 import random
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import types
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import run_narrow
 import torch
+from conftest import set_globals
 from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -41,26 +43,15 @@ DETECTOR = {
     "BATCH_SIZE": 4, "REPEAT": 1, "EPOCHS": 2, "EVAL_EVERY": 2, "BURN_IN": 2, "NUM_WORKERS": 0, "PRECISION": "fp32",
     "AUGMENT": True, "OPTIMIZER": "sgd", "LEARNING_RATE": 1e-3,
 }  # fmt: skip
-CLASSIFIER = {
-    "DATA_DIR": str(SAMPLE / "imagenet"),
-    "IMAGE_SIZE": 32,
-    "EPOCHS": 2,
-    "NUM_WORKERS": 0,
-    "PRECISION": "fp32",
-}
+IMAGENET = str(SAMPLE / "imagenet")
+CLASSIFIER = {"DATA_DIR": IMAGENET, "IMAGE_SIZE": 32, "EPOCHS": 2, "NUM_WORKERS": 0, "PRECISION": "fp32"}
 BOTH_SCRIPTS = pytest.mark.parametrize("script", [train, darknet_train], ids=["train", "darknet_train"])
 
 
 @contextlib.contextmanager
 def handlers_kept():
-    """Restores pytest's signal handlers."""
-    changed = (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGHUP,
-        signal.SIGQUIT,
-        signal.SIGALRM,
-    )  # by the scripts, torchrun's agent and run_narrow
+    """Restores pytest's signal handlers, which the scripts, torchrun's agent and run_narrow replace."""
+    changed = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM)
     before = {number: signal.getsignal(number) for number in changed}
     try:
         yield
@@ -69,14 +60,11 @@ def handlers_kept():
             signal.signal(number, handler)
 
 
-def run(monkeypatch, script, folder, draw_charts=lambda metrics_file, chart_file: None, **values):
+def run(monkeypatch, script, folder, **values):
     """Calls main() of a script, without its charts (a second per epoch) -> the checkpoint that it leaves."""
-    monkeypatch.setattr(utils, "draw_charts", draw_charts)
-    defaults = DETECTOR if script is train else CLASSIFIER
-    for name, value in (
-        defaults | {"CHECKPOINT": str(folder / "run.pt"), "RESUME": False, "MAX_HOURS": 0.0} | values
-    ).items():
-        monkeypatch.setattr(script, name, value)
+    monkeypatch.setattr(utils, "draw_charts", lambda rows, chart_file: None)
+    own = {"CHECKPOINT": str(folder / "run.pt"), "RESUME": False, "MAX_HOURS": 0.0}
+    set_globals(monkeypatch, script, **((DETECTOR if script is train else CLASSIFIER) | own | values))
     with handlers_kept():
         script.main()
     return utils.load_checkpoint(folder / "run.pt")
@@ -142,6 +130,7 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
     stopped = run(monkeypatch, script, tmp_path, NUM_WORKERS=workers)
     assert stopped["step"] == stopped_in < whole["step"]
     assert "stopped by SIGTERM" in capsys.readouterr().out
+    assert (tmp_path / "run_metrics.csv").exists() == (stopped["epoch"] > 0)  # a row stands for a whole epoch
     resumed = run(monkeypatch, script, tmp_path, NUM_WORKERS=workers, RESUME=True)
     for name in ("model", "optimizer", "scaler", "epoch", "step", "images_seen", "best", "sums"):
         assert_equal(whole[name], resumed[name], name)
@@ -149,33 +138,32 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
 
 
 def test_saving_inside_an_epoch_changes_nothing(uninterrupted, tmp_path, monkeypatch):
-    saved = []
-    save = utils.save_checkpoint
-    monkeypatch.setattr(
-        utils, "save_checkpoint", lambda file, **state: (saved.append(state.get("step")), save(file, **state))
-    )
+    saved, save = [], utils.save_checkpoint
+    record = lambda file, **state: (saved.append(state["step"]), save(file, **state))  # noqa: E731
+    monkeypatch.setattr(utils, "save_checkpoint", record)
     whole, rows = uninterrupted[darknet_train]
     state = run(monkeypatch, darknet_train, tmp_path, SAVE_EVERY_MINUTES=0.0)
     assert_equal(whole["model"], state["model"])
     assert metrics(tmp_path) == rows
-    assert set(range(1, whole["step"] + 1)) == {step for step in saved if step}
+    assert set(range(1, whole["step"] + 1)) == set(saved)
 
 
-@pytest.mark.parametrize("write", [5, 6, 7, 8])  # each epoch writes run.pt, run_best.pt, run_metrics.csv, run.pt again
+@pytest.mark.parametrize("dies_before", ["run_best.pt", "run.pt", "run_metrics.csv"])  # in the order of writing
 def test_a_run_that_dies_between_two_files_loses_neither_a_row_nor_the_best_network(
-    write, uninterrupted, tmp_path, monkeypatch
+    dies_before, uninterrupted, tmp_path, monkeypatch
 ):
     whole, rows = uninterrupted[darknet_train]
-    writes = itertools.count(1)
 
     def atomic_write(file, original=utils.atomic_write):
-        if next(writes) == write:
+        # the first save of an epoch is that before its validation
+        if Path(file).name == dies_before and (dies_before != "run.pt" or (tmp_path / "run_best.pt").exists()):
             raise KeyboardInterrupt  # like kill -9: nothing is written after this
         return original(file)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(utils, "atomic_write", atomic_write)
         run(patch, darknet_train, tmp_path)
+    assert not (tmp_path / "run_metrics.csv").exists()
     resumed = run(monkeypatch, darknet_train, tmp_path, RESUME=True)
     assert_equal(whole["model"], resumed["model"])
     assert metrics(tmp_path) == rows
@@ -183,72 +171,52 @@ def test_a_run_that_dies_between_two_files_loses_neither_a_row_nor_the_best_netw
 
 
 @BOTH_SCRIPTS
-def test_a_failed_evaluation_loses_no_training_steps(script, uninterrupted, tmp_path, monkeypatch):
+@pytest.mark.parametrize("remains", [b"", b"\xff\xfe\x00broken"], ids=["deleted", "damaged"])
+def test_resume_writes_a_lost_csv_again_from_the_checkpoint(script, remains, uninterrupted, tmp_path, monkeypatch):
     whole, rows = uninterrupted[script]
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
-        patch.setattr(
-            script, "evaluate" if script is train else "validate", Mock(side_effect=RuntimeError("out of memory"))
-        )
-        run(patch, script, tmp_path)
-    state = utils.load_checkpoint(tmp_path / "run.pt")
-    assert state["step"] == (whole["step"] if script is train else whole["step"] // 2)  # train evaluates after epoch 2
-    resumed = run(monkeypatch, script, tmp_path, RESUME=True)
-    assert_equal(whole["model"], resumed["model"])
+    utils.save_checkpoint(tmp_path / "run.pt", **whole)
+    if remains:
+        (tmp_path / "run_metrics.csv").write_bytes(remains)
+    assert_equal(whole["model"], run(monkeypatch, script, tmp_path, RESUME=True)["model"])  # all epochs are done
     assert metrics(tmp_path) == rows
 
 
-def test_an_unreadable_log_or_a_failed_chart_does_not_end_the_run(uninterrupted, tmp_path, monkeypatch, capsys):
-    run(monkeypatch, darknet_train, tmp_path, MAX_HOURS=1e-9)
-    (tmp_path / "run_metrics.csv").write_bytes(b"\xff\xfe\x00broken")
-    state = run(
-        monkeypatch, darknet_train, tmp_path, RESUME=True, draw_charts=Mock(side_effect=RuntimeError("no font"))
-    )
-    assert_equal(uninterrupted[darknet_train][0]["model"], state["model"])
-    out = capsys.readouterr().out
-    assert (
-        "run_metrics.csv was not readable; it is kept as" in out
-        and "run_charts.png could not be written: no font" in out
-    )
-    assert metrics(tmp_path) == uninterrupted[darknet_train][1]
+@pytest.mark.parametrize("signalled", [False, True], ids=["an error", "a signal"])
+@BOTH_SCRIPTS
+def test_a_run_that_ends_in_its_evaluation_repeats_it_on_resume(
+    script, signalled, uninterrupted, tmp_path, monkeypatch, capsys
+):
+    whole, rows = uninterrupted[script]
+    epoch = 1 if script is train else 0  # train evaluates in epoch 2 only
+    name = "evaluate" if script is train else "validate"
+    original = getattr(script, name)
+
+    def interrupted(*arguments):
+        if not signalled:
+            raise RuntimeError("the evaluation failed")
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, name, interrupted)
+        with contextlib.nullcontext() if signalled else pytest.raises(RuntimeError, match="evaluation failed"):
+            run(patch, script, tmp_path)
+    state = utils.load_checkpoint(tmp_path / "run.pt")
+    assert (state["epoch"], state["step"]) == (epoch, whole["step"] // 2 * (epoch + 1))  # no step is lost
+    assert ("stopped by SIGTERM" in capsys.readouterr().out) == signalled
+    resumed = run(monkeypatch, script, tmp_path, RESUME=True)
+    assert_equal(whole["model"], resumed["model"])
+    assert metrics(tmp_path) == rows
 
 
 def test_a_time_limit_saves_and_ends_the_run(tmp_path, monkeypatch, capsys):
     state = run(monkeypatch, train, tmp_path, MAX_HOURS=1e-9)
     assert state["step"] == 1 and state["epoch"] == 0
     assert "stopped by MAX_HOURS in epoch 1 after step 1; RESUME=True" in capsys.readouterr().out
-    assert not (tmp_path / "run_metrics.csv").exists()  # a row stands for a whole epoch
-
-
-@pytest.mark.parametrize(
-    ("script", "owner", "name"),
-    [(train, utils, "detect_dataset"), (darknet_train, darknet_train, "validate")],
-    ids=["train", "darknet_train"],
-)
-def test_a_run_stopped_during_evaluation_repeats_the_evaluation_on_resume(
-    script, owner, name, uninterrupted, tmp_path, monkeypatch, capsys
-):
-    whole, rows = uninterrupted[script]
-    steps = whole["step"] // 2  # per epoch
-    clock, evaluate, epochs = time.monotonic, getattr(owner, name), itertools.count(1)
-
-    def evaluate_in_the_last_minute(*arguments, **options):
-        if script is train or next(epochs) == 2:  # train evaluates after epoch 2 only
-            monkeypatch.setattr(time, "monotonic", lambda: clock() + 7200)
-        return evaluate(*arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, evaluate_in_the_last_minute)
-        state = run(monkeypatch, script, tmp_path, MAX_HOURS=1.0)
-    monkeypatch.setattr(time, "monotonic", clock)
-    assert state["step"] == whole["step"] and state["epoch"] == 1
-    assert f"stopped by MAX_HOURS in epoch 2 after step {2 * steps}" in capsys.readouterr().out
-    resumed = run(monkeypatch, script, tmp_path, RESUME=True)
-    assert_equal(whole["model"], resumed["model"])
-    assert metrics(tmp_path) == rows
 
 
 def test_training_checkpoints_have_exactly_the_expected_keys(uninterrupted):
-    names = "model optimizer scaler epoch step images_seen best sums settings classes anchors image_size"
+    names = "model optimizer scaler epoch step images_seen best sums metrics settings classes anchors image_size"
     assert set(names.split()) == uninterrupted[train][0].keys()
     assert set(names.split()) - {"anchors"} == uninterrupted[darknet_train][0].keys()
 
@@ -260,9 +228,8 @@ def test_batches_are_a_function_of_seed_and_step(workers):
     batches_from = functools.partial(dataset.training_batches, len(data), 4, 2, [32, 64], 1, repeat=2)
 
     def load(first_step, count, num_workers):
-        return list(
-            itertools.islice(DataLoader(data, batch_sampler=batches_from(first_step), num_workers=num_workers), count)
-        )
+        loader = DataLoader(data, batch_sampler=batches_from(first_step), num_workers=num_workers)
+        return list(itertools.islice(loader, count))
 
     whole = load(0, 24, num_workers=0)
     assert {images.shape for images, _ in whole} == {(2, 3, 32, 32), (2, 3, 64, 64)}
@@ -313,7 +280,7 @@ def test_learning_rate_and_epochs_may_change_on_resume_and_are_printed(uninterru
 
 def test_a_checkpoint_without_training_state_is_refused_and_the_missing_keys_are_named(tmp_path, monkeypatch):
     utils.save_checkpoint(tmp_path / "run.pt", model={}, epoch=3)
-    with pytest.raises(ValueError, match=r"run.pt.*it has no optimizer, scaler, step"):
+    with pytest.raises(ValueError, match=r"run.pt.*optimizer, scaler, step"):
         run(monkeypatch, train, tmp_path, RESUME=True)
 
 
@@ -328,17 +295,18 @@ def test_a_changed_evaluation_setting_resets_the_best_score(uninterrupted, tmp_p
 
 
 @BOTH_SCRIPTS
-def test_a_loss_that_is_not_finite_names_its_images_and_keeps_the_checkpoint(
-    script, uninterrupted, tmp_path, monkeypatch
+@pytest.mark.parametrize(("minutes", "problem"), [(30.0, "loss .*not finite in epoch 3"), (0.0, "weights are")])
+def test_a_diverging_run_names_its_images_and_keeps_a_checkpoint_with_finite_weights(
+    script, minutes, problem, uninterrupted, tmp_path, monkeypatch
 ):
+    """Within the epoch, or at the first save, which would replace the last good checkpoint."""
     utils.save_checkpoint(tmp_path / "run.pt", **uninterrupted[script][0])
     before = (tmp_path / "run.pt").read_bytes()
-    monkeypatch.setattr(torch, "isfinite", lambda tensor, original=torch.isfinite: original(tensor) & False)
-    with pytest.raises(
-        ValueError, match=r"not finite in epoch 3, step \d+, images .*\.(jpg|JPEG).*the last checkpoint is kept"
-    ) as error:
-        run(monkeypatch, script, tmp_path, RESUME=True, EPOCHS=3)
-    assert str(error.value).lower().count(".jp") == script.BATCH_SIZE
+    fast = {"LEARNING_RATE": 1e12, "LR_SCHEDULE": "constant", "SAVE_EVERY_MINUTES": minutes}
+    with pytest.raises(ValueError, match=f"{problem}.* kept.*LEARNING_RATE") as error:
+        run(monkeypatch, script, tmp_path, RESUME=True, EPOCHS=3, **fast)
+    if minutes:
+        assert len(re.findall(r"/\w+\.(?:jpg|JPEG)", str(error.value))) == script.BATCH_SIZE
     assert (tmp_path / "run.pt").read_bytes() == before
 
 
@@ -379,11 +347,9 @@ class InfiniteGradient(nn.Module):
         return dict.fromkeys(train.LOSS_TERMS, zero_with_an_infinite_slope(predictions))
 
 
-def set_infinite_gradients(monkeypatch):
-    monkeypatch.setattr(train, "YoloLoss", InfiniteGradient)
-    monkeypatch.setattr(
-        nn.functional, "cross_entropy", lambda logits, labels, **options: zero_with_an_infinite_slope(logits)
-    )
+def set_infinite_gradients(patch):
+    patch.setattr(train, "YoloLoss", InfiniteGradient)
+    patch.setattr(nn.functional, "cross_entropy", lambda logits, labels, **more: zero_with_an_infinite_slope(logits))
 
 
 @pytest.mark.parametrize(
@@ -394,11 +360,9 @@ def set_infinite_gradients(monkeypatch):
 def test_a_gradient_that_is_not_finite_stops_before_the_step(script, setting, tmp_path, monkeypatch):
     unchanged = watch_weights(monkeypatch)
     set_infinite_gradients(monkeypatch)
-    with pytest.raises(
-        ValueError, match="the gradient is not finite in epoch 1, step 1, images .*no checkpoint has been written"
-    ):
+    with pytest.raises(ValueError, match="gradient is not finite in epoch 1, step 1, images .*no checkpoint"):
         run(monkeypatch, script, tmp_path, LEARNING_RATE=0.1, **setting)
-    assert unchanged()
+    assert unchanged() and not list(tmp_path.iterdir())
 
 
 @BOTH_SCRIPTS
@@ -406,33 +370,21 @@ def test_fp16_gives_up_when_no_scale_makes_the_gradient_finite(script, tmp_path,
     """The scale starts at 2 and is halved twice; at the third step it is below 1."""
     unchanged = watch_weights(monkeypatch)
     set_infinite_gradients(monkeypatch)
-    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0)
-    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
-    with pytest.raises(ValueError, match="the gradient is not finite in epoch 1, step 3, images"):
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0))
+    with pytest.raises(ValueError, match="gradient is not finite in epoch 1, step 3, images"):
         run(monkeypatch, script, tmp_path, LEARNING_RATE=0.1, PRECISION="fp16")
     assert unchanged()
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_a_loss_that_is_not_finite_stops_before_the_step(optimizer, tmp_path, monkeypatch):
-    """NaN images without objects: only the terms of empty slots are not finite."""
-
-    def item(self, key, original=dataset.VOCDataset.__getitem__):
-        image, targets = original(self, key)
-        return torch.full(image.shape, torch.nan), torch.zeros_like(targets)
-
-    monkeypatch.setattr(dataset.VOCDataset, "__getitem__", item)
-    unchanged = watch_weights(monkeypatch)
-    with pytest.raises(
-        ValueError, match=r"^the loss \(no_object, prior, total\) is not finite in epoch 1, step 1, images"
-    ):
-        run(monkeypatch, train, tmp_path, OPTIMIZER=optimizer, LEARNING_RATE=0.1)
-    assert unchanged()
-
-
-@BOTH_SCRIPTS
 @pytest.mark.parametrize("part", [0, 1])
-def test_a_loss_that_is_not_finite_in_any_accumulation_step_stops_the_run(script, part, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("script", "setting"),
+    [(train, {"OPTIMIZER": "sgd"}), (train, {"OPTIMIZER": "adam"}), (darknet_train, {})],
+    ids=["sgd", "adam", "darknet_train"],
+)
+def test_a_loss_that_is_not_finite_in_any_accumulation_step_stops_before_the_step(
+    script, setting, part, tmp_path, monkeypatch
+):
     kind, count = (dataset.VOCDataset, 16) if script is train else (dataset.ImageNetFolder, 18)
     parts = list(itertools.islice(dataset.training_batches(count, 4, 2, [32], seed=0), 2))
     bad = parts[part][0][0]
@@ -444,60 +396,46 @@ def test_a_loss_that_is_not_finite_in_any_accumulation_step_stops_the_run(script
     monkeypatch.setattr(kind, "__getitem__", item)
     unchanged = watch_weights(monkeypatch)
     with pytest.raises(ValueError, match=r"^the loss \(.*\) is not finite in epoch 1, step 1, images") as error:
-        run(monkeypatch, script, tmp_path, BATCH_SIZE=4, SUBDIVISIONS=2)
-    assert str(error.value).lower().count(".jp") == 4
+        run(monkeypatch, script, tmp_path, BATCH_SIZE=4, SUBDIVISIONS=2, LEARNING_RATE=0.1, **setting)
+    assert len(re.findall(r"/\w+\.(?:jpg|JPEG)", str(error.value))) == 4
     assert unchanged()
+
+
+def test_only_the_terms_of_the_loss_that_are_not_finite_are_named():
+    sums, scaler = torch.tensor([1.0, torch.nan, torch.inf]), torch.amp.GradScaler("cpu", enabled=False)
+    problem = utils.problem_of_step(("coord", "object", "total"), sums, torch.tensor(1.0), scaler)
+    assert "(object, total)" in problem
 
 
 def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path):
     file = tmp_path / "run.pt"
     for number in (torch.nan, torch.inf):
-        with pytest.raises(ValueError, match="run.pt: the new weights are NaN, infinite or huge; it was not written"):
+        with pytest.raises(ValueError, match="run.pt: .*weights are NaN, infinite or huge"):
             utils.save_checkpoint(file, model={"weight": torch.tensor([1.0, number])})
-        assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
     utils.save_checkpoint(file, model={"weight": torch.ones(2), "count": torch.tensor(3)})
     before = file.read_bytes()
-    with pytest.raises(ValueError, match="run.pt: .*; those of the last save are kept"):
+    with pytest.raises(ValueError, match="run.pt: .* kept"):
         utils.save_checkpoint(file, model={"weight": torch.tensor([1.0, torch.nan])})
     assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
 
 
-def test_a_diverging_run_leaves_a_checkpoint_with_finite_weights(uninterrupted, tmp_path, monkeypatch):
-    utils.save_checkpoint(tmp_path / "run.pt", **uninterrupted[darknet_train][0])
-    with pytest.raises(ValueError, match="the new weights are NaN, infinite or huge.*Lower LEARNING_RATE"):
-        run(monkeypatch, darknet_train, tmp_path, RESUME=True, EPOCHS=3, LEARNING_RATE=1e38, SAVE_EVERY_MINUTES=0.0)
-    state = utils.load_checkpoint(tmp_path / "run.pt")
-    assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
-
-
-def break_one_image(folder, source, file):
-    """A copy of a sample folder in which one image is cut short -> that image."""
-    subprocess.run(["cp", "-r", str(source), str(folder)], check=True)
-    broken = folder / file
+@BOTH_SCRIPTS
+def test_a_broken_image_stops_the_run_or_is_skipped_and_listed(script, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(SAMPLE / "voc" if script is train else IMAGENET, tmp_path / "data")
+    image_id = (SAMPLE / "voc/VOC2007/ImageSets/Main/tiny.txt").read_text().split()[3]
+    broken = next(folder.rglob(f"{image_id}.jpg" if script is train else "train/*/*.JPEG"))
     broken.write_bytes(broken.read_bytes()[:500])
-    return broken
-
-
-def test_a_broken_image_stops_the_run_or_is_skipped_and_listed(tmp_path, monkeypatch, capsys):
-    image = (SAMPLE / "voc/VOC2007/ImageSets/Main/tiny.txt").read_text().split()[3]
-    broken = break_one_image(tmp_path / "voc", SAMPLE / "voc", f"VOC2007/JPEGImages/{image}.jpg")
-    values = {"DATA_DIR": str(tmp_path / "voc"), "NUM_WORKERS": 2, "EPOCHS": 1}
+    values = {"DATA_DIR": str(folder), "EPOCHS": 1}
     with pytest.raises(ValueError, match=broken.name):
-        run(monkeypatch, train, tmp_path, **values)
-    state = run(monkeypatch, train, tmp_path, **values, BROKEN_IMAGES="skip")
-    assert state["images_seen"] == 16  # another image took its place
-    assert "run_broken.txt lists the images that could not be read" in capsys.readouterr().out
+        run(monkeypatch, script, tmp_path, **values)
+    state = run(monkeypatch, script, tmp_path, **values, BROKEN_IMAGES="skip", NUM_WORKERS=2)
+    assert state["images_seen"] == (16 if script is train else 18)  # another image took its place
+    assert "run_broken.txt" in capsys.readouterr().out
     listed = (tmp_path / "run_broken.txt").read_text()
     assert listed.count(broken.name) == 1 and len(listed.splitlines()) == 1
-
-
-def test_a_broken_image_of_the_classifier_is_skipped_and_listed(tmp_path, monkeypatch):
-    first = next((SAMPLE / "imagenet/train").rglob("*.JPEG"))
-    broken = break_one_image(tmp_path / "imagenet", SAMPLE / "imagenet", first.relative_to(SAMPLE / "imagenet"))
-    run(monkeypatch, darknet_train, tmp_path, DATA_DIR=str(tmp_path / "imagenet"), EPOCHS=1, BROKEN_IMAGES="skip")
-    assert broken.name in (tmp_path / "run_broken.txt").read_text()
     with pytest.raises(ValueError, match="BROKEN_IMAGES"):
-        run(monkeypatch, darknet_train, tmp_path, BROKEN_IMAGES="ignore")
+        run(monkeypatch, script, tmp_path, BROKEN_IMAGES="ignore")
 
 
 def test_a_folder_of_broken_images_only_is_an_error(tmp_path):
@@ -512,26 +450,23 @@ def test_a_folder_of_broken_images_only_is_an_error(tmp_path):
 
 @pytest.fixture
 def start():
-    """start(folder, *words) starts Python in that folder, in a new session; processes still running
-    at the end are killed."""
+    """start(folder, *words) starts Python in that folder, in a new session, and kills it at the end."""
     started = []
 
     def start(folder, *words):
         folder.mkdir(exist_ok=True)
         process = subprocess.Popen(
             [sys.executable, *words], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1", "STARTED_IN": str(folder)},
         )  # fmt: skip
         started.append((process, folder))
         return process
 
     yield start
     for process, folder in started:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        for rank in ranks_and_workers(folder):
+        for number in processes_of(folder):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(rank, signal.SIGKILL)
+                os.kill(number, signal.SIGKILL)
         process.communicate()
 
 
@@ -544,31 +479,15 @@ def wait_for(file, process):
         time.sleep(0.05)
 
 
-def find_processes(belongs):
-    """The ids of all live processes for whose folder in /proc belongs(folder) is true."""
-    found = []
+def processes_of(folder):
+    """The ids of all live processes that `start` has started in this folder, and of the processes started by them."""
+    mark, found = f"STARTED_IN={folder}\0".encode(), []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             is_alive = (process / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-            if is_alive and belongs(process):
+            if is_alive and mark in (process / "environ").read_bytes():
                 found.append(int(process.name))
     return found
-
-
-def group_members(group):
-    return find_processes(lambda process: os.getpgid(int(process.name)) == group)
-
-
-def ranks_and_workers(folder):
-    """The processes that torchrun has started in this folder, each in a session of its own, and
-    their loaders' workers."""
-
-    def belongs(process):
-        words = (process / "cmdline").read_bytes().split(b"\0")
-        is_rank = b"-m" not in words and b"darknet_train_multigpu_distr.py" in words  # torchrun itself has -m
-        return is_rank and os.readlink(process / "cwd") == str(folder.resolve())
-
-    return find_processes(belongs)
 
 
 LAUNCHER = str(ROOT / "tests" / "run_narrow.py")
@@ -580,24 +499,22 @@ LONG = [
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_sigint_sigterm_and_an_error_leave_no_process_running(tmp_path, start):
-    words = {"SIGINT": [], "SIGTERM": [], "error": ["LEARNING_RATE=1e30"]}
+    words = {"SIGINT": [], "SIGTERM": [], "error": ["LEARNING_RATE=1e12"]}
     processes = {name: start(tmp_path / name, LAUNCHER, "darknet_train.py", *LONG, *words[name]) for name in words}
     for name in ("SIGINT", "SIGTERM"):
         folder, process = tmp_path / name, processes[name]
         wait_for(folder / "run.pt", process)
-        assert len(group_members(process.pid)) >= 3  # with two workers
+        assert len(processes_of(folder)) >= 3  # with two workers
         os.killpg(process.pid, getattr(signal, name))  # all of them, as a terminal or a queue does
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
         assert f"stopped by {name}" in out and "Traceback" not in err
-        assert group_members(process.pid) == []
+        assert processes_of(folder) == []
         assert utils.load_checkpoint(folder / "run.pt")["step"] >= 1
         assert not list(folder.glob("*.tmp*"))
     _, err = processes["error"].communicate(timeout=120)
-    assert (
-        processes["error"].returncode == 1 and "error: " in err and "infinite or huge" in err and "Traceback" not in err
-    )
-    assert group_members(processes["error"].pid) == []
+    assert processes["error"].returncode == 1 and "error: " in err and "LEARNING_RATE" in err and "Traceback" not in err
+    assert processes_of(tmp_path / "error") == []
 
 
 def test_loader_workers_ignore_sigint_and_sigterm():
@@ -614,9 +531,7 @@ def ignore_signals_late(worker):
     utils.ignore_signals(worker)
 
 
-@pytest.mark.skipif(
-    multiprocessing.get_start_method() != "fork", reason="only fork blocks signals before the worker starts"
-)
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="only fork blocks signals that early")
 def test_a_signal_does_not_end_a_worker_that_is_just_starting():
     with handlers_kept():
         stop = utils.catch_stop_signals()
@@ -687,7 +602,7 @@ def test_a_full_disk_gives_a_clear_error_and_keeps_the_old_checkpoint(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(OSError, match=r"run.pt: could not be written .*disk full"):
+        with pytest.raises(OSError, match=r"run.pt: could not be written"):
             utils.save_checkpoint(file, weight=torch.zeros(1_000_000))
         with pytest.raises(OSError, match=r"a.weights: could not be written"):
             darknet_model.save_darknet_weights(darknet_model.Darknet19(2), tmp_path / "a.weights")
@@ -698,13 +613,8 @@ def test_a_full_disk_gives_a_clear_error_and_keeps_the_old_checkpoint(tmp_path):
 
 # ---------------------------------------------------------------- DistributedDataParallel
 
-DISTRIBUTED = CLASSIFIER | {
-    "LR_SCHEDULE": "constant",
-    "MAX_HOURS": 0.0,
-    "RESUME": False,
-    "SUBDIVISIONS": 1,
-    "BATCH_SIZE": 6,
-}
+DISTRIBUTED = CLASSIFIER | {"LR_SCHEDULE": "constant", "MAX_HOURS": 0.0, "RESUME": False}
+DISTRIBUTED |= {"SUBDIVISIONS": 1, "BATCH_SIZE": 6}
 
 
 def run_rank(rank, folder, name, stop_rank_1_in, values):
@@ -740,10 +650,8 @@ def two_uninterrupted(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("how", "reason", "step"),
-    [
-        ({"MAX_HOURS": 1e-9}, "MAX_HOURS", 1),
-        ({"stop_rank_1_in": 2}, "a request to another process", 2),
-    ],  # rank 0 prints why it stopped
+    # rank 0 prints why it stopped
+    [({"MAX_HOURS": 1e-9}, "MAX_HOURS", 1), ({"stop_rank_1_in": 2}, "a request to another process", 2)],
     ids=["time limit", "a signal to one of them"],
 )
 def test_two_processes_stop_at_the_same_step_and_resume_bit_identically(how, reason, step, two_uninterrupted, tmp_path):
@@ -762,8 +670,7 @@ def test_two_processes_stop_at_the_same_step_and_resume_bit_identically(how, rea
 
 
 def test_two_processes_validate_the_network_that_the_first_one_saves(two_uninterrupted):
-    """Batch norm sees different images in each process, so the running statistics differ until those
-    of rank 0 are broadcast."""
+    """Each process's batch norm sees different images: the statistics differ until those of rank 0 are broadcast."""
     state, rows, _ = two_uninterrupted
     model = darknet_model.Darknet19(5)
     model.load_state_dict(state["model"])
@@ -776,8 +683,7 @@ def test_two_processes_validate_the_network_that_the_first_one_saves(two_uninter
 
 
 def run_elastic_rank(folder):
-    """One of two processes that torchrun's agent starts: main() of the DDP script; rank 1 is killed
-    in the first two starts."""
+    """One of two processes of torchrun's agent: main() of the DDP script; rank 1 is killed in the first two starts."""
     run_narrow.narrow()
     script, rank, restarts = darknet_train_multigpu_distr, os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
     vars(script).update(DISTRIBUTED | {"CHECKPOINT": f"{folder}/run.pt", "EPOCHS": 8})
@@ -817,26 +723,14 @@ def test_a_restart_does_not_resume_from_another_runs_checkpoint(tmp_path, monkey
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ctrl_c_and_a_loss_that_is_not_finite_end_all_processes_of_torchrun(tmp_path, start):
-    command = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--standalone",
-        LAUNCHER,
-        "darknet_train_multigpu_distr.py",
-        *LONG,
-    ]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command = [*torchrun, LAUNCHER, "darknet_train_multigpu_distr.py", *LONG]
     stopped = start(tmp_path / "stopped", *command)
-    diverging = start(
-        tmp_path / "diverging",
-        *command,
-        "LEARNING_RATE=1e30",
-        "SAVE_EVERY_MINUTES=30",
-        "BATCH_SIZE=8",
-        "SUBDIVISIONS=2",
-    )
+    # the decay multiplies all weights by 1e24 in the first step; it is not saved
+    fast = ["LEARNING_RATE=1e12", "WEIGHT_DECAY=1e12", "SAVE_EVERY_MINUTES=30", "BATCH_SIZE=8", "SUBDIVISIONS=2"]
+    diverging = start(tmp_path / "diverging", *command, *fast)
     wait_for(tmp_path / "stopped" / "run.pt", stopped)
-    assert len(ranks_and_workers(tmp_path / "stopped")) >= 6  # two workers each
+    assert len(processes_of(tmp_path / "stopped")) >= 7  # torchrun, and two ranks with two workers each
     os.killpg(stopped.pid, signal.SIGINT)
     out, err = stopped.communicate(timeout=120)
     assert "stopped by SIGINT" in out, err[-3000:]
@@ -844,8 +738,7 @@ def test_ctrl_c_and_a_loss_that_is_not_finite_end_all_processes_of_torchrun(tmp_
     _, err = diverging.communicate(timeout=120)
     # neither rank waits for the other
     assert diverging.returncode == 1 and err.count("is not finite in epoch") == 2, err[-3000:]
-    for process, name in ((stopped, "stopped"), (diverging, "diverging")):
-        assert ranks_and_workers(tmp_path / name) == [] and group_members(process.pid) == []
+    assert processes_of(tmp_path / "stopped") == processes_of(tmp_path / "diverging") == []
 
 
 class EightImages(torch.utils.data.Dataset):
@@ -910,30 +803,20 @@ def test_gradients_of_two_processes_equal_those_of_the_whole_batch(subdivisions,
                 assert torch.allclose(whole, gradient, atol=1e-6, rtol=1e-4)
 
 
-# ---------------------------------------------------------------- fuzz
+# ---------------------------------------------------------------- damaged files
 
 
 def mutate(content: bytes, rng: random.Random) -> bytes:
     """Flips, removes, duplicates, inserts or overwrites some bytes."""
     data = bytearray(content)
     for _ in range(rng.randint(1, 4)):
-        place, other = rng.randrange(len(data) + 1), rng.randrange(len(data) + 1)
-        low, high = min(place, other), max(place, other)
-        kind = rng.randrange(6)
-        if kind == 0 and data:
-            data[place % len(data)] = rng.randrange(256)
-        elif kind == 1:
-            del data[low : min(high, low + 50)]
-        elif kind == 2:
-            data[place:place] = data[low : min(high, low + 50)]
-        elif kind == 3:
-            data[place:place] = rng.choice(
-                [b"nan", b"-1", b"1e400", b"\0\0", b"<", b"&x;", b"\xff\xfe", b"9" * 30, b"\n"]
-            )
-        elif kind == 4:
-            del data[place:]
-        else:
-            data[place : place + 8] = rng.randbytes(8)
+        low, high = sorted(rng.randrange(len(data) + 1) for _ in range(2))
+        some = data[low : min(high, low + 50)]
+        odd = rng.choice([b"nan", b"-1", b"1e400", b"\0\0", b"<", b"&x;", b"\xff\xfe", b"9" * 30, b"\n"])
+        changes = [(low, low + 1, rng.randbytes(1)), (low, low + len(some), b""), (low, low, some), (low, low, odd)]
+        changes += [(low, len(data), b""), (low, low + 8, rng.randbytes(8))]
+        start, end, new = rng.choice(changes)
+        data[start:end] = new
     return bytes(data)
 
 
@@ -941,45 +824,47 @@ def readers(folder):
     """kind -> (a good file's content, name, reader)."""
     voc = SAMPLE / "voc" / "VOC2007"
     image_id = (voc / "ImageSets/Main/one.txt").read_text().split()[0]
-    photograph = voc / "JPEGImages" / f"{image_id}.jpg"
     small = io.BytesIO()
-    Image.open(photograph).resize((64, 48)).save(small, "JPEG")
+    Image.open(voc / "JPEGImages" / f"{image_id}.jpg").resize((64, 48)).save(small, "JPEG")
     checkpoint, weights = folder / "good.pt", folder / "good.weights"
     utils.save_checkpoint(checkpoint, model={"w": torch.ones(9)}, classes=["a"], anchors=ANCHORS, image_size=32)
     network = darknet_model.convolution(3, 4, 3)
     darknet_model.save_darknet_weights(network, weights)
     (folder / "a.jpg").write_bytes(small.getvalue())
     (folder / "a.txt").write_text("3 0.5 0.5 0.2 0.3\n")
+    for kind in ("xml", "txt"):
+        (folder / f"{kind}.csv").write_text(f"a.jpg,x.{kind}\n")
+    coco = b"""{"images": [{"id": 1, "file_name": "a.jpg", "width": 64, "height": 48}], "annotations": [{"id": 9,
+        "image_id": 1, "category_id": 5, "bbox": [1.5, 2, 30, 40], "iscrowd": 0}],
+        "categories": [{"id": 5, "name": "cat"}]}"""
+
+    def read_list(name):
+        return lambda file: dataset.VOCDataset(folder, [name], ANCHORS, 32)
+
     keys = ("model", "classes", "anchors", "image_size")
     return {
-        "xml": ((voc / "Annotations" / f"{image_id}.xml").read_bytes(), "x.xml",
-                lambda file: dataset.read_labels(file, dataset.VOC_CLASSES)),
-        "txt": (b"3 0.5 0.5 0.2 0.3\n0 .25 .25 .1 .1\n19 0.9 0.9 0.2 0.1\n", "x.txt",
-                lambda file: dataset.read_labels(file, dataset.VOC_CLASSES)),
-        "csv": (b"image,label\na.jpg,a.txt\na.jpg,a.txt\n", "x.csv",
-                lambda file: dataset.VOCDataset(file, [], ANCHORS, 32)),
-        "json": (b'{"images": [{"id": 1, "file_name": "a.jpg", "width": 64, "height": 48}], '
-                 b'"annotations": [{"id": 9, "image_id": 1, "category_id": 5, "bbox": [1.5, 2, 30, 40], '
-                 b'"iscrowd": 0}], "categories": [{"id": 5, "name": "cat"}]}', "x.json",
-                 lambda file: dataset.VOCDataset(file, [], ANCHORS, 32)),
+        "xml": ((voc / "Annotations" / f"{image_id}.xml").read_bytes(), "x.xml", read_list("xml.csv")),
+        "txt": (b"3 0.5 0.5 0.2 0.3\n0 .25 .25 .1 .1\n19 0.9 0.9 0.2 0.1\n", "x.txt", read_list("txt.csv")),
+        "csv": (b"image,label\na.jpg,a.txt\na.jpg,a.txt\n", "x.csv", read_list("x.csv")),
+        "json": (coco, "x.json", read_list("x.json")),
         "jpeg": (small.getvalue(), "x.jpg", dataset.read_image),
         "checkpoint": (checkpoint.read_bytes(), "x.pt", lambda file: utils.load_checkpoint(file, keys=keys)),
         "weights": (weights.read_bytes(), "x.weights", lambda file: darknet_model.load_darknet_weights(network, file)),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("kind", ["xml", "txt", "csv", "json", "jpeg", "checkpoint", "weights"])
-def test_300_damaged_files_are_read_or_named(kind, tmp_path, capsys):
+def test_damaged_files_are_read_or_named(kind, tmp_path, capsys):
     content, name, read = readers(tmp_path)[kind]
-    files, rng, refused = {entry.name for entry in tmp_path.iterdir()}, random.Random(7), 0
-    for number in range(300):
+    read_files, files, rng = [], {entry.name for entry in tmp_path.iterdir()}, random.Random(7)
+    for number in range(20):
         (tmp_path / name).write_bytes(mutate(content, rng))
-        start_time = time.monotonic()
         try:
             read(str(tmp_path / name))
+            read_files.append(number)
         except (OSError, ValueError) as error:
-            refused += 1
             assert str(tmp_path) in str(error) and len(str(error).splitlines()) == 1, (number, error)
-        assert time.monotonic() - start_time < 5, number
-    assert refused > 30, refused
+    assert len(read_files) < 15, read_files
     assert {entry.name for entry in tmp_path.iterdir()} == files | {name}  # nothing else was written
+    (tmp_path / name).write_bytes(content)
+    read(str(tmp_path / name))

@@ -27,6 +27,7 @@ import matplotlib.text
 import numpy as np
 import pytest
 import torch
+from conftest import set_globals, write_coco
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -43,6 +44,8 @@ from model import ANCHORS, YOLOv2
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "data_samples" / "voc"
+DATA = {"DATA_DIR": str(SAMPLE), "IMAGE_SETS": [("2007", "tiny")], "NUM_WORKERS": 0, "PRECISION": "fp32"}
+PHOTO = SAMPLE / "VOC2007/JPEGImages/000005.jpg"
 
 pytestmark = pytest.mark.usefixtures("narrow_module")
 
@@ -54,11 +57,6 @@ def signal_handlers():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-def set_globals(monkeypatch, script, **values):
-    for name, value in values.items():
-        monkeypatch.setattr(script, name, value)
 
 
 # ---------------------------------------------------------------- train.py
@@ -79,9 +77,7 @@ def trained(tmp_path_factory, narrow_module):
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as monkeypatch:
         draw = utils.draw_charts  # of the last epoch only: it takes a second
-        monkeypatch.setattr(
-            utils, "draw_charts", lambda table, chart: draw(table, chart) if len(read_rows(table)) == 4 else None
-        )
+        monkeypatch.setattr(utils, "draw_charts", lambda rows, file: draw(rows, file) if len(rows) == 4 else None)
         set_small_training(monkeypatch, folder, VAL_IMAGE_SETS=[("2007", "one")], EPOCHS=4, MULTI_SCALE=[32, 64])
         train.main()
     return folder
@@ -102,12 +98,8 @@ def test_training_writes_checkpoints_metrics_and_charts(trained):
     assert all((row["val_map"] != "") == (row["train_map"] != "") for row in rows)
     assert float(rows[-1]["total"]) < float(rows[0]["total"])
     state = utils.load_checkpoint(trained / "yolov2.pt")
-    assert (state["classes"], state["image_size"], state["epoch"], state["images_seen"]) == (
-        list(VOC_CLASSES),
-        64,
-        4,
-        16,
-    )
+    assert (state["classes"], state["image_size"]) == (list(VOC_CLASSES), 64)
+    assert (state["epoch"], state["images_seen"], len(state["metrics"])) == (4, 16, 4)
     assert set(state["model"]) == set(YOLOv2().state_dict())
     assert state["step"] == 8 and state["settings"]["EPOCHS"] == 4 and state["settings"]["MULTI_SCALE"] == [32, 64]
     assert (trained / "yolov2_best.pt").is_file()
@@ -117,13 +109,15 @@ def test_training_writes_checkpoints_metrics_and_charts(trained):
 
 
 def test_training_resumes_from_a_checkpoint(trained, tmp_path, monkeypatch, capsys, no_charts):
-    for name in ("yolov2.pt", "yolov2_metrics.csv"):
-        shutil.copy(trained / name, tmp_path)
-    set_small_training(monkeypatch, tmp_path, EPOCHS=5, RESUME=True, MULTI_SCALE=[32, 64])
+    shutil.copy(trained / "yolov2.pt", tmp_path)  # which has the metrics, too
+    set_small_training(monkeypatch, tmp_path, EPOCHS=5, EVAL_EVERY=5, RESUME=True, MULTI_SCALE=[32, 64])
     train.main()
     assert f"resuming {tmp_path / 'yolov2.pt'} after epoch 4, step 8" in capsys.readouterr().out
     assert [row["epoch"] for row in read_rows(tmp_path / "yolov2_metrics.csv")] == ["1", "2", "3", "4", "5"]
     assert utils.load_checkpoint(tmp_path / "yolov2.pt")["images_seen"] == 20  # 16 of them before
+    monkeypatch.setattr(train, "CHECKPOINT", str(tmp_path / "yolov2_best.pt"))  # has no optimiser
+    with pytest.raises(ValueError, match="yolov2_best.pt.*optimizer"):
+        train.main()
 
 
 def test_the_rate_is_divided_by_10_at_the_ends_of_the_epochs_in_lr_drops(tmp_path, monkeypatch, no_charts):
@@ -136,12 +130,6 @@ def test_the_rate_is_divided_by_10_at_the_ends_of_the_epochs_in_lr_drops(tmp_pat
     train.main()
     # 2 steps per epoch: updates 1 | 2 to 5 | 6 to 8, as a drop at 40,000 acts on Darknet's update 40,000
     assert rates == pytest.approx([0.01] + 4 * [0.001] + 3 * [0.0001])
-
-
-def test_the_best_checkpoint_cannot_be_resumed(trained, tmp_path, monkeypatch):
-    set_small_training(monkeypatch, tmp_path, RESUME=True, CHECKPOINT=str(trained / "yolov2_best.pt"))
-    with pytest.raises(ValueError, match="yolov2_best.pt.*optimizer"):
-        train.main()
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -184,49 +172,15 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(optimizer, tmp_pat
         assert difference.max() < 1e-5
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(tmp_path, monkeypatch):
-    set_small_training(monkeypatch, tmp_path, LEARNING_RATE=1e30, OPTIMIZER="sgd", BURN_IN=0)
-    with pytest.raises(ValueError, match="not finite in epoch 1, step"):
-        train.main()
-    assert not (tmp_path / "yolov2.pt").exists()  # no epoch was completed
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"OPTIMIZER": "adamax"}, "OPTIMIZER"),
-        ({"LR_SCHEDULE": "zigzag"}, "LR_SCHEDULE"),
-        ({"BATCH_SIZE": 3, "SUBDIVISIONS": 2}, "SUBDIVISIONS"),
-        ({"IMAGE_SIZE": 100}, "multiple of 32"),
-        ({"EQUATION": "yolov3"}, "yolov3"),
-        ({"CLASSES": ["cat"]}, "000005.xml.*dog"),
-        ({"PRECISION": "int8"}, "PRECISION"),
-        ({"MULTI_SCALE": [64, 100]}, "multiples of 32"),
-        ({"MULTI_SCALE": [0, 64]}, "multiples of 32"),
-        ({"EVAL_EVERY": 0}, "EVAL_EVERY must be 1 or more, not 0"),
-        ({"SUBDIVISIONS": -1}, "SUBDIVISIONS must be 1 or more, not -1"),
-        ({"REPEAT": 0}, "REPEAT must be 1 or more, not 0"),
-        ({"EPOCHS": 0}, "EPOCHS must be 1 or more, not 0"),
-    ],
-)
-def test_an_invalid_setting_of_train_is_named_in_the_error(tmp_path, monkeypatch, setting, message):
-    set_small_training(monkeypatch, tmp_path, **setting)
-    with pytest.raises(ValueError, match=message):
-        train.main()
-
-
 # ---------------------------------------------------------------- test.py
 
 
 def test_test_prints_a_table_and_writes_a_csv_and_curves(trained, tmp_path, monkeypatch, capsys):
-    set_globals(
-        monkeypatch, test_script, DATA_DIR=str(SAMPLE), IMAGE_SETS=[("2007", "one")],
-        CHECKPOINT=str(trained / "yolov2.pt"), OUTPUT=str(tmp_path / "test"), NUM_WORKERS=0, INPUT_SIZES=[64, 96],
-        PRECISION="fp32",
-    )  # fmt: skip
+    own = {"CHECKPOINT": str(trained / "yolov2.pt"), "OUTPUT": str(tmp_path / "test"), "INPUT_SIZES": [64, 96]}
+    set_globals(monkeypatch, test_script, **(DATA | own | {"IMAGE_SETS": [("2007", "one")]}))
     test_script.main()
     out = capsys.readouterr().out
-    assert all(name in out for name in ("aeroplane", "AP 11", "AP all", "AP@0.4", "mAP", "images/s", "at 96 px"))
+    assert all(name in out for name in ("dog", "AP 11", "AP all", "AP@0.4", "mAP", "images/s", "at 96 px"))
     rows = {row["class"]: row for row in read_rows(tmp_path / "test.csv")}
     assert len(rows) == 21 and float(rows["mAP"]["ap_all"]) == float(rows["dog"]["ap_all"])  # the only class with truth
     assert rows["dog"]["truths"] == "1" and rows["cat"]["truths"] == "0"
@@ -342,7 +296,7 @@ def worst_of(monkeypatch, dataset, detections, file):
 
     figures, close = [], plt.close
     monkeypatch.setattr(plt, "close", lambda figure: figures.append(figure) or close(figure))
-    truths = np.concatenate([[[i, *row] for row in dataset.ground_truth(i)[0].tolist()] for i in range(len(dataset))])
+    truths = np.concatenate([[[i, *row] for row in dataset.ground_truth(i).tolist()] for i in range(len(dataset))])
     detections = np.array(detections, float).reshape(-1, 7)
     errors = test_script.error_kinds(detections, truths, len(dataset.classes))
     count = test_script.draw_worst(dataset, detections, truths, errors, file)
@@ -356,8 +310,8 @@ def worst_of(monkeypatch, dataset, detections, file):
 
 def test_the_sheet_shows_the_8_most_confident_false_positives_and_the_4_largest_missed_objects(tmp_path, monkeypatch):
     dataset = VOCDataset(SAMPLE, [("2007", "tiny")], ANCHORS, 64)
-    dog = [name for _, name in map(dataset.ground_truth, range(len(dataset)))].index("000005")
-    box = dataset.ground_truth(dog)[0][0, 2:].tolist()
+    dog = [sample.image_id for sample in dataset.samples].index("000005")
+    box = dataset.ground_truth(dog)[0, 2:].tolist()
     corner = [1, 1, 2, 2]
     detections = [[dog, 11, 0.5, *box], [dog, 7, 0.93, *box], *([0, 0, 0.4 + k / 100, *corner] for k in range(10))]
     count, titles, boxes = worst_of(monkeypatch, dataset, detections, tmp_path / "worst.jpg")
@@ -367,7 +321,7 @@ def test_the_sheet_shows_the_8_most_confident_false_positives_and_the_4_largest_
     assert all(re.fullmatch(r"\w+: missed, image \d{6}", title) for title in titles[8:])
     np.testing.assert_allclose(boxes[0][-1], [box[0] - 1, box[1] - 1, box[2], box[3]])  # the detection is drawn last
     areas = [np.prod(patches[-1][2:] - patches[-1][:2]) for patches in boxes[8:]]
-    every = [row for i in range(len(dataset)) if i != dog for row in dataset.ground_truth(i)[0].tolist() if not row[1]]
+    every = [row for i in range(len(dataset)) if i != dog for row in dataset.ground_truth(i).tolist() if not row[1]]
     np.testing.assert_allclose(
         areas, sorted(((row[4] - row[2] + 1) * (row[5] - row[3] + 1) for row in every), reverse=True)[:4]
     )
@@ -377,24 +331,23 @@ def test_the_sheet_shows_the_8_most_confident_false_positives_and_the_4_largest_
 
 def test_the_sheet_has_more_missed_objects_if_there_are_few_false_positives(tmp_path, monkeypatch):
     dataset = VOCDataset(SAMPLE, [("2007", "tiny")], ANCHORS, 64)
-    dataset.classes = [f"{name} $x_1$" for name in VOC_CLASSES]  # no mathematics
+    dataset = dataset.changed(classes=[f"{name} $x_1$" for name in VOC_CLASSES])  # no mathematics
     count, titles, _ = worst_of(monkeypatch, dataset, [[0, 0, 0.9, 1, 1, 2, 2]], tmp_path / "worst.jpg")
     assert count == 12 and titles[0] == "aeroplane $x_1$ 0.90: background, image 000001"
     assert sum("missed" in title for title in titles) == 11
 
 
 def test_no_sheet_is_drawn_without_errors(trained, tmp_path, monkeypatch, capsys):
-    set_globals(
-        monkeypatch, test_script, DATA_DIR=str(SAMPLE), IMAGE_SETS=[("2007", "one")],
-        CHECKPOINT=str(trained / "yolov2.pt"), OUTPUT=str(tmp_path / "test"), PRECISION="fp32",
-        draw_curves=lambda *arguments: None,
-    )  # fmt: skip
+    own = {"CHECKPOINT": str(trained / "yolov2.pt"), "OUTPUT": str(tmp_path / "test"), "draw_curves": lambda *_: None}
+    set_globals(monkeypatch, test_script, **(DATA | own | {"IMAGE_SETS": [("2007", "one")]}))
     truths = np.array([[0, 11, 0, *A]], float)
     found = np.array([[0, 11, 0.9, *A], [0, 7, 0.39, *A]])  # the wrong one is below the threshold
     monkeypatch.setattr(utils, "detect_dataset", lambda *arguments: (found, truths, {"network": 1.0}))
     (tmp_path / "test_worst.jpg").write_text("of an earlier run")
     test_script.main()
-    assert "no errors at confidence 0.4 or above" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "no errors at confidence 0.4 or above" in out
+    assert "dog" in out and "cat" in out and "bird" not in out  # without classes that have no truth and no detection
     assert not (tmp_path / "test_worst.jpg").exists()
     assert [row["missed"] for row in read_rows(tmp_path / "test.csv")] == ["0"] * 20 + [""]
 
@@ -402,44 +355,48 @@ def test_no_sheet_is_drawn_without_errors(trained, tmp_path, monkeypatch, capsys
 # ---------------------------------------------------------------- detect.py
 
 
+def set_detect(monkeypatch, trained, tmp_path, **values) -> Path:
+    """detect.py reads the folder that is returned, and writes to out/."""
+    (source := tmp_path / "source").mkdir()
+    own = {"SOURCE": str(source), "CHECKPOINT": str(trained / "yolov2.pt"), "OUTPUT_DIR": str(tmp_path / "out")}
+    set_globals(monkeypatch, detect, **own, PRECISION="fp32", **values)
+    return source
+
+
 def test_detect_draws_on_images_of_every_mode(trained, tmp_path, monkeypatch, capsys):
-    photo = Image.open(SAMPLE / "VOC2007" / "JPEGImages" / "000005.jpg")
-    source = tmp_path / "source"
-    source.mkdir()
+    source = set_detect(monkeypatch, trained, tmp_path, CONFIDENCE_THRESHOLD=0.0001)
+    photo = Image.open(PHOTO)
     photo.convert("L").save(source / "grey.png")
     photo.convert("RGBA").save(source / "rgba.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # to be rotated by 90 degrees
     photo.crop((0, 0, 300, 200)).save(source / "rotated.jpg", exif=exif)
-    set_globals(
-        monkeypatch, detect, SOURCE=str(source), CHECKPOINT=str(trained / "yolov2.pt"),
-        OUTPUT_DIR=str(tmp_path / "out"), CONFIDENCE_THRESHOLD=0.0001, PRECISION="fp32",
-    )  # fmt: skip
     detect.main()
+    assert len(re.findall(r"in \d+ ms", capsys.readouterr().out)) == 3
+    assert sorted(os.listdir(tmp_path / "out")) == ["grey.jpg", "rgba.jpg", "rotated.jpg"]
+    assert Image.open(tmp_path / "out" / "rotated.jpg").size == (200, 300)
+
+
+def test_a_folder_may_mix_images_and_videos_and_unreadable_ones_are_counted(trained, tmp_path, monkeypatch, capsys):
+    source = set_detect(monkeypatch, trained, tmp_path)
+    (source / "a_broken.mp4").write_bytes(b"no video")
+    (source / "a_truncated.jpg").write_bytes(PHOTO.read_bytes()[:9000])
+    write_clip(source / "b_clip.avi", frames=3, codec="MJPG")
+    shutil.copy(PHOTO, source / "c_photo.jpg")
+    (source / "notes.txt").write_text("x")
+    with pytest.raises(SystemExit, match="2 of 4"):
+        detect.main()
     out = capsys.readouterr().out
-    assert len(re.findall(r"in \d+ ms", out)) == 3
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["grey.jpg", "rgba.jpg", "rotated.jpg"]
-    with Image.open(tmp_path / "out" / "rotated.jpg") as picture:
-        assert picture.size == (200, 300)
+    assert re.search("skipped 1 .*notes.txt", out)
+    assert len(re.findall("error: .*a_broken.mp4: ", out)) == len(re.findall("error: .*a_truncated.jpg", out)) == 1
+    assert sorted(os.listdir(tmp_path / "out")) == ["b_clip.mp4", "c_photo.jpg"]
+    assert len(read_clip(tmp_path / "out" / "b_clip.mp4")[0]) == 3
 
-
-def test_detect_skips_a_broken_image_and_reports_it(trained, tmp_path, monkeypatch, capsys):
-    source = tmp_path / "source"
-    source.mkdir()
-    data = (SAMPLE / "VOC2007" / "JPEGImages" / "000005.jpg").read_bytes()
-    (source / "a_truncated.jpg").write_bytes(data[: len(data) // 2])
-    (source / "b_good.jpg").write_bytes(data)
-    set_globals(
-        monkeypatch, detect, SOURCE=str(source), CHECKPOINT=str(trained / "yolov2.pt"), OUTPUT_DIR=str(tmp_path / "out")
-    )
-    with pytest.raises(SystemExit, match="1 of 2"):
-        detect.main()
-    assert "a_truncated.jpg" in capsys.readouterr().out
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["b_good.jpg"]
-
-    (source / "b_good.png").write_bytes(data)
-    with pytest.raises(ValueError, match="b_good.jpg: 2 files of .* would be drawn to it"):
-        detect.main()
+    for twin, drawing in (("c_photo.png", r"c_photo\.jpg"), ("b_clip.mp4", r"b_clip\.mp4")):
+        shutil.copy(source / "a_truncated.jpg", source / twin)
+        with pytest.raises(ValueError, match=rf"{drawing}: 2 files"):
+            detect.main()
+        (source / twin).unlink()
 
 
 # ---------------------------------------------------------------- detect.py on videos
@@ -525,15 +482,18 @@ def check_boxes(frames):
         assert not lower[: y2 - 32, x1 + 3 : x2 - 2].any(), index  # the box is not filled
 
 
-@pytest.mark.parametrize(("name", "codec"), [("clip.mp4", "mp4v"), ("clip.AVI", "MJPG")])
-def test_a_video_is_written_with_its_size_and_rate_and_a_box_around_the_object_in_each_frame(
-    name, codec, squares, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize(
+    ("name", "codec", "rate"),
+    [("clip.mp4", "mp4v", 12.5), *(("clip.AVI", "MJPG", rate) for rate in (23.976, 29.97, 119.763, 239.76))],
+)
+def test_a_video_keeps_its_size_and_rate_and_gets_a_box_around_the_object_in_each_frame(
+    name, codec, rate, squares, tmp_path, monkeypatch, capsys
 ):
-    write_clip(tmp_path / name, codec=codec)
+    write_clip(tmp_path / name, rate=rate, codec=codec)
     monkeypatch.setattr(detect, "SOURCE", str(tmp_path / name))
     detect.main()
-    frames, rate = read_clip(tmp_path / "out" / "clip.mp4")
-    assert len(frames) == 12 and rate == pytest.approx(12.5)
+    frames, written_rate = read_clip(tmp_path / "out" / "clip.mp4")
+    assert len(frames) == 12 and written_rate == pytest.approx(rate, abs=0.05)
     assert {frame.shape for frame in frames} == {(48, 64, 3)}
     check_boxes(frames)
     assert re.search(rf"{name}: 12 b in 12 frames and \d+\.\d s -> .*clip\.mp4", capsys.readouterr().out)
@@ -559,32 +519,9 @@ def test_a_video_without_a_frame_is_one_sentence_that_names_it(squares, tmp_path
         monkeypatch.setattr(detect, "SOURCE", str(tmp_path / name))
         with pytest.raises(SystemExit) as stop, utils.plain_errors():
             detect.main()
-        assert re.fullmatch(rf"error: .*{name}: no video frame could be read; .*", stop.value.code)
+        assert re.fullmatch(rf"error: .*{name}: .*", stop.value.code)
     assert capfd.readouterr() == ("", "")  # nor any message of FFmpeg
     assert os.listdir(tmp_path / "out") == []
-
-
-def test_a_folder_may_mix_images_and_videos_and_unreadable_ones_are_counted(trained, tmp_path, monkeypatch, capsys):
-    source = tmp_path / "source"
-    source.mkdir()
-    (source / "a_broken.mp4").write_bytes(b"no video")
-    write_clip(source / "b_clip.avi", frames=3, codec="MJPG")
-    shutil.copy(SAMPLE / "VOC2007" / "JPEGImages" / "000005.jpg", source / "c_photo.jpg")
-    (source / "notes.txt").write_text("x")
-    set_globals(
-        monkeypatch, detect, SOURCE=str(source), CHECKPOINT=str(trained / "yolov2.pt"), OUTPUT_DIR=str(tmp_path / "out")
-    )
-    with pytest.raises(SystemExit, match="1 of 3 files could not be read"):
-        detect.main()
-    out = capsys.readouterr().out
-    assert "skipped 1 files that are not images or videos (first: notes.txt)" in out
-    assert len(re.findall("error: .*a_broken.mp4: no video frame", out)) == 1
-    assert sorted(os.listdir(tmp_path / "out")) == ["b_clip.mp4", "c_photo.jpg"]
-    assert len(read_clip(tmp_path / "out" / "b_clip.mp4")[0]) == 3
-
-    write_clip(source / "b_clip.mp4", frames=1)
-    with pytest.raises(ValueError, match=r"b_clip\.mp4: 2 files of .* would be drawn to it"):
-        detect.main()
 
 
 def test_a_video_never_replaces_its_source(squares, tmp_path, monkeypatch):
@@ -592,7 +529,7 @@ def test_a_video_never_replaces_its_source(squares, tmp_path, monkeypatch):
     write_clip(tmp_path / "out" / "clip.mp4", frames=2)
     before = (tmp_path / "out" / "clip.mp4").read_bytes()
     monkeypatch.setattr(detect, "SOURCE", str(tmp_path / "out"))
-    with pytest.raises(ValueError, match=r"clip\.mp4: a drawing would replace this source"):
+    with pytest.raises(ValueError, match=r"clip\.mp4: .*replace"):
         detect.main()
     assert (tmp_path / "out" / "clip.mp4").read_bytes() == before
 
@@ -624,14 +561,17 @@ def test_an_error_in_the_middle_of_a_video_leaves_the_older_file(squares, tmp_pa
     assert (tmp_path / "out" / "clip.mp4").read_bytes() == b"older"
 
 
-def test_a_video_that_cannot_be_written_is_an_error_that_names_it(squares, tmp_path, monkeypatch):
+def test_a_video_or_folder_that_cannot_be_written_is_an_error_that_names_it(squares, tmp_path, monkeypatch):
     write_clip(tmp_path / "wide.avi", frames=2, size=(8200, 48), codec="MJPG")  # MPEG-4 has at most 8191 columns
     monkeypatch.setattr(detect, "SOURCE", str(tmp_path / "wide.avi"))
-    with pytest.raises(
-        ValueError, match=r"wide\.avi: could not be stored as MPEG-4 \(8200 x 48 pixels, 12\.5 frames per second\)"
-    ):
+    with pytest.raises(ValueError, match=r"wide\.avi: .*8200 x 48 pixels"):
         detect.main()
     assert os.listdir(tmp_path / "out") == []
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(detect, "OUTPUT_DIR", str(tmp_path / "file"))
+    with pytest.raises(OSError, match=re.escape(f"{tmp_path / 'file'}: ")):
+        detect.main()
+    assert squares.calls <= 2  # found before detecting
 
 
 def test_a_video_that_does_not_fit_on_the_disk_is_an_error(squares, tmp_path, monkeypatch):
@@ -646,27 +586,9 @@ def test_a_video_that_does_not_fit_on_the_disk_is_an_error(squares, tmp_path, mo
 
     monkeypatch.setattr(cv2, "VideoWriter", open_writer)
     monkeypatch.setattr(detect, "SOURCE", str(tmp_path / "clip.mp4"))
-    with pytest.raises(OSError, match=r"clip\.mp4: could not be written \(0 of 3 frames\)"):
+    with pytest.raises(OSError, match=r"clip\.mp4: .*0 of 3 frames"):
         detect.main()
     assert os.listdir(tmp_path / "out") == []
-
-
-@pytest.mark.parametrize("rate", [23.976, 29.97, 119.763, 239.76])
-def test_every_frame_rate_becomes_one_that_mpeg_4_has(rate, squares, tmp_path, monkeypatch):
-    write_clip(tmp_path / "clip.avi", frames=3, rate=rate, codec="MJPG")
-    monkeypatch.setattr(detect, "SOURCE", str(tmp_path / "clip.avi"))
-    detect.main()
-    frames, written_rate = read_clip(tmp_path / "out" / "clip.mp4")
-    assert len(frames) == 3 and written_rate == pytest.approx(rate, abs=0.05)
-
-
-def test_a_folder_that_cannot_be_written_is_found_before_detecting(squares, tmp_path, monkeypatch):
-    write_clip(tmp_path / "clip.mp4", frames=1)
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(detect, "SOURCE", str(tmp_path / "clip.mp4"))
-    monkeypatch.setattr(detect, "OUTPUT_DIR", str(tmp_path / "file"))
-    with pytest.raises(OSError, match="could not be written .*choose another place"):
-        detect.main()
 
 
 def test_a_folder_of_digits_is_no_camera(tmp_path, monkeypatch):
@@ -741,46 +663,49 @@ def run_here(script, *words):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "named"),
     [
         (("train.py", "DATA_DIR=/nowhere/voc"), "/nowhere/voc"),
-        (("train.py", "EPOCHS=many"), "EPOCHS must be int"),
-        (("train.py", "EPOCH=3"), "unknown setting 'EPOCH'"),
+        (("train.py", "EPOCHS=many"), "EPOCHS .*'many'"),
+        (("train.py", "EPOCHS=0"), "EPOCHS"),
+        (("train.py", "IMAGE_SETS=[('2007','one')]", "CLASSES=['cat']"), "000005.xml.*dog"),
         (("test.py", "CHECKPOINT=/nowhere/yolov2.pt"), "/nowhere/yolov2.pt"),
-        (("test.py", "OUTPUT=runs/"), "OUTPUT is the start of three file names, such as runs/test, not 'runs/'"),
+        (("test.py", "OUTPUT=runs/"), "OUTPUT .*'runs/'"),
         (("detect.py", "SOURCE=/nowhere/street.jpg"), "/nowhere/street.jpg"),
-        (("detect_txt.py", "OUTPUT_DIR="), "'' is not the name of a file or folder"),
-        (("detect_txt.py", "IMAGE_SIZE=0"), "IMAGE_SIZE must be a multiple of 32"),
+        (("detect_txt.py", "OUTPUT_DIR="), "'' .*OUTPUT_DIR"),
         (("dataset.py", "IMAGE_SETS=[('2007','nothing')]"), "nothing.txt"),
-        (("model.py", "OUTPUT=runs/yolov2.weights"), "OUTPUT needs CHECKPOINT"),
+        (("model.py", "OUTPUT=runs/yolov2.weights"), "OUTPUT .*CHECKPOINT"),
         (("model.py", "CHECKPOINT=/nowhere/yolov2.pt"), "/nowhere/yolov2.pt"),
-        (
-            ("model.py", "CHECKPOINT=runs/yolov2.pt", "OUTPUT=runs/yolov2.onnx"),
-            "runs/yolov2.onnx: OUTPUT must end in .weights",
-        ),
-        (("model.py", "CHECKPOINT=x.weights", "OUTPUT=./x.weights"), "./x.weights: OUTPUT would replace CHECKPOINT"),
-        (("model.py", "IMAGE_SIZE=100"), "IMAGE_SIZE must be a multiple of 32"),
-        (("model.py", "ANCHORS=[]"), "unknown setting 'ANCHORS'; the known ones are CHECKPOINT, OUTPUT, IMAGE_SIZE"),
-        (("darknet_model.py", "CHECKPOINT=x.pt", "OUTPUT=x.cfg"), "x.cfg: OUTPUT must end in .weights or .conv.23"),
-        (("darknet_model.py", "IMAGE_SIZE=0"), "IMAGE_SIZE must be a multiple of 32"),
+        (("model.py", "CHECKPOINT=runs/yolov2.pt", "OUTPUT=runs/yolov2.onnx"), "runs/yolov2.onnx: .*OUTPUT"),
+        (("model.py", "CHECKPOINT=x.weights", "OUTPUT=./x.weights"), "./x.weights: OUTPUT .*CHECKPOINT"),
+        (("model.py", "ANCHORS=[]"), "'ANCHORS'.* CHECKPOINT, OUTPUT, IMAGE_SIZE"),
+        (("darknet_model.py", "CHECKPOINT=x.pt", "OUTPUT=x.cfg"), "x.cfg: .*OUTPUT"),
+        (("darknet_model.py", "IMAGE_SIZE=0"), "IMAGE_SIZE"),
     ],
 )
-def test_bad_input_exits_with_a_one_line_error(words, message):
+def test_bad_input_exits_with_a_one_line_error(words, named):
     result = run_here(*words)
     assert result.returncode == 1
-    assert message in result.stderr and "Traceback" not in result.stderr
+    assert re.search(named, result.stderr) and "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "script", ["train.py", "test.py", "detect.py", "detect_txt.py", "dataset.py", "model.py", "darknet_train.py"]
+)
+def test_help_prints_the_settings_as_they_are_in_the_file(script):
+    result = run_here(script, "--help")
+    *_, settings = result.stdout.strip().partition("NAME=value):\n\n")
+    assert result.returncode == 0 and settings in (ROOT / script).read_text()
+    assert re.search("^[A-Z_]+ = .*  # ", settings, re.MULTILINE) and "def " not in settings
 
 
 def test_model_py_and_darknet_model_py_refuse_checkpoints_of_the_other_network(trained, tmp_path):
     state = Darknet19(num_classes=3).state_dict()
     utils.save_checkpoint(tmp_path / "classifier.pt", model=state, classes=["a", "b", "c"], image_size=64)
-    for script, checkpoint, message in (
-        ("model.py", tmp_path / "classifier.pt", "classifier.pt: holds a classifier"),
-        ("darknet_model.py", trained / "yolov2.pt", "yolov2.pt: not a checkpoint of darknet_train"),
-    ):
-        result = run_here(script, f"CHECKPOINT={checkpoint}", f"OUTPUT={tmp_path}/x.weights")
-        assert result.returncode == 1 and message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    for script, file in (("model.py", tmp_path / "classifier.pt"), ("darknet_model.py", trained / "yolov2.pt")):
+        result = run_here(script, f"CHECKPOINT={file}", f"OUTPUT={tmp_path}/x.weights")
+        assert result.returncode == 1 and f"{file}: " in result.stderr and result.stderr.count("\n") == 1
     assert not list(tmp_path.glob("x*"))
 
 
@@ -815,26 +740,17 @@ def run(*words):
     )
 
 
-def train_on_a_truncated_image(folder, workers, run_script):
-    for name in ("JPEGImages/000005.jpg", "Annotations/000005.xml", "ImageSets/Main/one.txt"):
-        data, file = (SAMPLE / "VOC2007" / name).read_bytes(), folder / "VOC2007" / name
-        file.parent.mkdir(parents=True)
-        file.write_bytes(data[: len(data) // 2] if name.endswith(".jpg") else data)
-    words = [
-        f"DATA_DIR={folder}",
-        "IMAGE_SETS=[('2007','one')]",
-        "VAL_IMAGE_SETS=[]",
-        "IMAGE_SIZE=32",
-        f"NUM_WORKERS={workers}",
-    ]
-    return run_script("train.py", *words, f"CHECKPOINT={folder}/y.pt")
+def train_on_a_truncated_image(folder):
+    shutil.copytree(SAMPLE / "VOC2007", folder / "VOC2007")
+    (folder / "VOC2007/JPEGImages/000005.jpg").write_bytes(PHOTO.read_bytes()[:9000])
+    words = [f"DATA_DIR={folder}", "IMAGE_SETS=[('2007','one')]", "IMAGE_SIZE=32", "NUM_WORKERS=1"]
+    return run("train.py", *words, f"CHECKPOINT={folder}/y.pt")
 
 
 def train_and_detect(folder):
     words = ["IMAGE_SETS=[('2007','one')]", "IMAGE_SIZE=64", "EPOCHS=1", "REPEAT=2", "BATCH_SIZE=2", "NUM_WORKERS=1"]
     yield run("train.py", *words, "VAL_IMAGE_SETS=[]", f"CHECKPOINT={folder}/y.pt")
-    source = "data_samples/voc/VOC2007/JPEGImages/000005.jpg"
-    yield run("detect.py", f"CHECKPOINT={folder}/y.pt", f"OUTPUT_DIR={folder}/d", f"SOURCE={source}")
+    yield run("detect.py", f"CHECKPOINT={folder}/y.pt", f"OUTPUT_DIR={folder}/d", f"SOURCE={PHOTO}")
 
 
 def import_without_network():
@@ -853,20 +769,15 @@ def processes(tmp_path_factory):
         yield {
             "folder": folder,
             "train and detect": pool.submit(lambda: list(train_and_detect(folder))),
-            "truncated image": pool.submit(train_on_a_truncated_image, folder / "truncated", 1, run),
+            "truncated image": pool.submit(train_on_a_truncated_image, folder / "truncated"),
             "import": pool.submit(import_without_network),
         }
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_truncated_image_stops_the_training_and_is_named(workers, tmp_path, request):
-    if workers:
-        result = request.getfixturevalue("processes")["truncated image"].result()
-    else:
-        result = train_on_a_truncated_image(tmp_path, workers, run_here)
+def test_a_truncated_image_stops_the_training_and_is_named(processes):
+    result = processes["truncated image"].result()
     assert result.returncode == 1
-    assert result.stderr.strip().startswith("error: ") and len(result.stderr.strip().splitlines()) == 1, result.stderr
-    assert "000005.jpg" in result.stderr and "truncated" in result.stderr
+    assert re.fullmatch("error: .*000005.jpg.*truncated.*", result.stderr.strip())  # one line
 
 
 def test_scripts_run_from_the_command_line(processes):
@@ -891,16 +802,9 @@ def test_importing_the_scripts_does_not_use_the_network(processes):
 
 def test_the_files_of_detect_txt_give_the_average_precisions_of_test(trained, tmp_path, monkeypatch, capsys):
     """The comp4 files hold unrounded boxes and give test.py's APs; the files with whole pixels give nearly the same."""
-    data = {
-        "DATA_DIR": str(SAMPLE),
-        "IMAGE_SETS": [("2007", "tiny")],
-        "CHECKPOINT": str(trained / "yolov2.pt"),
-        "NUM_WORKERS": 0,
-    }
-    set_globals(
-        monkeypatch, test_script, **data, OUTPUT=str(tmp_path / "test"), PRECISION="fp32", CONFIDENCE_THRESHOLD=1e-4
-    )
-    set_globals(monkeypatch, detect_txt, **data, OUTPUT_DIR=str(tmp_path), PRECISION="fp32", CONFIDENCE_THRESHOLD=1e-4)
+    common = {"CHECKPOINT": str(trained / "yolov2.pt"), "CONFIDENCE_THRESHOLD": 1e-4, **DATA}
+    set_globals(monkeypatch, test_script, OUTPUT=str(tmp_path / "test"), **common)
+    set_globals(monkeypatch, detect_txt, OUTPUT_DIR=str(tmp_path), **common)
     for name in ("draw_curves", "draw_worst"):  # they take three seconds
         monkeypatch.setattr(test_script, name, lambda *arguments: None)
     test_script.main()
@@ -924,7 +828,7 @@ def test_the_files_of_detect_txt_give_the_average_precisions_of_test(trained, tm
     assert len(exact) == len(rounded) > 0
 
     dataset = VOCDataset(SAMPLE, [("2007", "tiny")], ANCHORS, 64)
-    difficult = [[i, *row] for i in range(len(dataset)) for row in dataset.ground_truth(i)[0].tolist() if row[1]]
+    difficult = [[i, *row] for i in range(len(dataset)) for row in dataset.ground_truth(i).tolist() if row[1]]
     assert difficult  # the list has some, and by default the files leave them out
     *rows, mean = read_rows(tmp_path / "test.csv")
     expected = [float(row["ap_all"]) for row in rows]
@@ -939,11 +843,8 @@ def test_the_files_of_detect_txt_give_the_average_precisions_of_test(trained, tm
 
 def test_detect_txt_marks_difficult_objects_if_asked(trained, tmp_path, monkeypatch):
     """Image 000014 of the sample has difficult objects."""
-    set_globals(
-        monkeypatch, detect_txt, DATA_DIR=str(SAMPLE), IMAGE_SETS=[("2007", "tiny")],
-        CHECKPOINT=str(trained / "yolov2.pt"), NUM_WORKERS=0, OUTPUT_DIR=str(tmp_path), PRECISION="fp32",
-        MARK_DIFFICULT=True, CONFIDENCE_THRESHOLD=1.0,
-    )  # fmt: skip
+    own = {"CHECKPOINT": str(trained / "yolov2.pt"), "OUTPUT_DIR": str(tmp_path), "MARK_DIFFICULT": True}
+    set_globals(monkeypatch, detect_txt, **DATA, **own, CONFIDENCE_THRESHOLD=1.0)
     detect_txt.main()
     lines = [line for file in (tmp_path / "groundtruths").iterdir() for line in file.read_text().splitlines()]
     marked = [line for line in lines if line.endswith(" difficult")]
@@ -954,7 +855,7 @@ def test_detect_txt_marks_difficult_objects_if_asked(trained, tmp_path, monkeypa
     stray = tmp_path / "groundtruths" / "street.txt"  # of a run over other images
     stray.write_text("cat 1 1 9 9\n")
     monkeypatch.setattr(utils, "detect_dataset", None)  # refused before the detection
-    with pytest.raises(ValueError, match="street.txt: left by a run over other images"):
+    with pytest.raises(ValueError, match="street.txt: .*OUTPUT_DIR"):
         detect_txt.main()
     assert stray.read_text() == "cat 1 1 9 9\n"
 
@@ -985,33 +886,20 @@ def run_perfect_detector(monkeypatch, root, image_sets, classes, **options) -> l
     confidence of sigmoid(4)."""
     data = VOCDataset(root, image_sets, ANCHORS, 128, classes, **options)
     monkeypatch.setattr(detect_txt, "load_detector", lambda *_, **__: (PerfectDetector(data), classes, ANCHORS, 128))
-    set_globals(
-        monkeypatch, detect_txt, DATA_DIR=str(root), IMAGE_SETS=image_sets, BATCH_SIZE=1, NUM_WORKERS=0,
-        OUTPUT_DIR=str(root / "out"), PRECISION="fp32",
-    )  # fmt: skip
+    own = {"DATA_DIR": str(root), "IMAGE_SETS": image_sets, "BATCH_SIZE": 1, "OUTPUT_DIR": str(root / "out")}
+    set_globals(monkeypatch, detect_txt, **(DATA | own))
     detect_txt.main()
     return json.loads((root / "out/coco_results.json").read_text())
 
 
-def write_coco(root, annotations, size=(200, 160)) -> Path:
-    """annotations/instances_val2017.json with the images 30 and 7, val2017/*.png of 200 x 160 pixels, and the
-    categories 18, 3 and 90; annotations are rows (image id, category id, bbox, iscrowd), size is the declared one."""
-    for folder in ("annotations", "val2017"):
-        (root / folder).mkdir()
-    images = [
-        {"id": number, "file_name": f"{number:012d}.png", "width": size[0], "height": size[1]} for number in (30, 7)
-    ]
-    for image in images:
-        Image.new("RGB", (200, 160), (90, 120, 30)).save(root / "val2017" / image["file_name"])
-    keys = ("image_id", "category_id", "bbox", "iscrowd")
-    rows = [
-        {"id": n, **dict(zip(keys, row, strict=True)), "area": row[2][2] * row[2][3]}
-        for n, row in enumerate(annotations, 1)
-    ]
-    categories = [{"id": number, "name": name} for number, name in ((18, "dog"), (3, "car"), (90, "toothbrush"))]
-    file = root / "annotations/instances_val2017.json"
-    file.write_text(json.dumps({"info": {}, "images": images, "annotations": rows, "categories": categories}))
-    return file
+SETS = ["annotations/instances_val2017.json"]
+
+
+def write_val2017(root, boxes, numbers=(30, 7), **options) -> Path:
+    """The images `numbers` of val2017/ (200 x 160 pixels) and their COCO file, with the categories 18, 3 and 90."""
+    images = [(number, f"{number:012d}.png") for number in numbers]
+    names = {18: "dog", 3: "car", 90: "toothbrush"}
+    return write_coco(root, images, boxes, names, SETS[0], (200, 160), "val2017", **options)
 
 
 COCO_BOXES = [
@@ -1025,21 +913,21 @@ COCO_BOXES = [
 
 def test_coco_results_have_the_ids_and_boxes_of_the_coco_file(tmp_path, monkeypatch):
     """The detector's classes have another order than the file's categories, and one more."""
-    write_coco(tmp_path, COCO_BOXES)
+    write_val2017(tmp_path, COCO_BOXES)
     classes = ["zebra", "toothbrush", "car", "dog"]
-    results = run_perfect_detector(monkeypatch, tmp_path, ["annotations/instances_val2017.json"], classes)
+    results = run_perfect_detector(monkeypatch, tmp_path, SETS, classes)
     found = sorted((row["image_id"], row["category_id"], row["bbox"]) for row in results)
     expected = sorted((image, category, box) for image, category, box, crowd in COCO_BOXES if not crowd)
     assert [row[:2] for row in found] == [row[:2] for row in expected]
     np.testing.assert_allclose([row[2] for row in found], [row[2] for row in expected], atol=0.002)
     assert {row["score"] for row in results} == {round(1 / (1 + math.exp(-4)), 6)}
     truths = (tmp_path / "out/groundtruths/000000000030.txt").read_text().splitlines()
-    assert truths == ["dog 11 21 51 81", "car 152 101 201 161"]
+    assert truths == ["dog 11 21 51 81", "car 152 101 200 160"]
 
 
 def test_coco_results_are_in_pixels_of_the_size_that_the_file_declares(tmp_path, monkeypatch):
-    write_coco(tmp_path, [(7, 3, [20, 40, 80, 100], 0)], size=(400, 320))  # the images are half as large
-    (result,) = run_perfect_detector(monkeypatch, tmp_path, ["annotations/instances_val2017.json"], ["car"])
+    write_val2017(tmp_path, [(7, 3, [20, 40, 80, 100], 0)], declared=(400, 320))  # the images are half as large
+    (result,) = run_perfect_detector(monkeypatch, tmp_path, SETS, ["car"])
     np.testing.assert_allclose(result["bbox"], [20, 40, 80, 100], atol=0.002)
 
 
@@ -1052,34 +940,33 @@ def test_coco_results_of_other_data_sets_have_file_names_and_class_numbers(tmp_p
     np.testing.assert_allclose(result["bbox"], [75, 40, 50, 80], atol=0.002)
 
 
-def test_classes_that_the_coco_file_lacks_are_left_out_of_its_results():
-    frames = [(5, [None, 18], (100, 100), (100, 100))]
-    detections = np.array([[0, 0, 0.9, 1, 1, 11, 11], [0, 1, 0.8, 1, 1, 100, 51]])
-    assert detect_txt.coco_results(frames, detections) == [
-        {"image_id": 5, "category_id": 18, "bbox": [0.0, 0.0, 100.0, 50.0], "score": 0.8}
+def test_classes_that_the_coco_file_lacks_are_left_out_of_its_results(tmp_path, monkeypatch):
+    write_val2017(tmp_path, [])
+    set_globals(monkeypatch, detect_txt, DATA_DIR=str(tmp_path), IMAGE_SETS=SETS)
+    sample = VOCDataset(tmp_path, SETS, ANCHORS, 64, ["zebra", "dog"]).samples[0]
+    detections = np.array([[0, 0, 0.9, 1, 1, 11, 11], [0, 1, 0.8, 1, 1, 200, 51]])
+    assert detect_txt.coco_results(detections, [sample], ["zebra", "dog"]) == [
+        {"image_id": 30, "category_id": 18, "bbox": [0.0, 0.0, 200.0, 50.0], "score": 0.8}
     ]
 
 
-def test_two_coco_files_with_the_same_image_ids_are_refused(tmp_path, monkeypatch):
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        write_coco(tmp_path / name, [])
-        for number in (30, 7):
-            (tmp_path / name / f"val2017/{number:012d}.png").rename(tmp_path / name / f"val2017/{name}{number}.png")
-        file = tmp_path / name / "annotations/instances_val2017.json"
-        file.write_text(re.sub(r'"0{10,}(\d+\.png)', rf'"{name}\1', file.read_text()))
-    sets = [f"{name}/annotations/instances_val2017.json" for name in ("one", "two")]
-    with pytest.raises(ValueError, match="two images have the id 30"):
+@pytest.mark.parametrize(("ids", "kind"), [((30, 7), "name"), ((30, 30), "id")])
+def test_two_coco_files_with_the_same_image_names_or_ids_are_refused(ids, kind, tmp_path, monkeypatch):
+    sets = []
+    for name, number in zip(("one", "two"), ids, strict=True):
+        image = f"{name if kind == 'id' else 'frame'}.png"
+        write_coco(tmp_path / name, [(number, image)], [(number, 3, [9, 9, 50, 50])], {3: "car"})
+        sets.append(f"{name}/train.json")
+    with pytest.raises(ValueError, match=rf"IMAGE_SETS.*\b{kind} (30|'frame')"):
         run_perfect_detector(monkeypatch, tmp_path, sets, ["car"])
 
 
 def test_detections_of_a_coco_file_without_annotations_are_written(tmp_path, monkeypatch, capsys):
-    file = write_coco(tmp_path, COCO_BOXES)
+    file = write_val2017(tmp_path, COCO_BOXES)
     content = json.loads(file.read_text())
     del content["annotations"]
     file.write_text(json.dumps(content))
-    sets, unlabelled = ["annotations/instances_val2017.json"], {"tolerate": ["missing labels"]}
-    assert run_perfect_detector(monkeypatch, tmp_path, sets, ["car"], **unlabelled) == []
+    assert run_perfect_detector(monkeypatch, tmp_path, SETS, ["car"], tolerate=["missing labels"]) == []
     assert "no ground truth is written" in capsys.readouterr().out
     assert sorted(os.listdir(tmp_path / "out")) == ["coco_results.json", "comp4_det_test_car.txt", "detections"]
 
@@ -1087,8 +974,8 @@ def test_detections_of_a_coco_file_without_annotations_are_written(tmp_path, mon
 def test_pycocotools_gives_a_perfect_detector_an_average_precision_of_1(tmp_path, monkeypatch):
     coco = pytest.importorskip("pycocotools.coco")
     cocoeval = pytest.importorskip("pycocotools.cocoeval")
-    file = write_coco(tmp_path, COCO_BOXES)
-    run_perfect_detector(monkeypatch, tmp_path, ["annotations/instances_val2017.json"], ["dog", "toothbrush", "car"])
+    file = write_val2017(tmp_path, COCO_BOXES)
+    run_perfect_detector(monkeypatch, tmp_path, SETS, ["dog", "toothbrush", "car"])
     truths = coco.COCO(str(file))
     evaluation = cocoeval.COCOeval(truths, truths.loadRes(str(tmp_path / "out/coco_results.json")), "bbox")
     evaluation.evaluate()
@@ -1108,23 +995,14 @@ def test_the_walkthrough_draws_what_the_network_says(trained, tmp_path, monkeypa
     monkeypatch.setattr(
         walkthrough.plt.Figure, "savefig", lambda figure, *a, **k: (figures.append(figure), save(figure, *a, **k))
     )
-    set_globals(
-        monkeypatch,
-        walkthrough,
-        CHECKPOINT=str(trained / "yolov2.pt"),
-        FILE=tmp_path / "walkthrough.png",
-        THRESHOLD=0.0,
-    )
+    own = {"CHECKPOINT": str(trained / "yolov2.pt"), "FILE": tmp_path / "walkthrough.png", "THRESHOLD": 0.0}
+    set_globals(monkeypatch, walkthrough, **own)
     walkthrough.main()
-    with (
-        Image.open(tmp_path / "walkthrough.png") as picture,
-        Image.open(ROOT / "images" / "walkthrough.png") as committed,
-    ):
-        assert picture.size == committed.size
+    assert Image.open(tmp_path / "walkthrough.png").size == Image.open(ROOT / "images/walkthrough.png").size
     texts = [text.get_text() for text in figures[0].findobj(matplotlib.text.Text)]
     assert [title.split("  ")[0] for title in texts if re.match(r"\d  ", title)] == list("12345678")
     data = VOCDataset(SAMPLE, [("2007", "tiny")], ANCHORS, 64)
-    index = [Path(file).stem for file, _ in data.samples].index("000003")
+    index = [sample.image_id for sample in data.samples].index("000003")
     objects = data[index][1][..., 3:5][data[index][1][..., 0] > 0]  # (M, 2) width and height in cells
     assert f"{len(objects)} objects" in capsys.readouterr().out
     for anchor, iou in enumerate(dataset.shape_iou(objects, ANCHORS)[objects.prod(dim=1).argmax()].tolist()):

@@ -1,11 +1,12 @@
 """Settings, schedules, optimiser groups, checkpoints, logs, charts, drawing and detect.py's search for images."""
 
-import csv
 import io
 import math
 import os
 import pickle
 import re
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,114 +22,101 @@ import utils
 
 # ---------------------------------------------------------------- settings of a script
 
+SCRIPT = '''"""Trains something."""
+import os
+from pathlib import Path
 
-def script_globals(**extra) -> dict:
+# data
+DATA_DIR = "data"  # a folder, or EPOCHS = 4
+IMAGE_SETS = [
+    ("2007", "train"),  # on lines of its own
+]
+SIZES = (320, 352)
+# run
+EPOCHS = 10
+LEARNING_RATE = 0.1  # the paper's
+RESUME = False
+WIDTH = None  # None for the checkpoint's own
+_HIDDEN = 1
+
+
+def helper():
+    pass
+
+
+LATER = 1
+'''
+NAMES = ["DATA_DIR", "IMAGE_SETS", "SIZES", "EPOCHS", "LEARNING_RATE", "RESUME", "WIDTH"]
+
+
+@pytest.fixture
+def settings(tmp_path) -> dict:
     """A script's globals(), with one setting of each type."""
-    return {
-        "__doc__": "Trains something.",
-        "__file__": "/somewhere/train.py",
-        "_HIDDEN": 1,
-        "helper": print,
-        "DATA_DIR": "data",
-        "IMAGE_SETS": [("2007", "train")],
-        "SIZES": (320, 352),
-        "EPOCHS": 10,
-        "LEARNING_RATE": 0.1,
-        "RESUME": False,
-        "WIDTH": None,
-        **extra,
-    }
+    (tmp_path / "train.py").write_text(SCRIPT)
+    return runpy.run_path(str(tmp_path / "train.py"))
 
 
 @pytest.mark.parametrize(
-    ("word", "name", "expected"),
+    ("words", "changed"),
     [
-        ("EPOCHS=3", "EPOCHS", 3),
-        ("EPOCHS=-1", "EPOCHS", -1),
-        ("LEARNING_RATE=1e-3", "LEARNING_RATE", 0.001),
-        ("LEARNING_RATE=1", "LEARNING_RATE", 1.0),  # an int is accepted for a float
-        ("RESUME=True", "RESUME", True),
-        ("DATA_DIR=/data/my VOC", "DATA_DIR", "/data/my VOC"),  # text without quotes
-        ("DATA_DIR='/data/VOC'", "DATA_DIR", "/data/VOC"),  # and with them
-        ("DATA_DIR=a=b", "DATA_DIR", "a=b"),
-        ("DATA_DIR=7", "DATA_DIR", "7"),  # a folder may be called 7
-        ("DATA_DIR=", "DATA_DIR", ""),
-        ("WIDTH=416", "WIDTH", 416),
-        ("WIDTH=None", "WIDTH", None),
-        (
-            "IMAGE_SETS=[('2007','trainval'),('2012','trainval')]",
-            "IMAGE_SETS",
-            [("2007", "trainval"), ("2012", "trainval")],
-        ),
-        ("IMAGE_SETS=['mine.csv']", "IMAGE_SETS", ["mine.csv"]),
-        ("SIZES=[416]", "SIZES", [416]),  # a list is accepted for a tuple
+        ([], {}),
+        (["EPOCHS=3"], {"EPOCHS": 3}),
+        (["EPOCHS=3", "DATA_DIR=x", "EPOCHS=4"], {"EPOCHS": 4, "DATA_DIR": "x"}),  # the last one wins
+        (["LEARNING_RATE=1e-3"], {"LEARNING_RATE": 0.001}),
+        (["LEARNING_RATE=1"], {"LEARNING_RATE": 1.0}),  # an int is accepted for a float
+        (["RESUME=True"], {"RESUME": True}),
+        (["DATA_DIR=/data/my VOC"], {"DATA_DIR": "/data/my VOC"}),  # text without quotes
+        (["DATA_DIR='/data/VOC'"], {"DATA_DIR": "/data/VOC"}),  # and with them
+        (["DATA_DIR=a=b"], {"DATA_DIR": "a=b"}),
+        (["DATA_DIR=7"], {"DATA_DIR": "7"}),  # a folder may be called 7
+        (["DATA_DIR="], {"DATA_DIR": ""}),
+        (["WIDTH=416"], {"WIDTH": 416}),
+        (["WIDTH=None"], {"WIDTH": None}),
+        (["IMAGE_SETS=[('2007','val'),('2012','val')]"], {"IMAGE_SETS": [("2007", "val"), ("2012", "val")]}),
+        (["IMAGE_SETS=mine.csv"], {"IMAGE_SETS": "mine.csv"}),  # a list's file
+        (["SIZES=[416]"], {"SIZES": [416]}),  # a list is accepted for a tuple
     ],
 )
-def test_a_command_line_argument_sets_a_global(word, name, expected):
-    settings = script_globals()
-    utils.override_globals(settings, [word])
-    assert settings[name] == expected and type(settings[name]) is type(expected)
-    assert {key: value for key, value in settings.items() if key != name} == {
-        key: value for key, value in script_globals().items() if key != name
-    }
-
-
-def test_the_last_argument_wins_and_without_arguments_nothing_changes():
-    settings = script_globals()
-    utils.override_globals(settings, [])
-    assert settings == script_globals()
-    utils.override_globals(settings, ["EPOCHS=3", "DATA_DIR=x", "EPOCHS=4"])
-    assert (settings["EPOCHS"], settings["DATA_DIR"]) == (4, "x")  # the last argument wins
+def test_command_line_arguments_set_globals(words, changed, settings):
+    before = dict(settings)
+    utils.override_globals(settings, words)
+    assert settings == before | changed
+    assert [type(settings[name]) for name in changed] == [type(value) for value in changed.values()]
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
+    "word",
     [
-        ("EPOCHS=1.5", "EPOCHS must be int"),
-        ("EPOCHS=many", "EPOCHS must be int"),
-        ("EPOCHS=True", "EPOCHS must be int"),
-        ("EPOCHS=None", "EPOCHS must be int"),
-        ("DATA_DIR=None", "DATA_DIR must be str"),
-        ("IMAGE_SETS=None", "IMAGE_SETS must be list"),
-        ("WIDTH=abc", "WIDTH must be an int or None, not 'abc'"),
-        ("WIDTH=1.5", "WIDTH must be an int or None"),
-        ("LEARNING_RATE=fast", "LEARNING_RATE must be float"),
-        ("RESUME=1", "RESUME must be bool"),
-        ("RESUME=yes", "RESUME must be bool"),
-        ("IMAGE_SETS=train", "IMAGE_SETS must be list"),
-        ("IMAGE_SETS=[('2007','train'", "IMAGE_SETS must be list"),
-        ("EPOCHS", "'EPOCHS' is not of the form NAME=value"),
-        ("--epochs", "'--epochs' is not of the form NAME=value"),
+        "EPOCHS=1.5", "EPOCHS=many", "EPOCHS=True", "EPOCHS=None", "DATA_DIR=None", "IMAGE_SETS=None", "WIDTH=abc",
+        "WIDTH=1.5", "LEARNING_RATE=fast", "RESUME=1", "RESUME=yes", "IMAGE_SETS=train", "IMAGE_SETS=[('2007','train'",
+        "EPOCHS", "--epochs", "EPOCH=3", "epochs=3", "_HIDDEN=3", "LATER=3", "helper=3", "__file__=3", "os=3",
     ],
-)
-def test_an_invalid_argument_exits_with_an_error_message(word, message):
-    settings = script_globals()
+)  # fmt: skip
+def test_an_invalid_argument_exits_with_an_error_that_names_it(word, settings):
+    before = dict(settings)
     with pytest.raises(SystemExit) as stop:
         utils.override_globals(settings, [word])
-    assert str(stop.value.code).startswith("train.py: ") and message in stop.value.code
-    assert settings == script_globals()
-
-
-@pytest.mark.parametrize("name", ["EPOCH", "epochs", "_HIDDEN", "helper", "__file__"])
-def test_an_unknown_name_is_an_error_that_lists_the_known_ones(name):
-    with pytest.raises(SystemExit) as stop:
-        utils.override_globals(script_globals(), [f"{name}=3"])
-    message, _, known = stop.value.code.partition("; the known ones are ")
-    assert repr(name) in message
-    assert known.split(", ") == ["DATA_DIR", "IMAGE_SETS", "SIZES", "EPOCHS", "LEARNING_RATE", "RESUME", "WIDTH"]
+    name = word.partition("=")[0]
+    assert re.fullmatch(rf"train\.py: .*\b{name.strip('-')}\b.*", stop.value.code) and settings == before
+    if "=" in word and name not in NAMES:
+        assert stop.value.code.endswith(", ".join(NAMES))  # the known ones
 
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"], ["EPOCHS=3", "--help"]])
-def test_help_prints_the_docstring_and_the_globals_and_exits_with_status_0(words, capsys):
-    settings = script_globals()
+def test_help_prints_the_docstring_and_the_settings_as_they_are_in_the_file_and_exits(words, settings, capsys):
     with pytest.raises(SystemExit) as stop:
         utils.override_globals(settings, words)
-    assert stop.value.code == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("Trains something.")
-    for line in ("EPOCHS = 10", "DATA_DIR = 'data'", "IMAGE_SETS = [('2007', 'train')]", "WIDTH = None"):
-        assert f"  {line}\n" in printed
-    assert "_HIDDEN" not in printed and "helper" not in printed
+    assert stop.value.code == 0 and printed.startswith("Trains something.\n")
+    assert SCRIPT[SCRIPT.index("# data") : SCRIPT.index("_HIDDEN")] in printed  # with their comments
+    assert "helper" not in printed and "LATER" not in printed and "import" not in printed
+
+
+def test_the_settings_are_the_globals_that_a_script_assigns_above_its_functions(settings):
+    settings |= {"EXTRA": 1, "DATA_DIR": Path("data")}
+    values = utils.script_settings(settings)
+    assert list(values) == NAMES and values["IMAGE_SETS"] == [("2007", "train")]
+    assert values["DATA_DIR"] == "data"  # a checkpoint must not contain a Path
 
 
 @pytest.mark.parametrize("error", [ValueError("a.xml: broken"), FileNotFoundError("a.xml: broken")])
@@ -160,8 +148,6 @@ def test_precision_by_name():
     cpu = torch.device("cpu")
     expected = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     assert {name: utils.pick_precision(name, cpu) for name in expected} == expected
-    with pytest.raises(ValueError, match="PRECISION must be .*\"auto\".* not 'fp8'"):
-        utils.pick_precision("fp8", cpu)
 
 
 @pytest.mark.parametrize(
@@ -219,52 +205,27 @@ def test_automatic_device_is_the_gpu_where_there_is_one(monkeypatch):
 # ---------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize(
-    ("update", "expected"),
-    [
-        (1, 1e-15),  # burn-in: 1e-3 (1 / 1000)^4
-        (500, 6.25e-5),
-        (999, 1e-3 * 0.999**4),
-        (1000, 1e-3),
-        (1001, 1e-3),
-        (39_999, 1e-3),
-        (40_000, 1e-4),
-        (59_999, 1e-4),
-        (60_000, 1e-5),
-        (80_200, 1e-5),
-    ],
-)
-def test_learning_rates_of_yolov2_voc_cfg(update, expected):
-    rate = utils.learning_rate_at(update - 1, 80_200, 1e-3, "steps", burn_in=1000, drops=(40_000, 60_000))
-    assert rate == pytest.approx(expected, rel=1e-9)
+YOLOV2_VOC = {1: 1e-15, 500: 6.25e-5, 999: 1e-3 * 0.999**4, 1000: 1e-3, 1001: 1e-3}  # 1: 1e-3 (1 / 1000)^4
+YOLOV2_VOC |= {39_999: 1e-3, 40_000: 1e-4, 59_999: 1e-4, 60_000: 1e-5, 80_200: 1e-5}
+DARKNET19 = {1: 1e-13, 500: 0.00625, 1000: 0.1 * 0.99875**4, 200_000: 0.1 * 0.75**4, 800_000: 0.0}
 
 
-@pytest.mark.parametrize(
-    ("update", "expected"),
-    [(1, 1e-13), (500, 0.00625), (1000, 0.1 * 0.99875**4), (200_000, 0.1 * 0.75**4), (800_000, 0.0)],
-)
-def test_learning_rates_of_darknet19_cfg(update, expected):
-    rate = utils.learning_rate_at(update - 1, 800_000, 0.1, "polynomial", burn_in=1000, power=4.0)
-    assert rate == pytest.approx(expected, rel=1e-9, abs=1e-30)
+def test_learning_rates_of_yolov2_voc_cfg_and_darknet19_cfg():
+    detector = (80_200, 1e-3, "steps", 1000, 4.0, (40_000, 60_000))
+    for expected, schedule in ((YOLOV2_VOC, detector), (DARKNET19, (800_000, 0.1, "polynomial", 1000, 4.0))):
+        rates = {update: utils.learning_rate_at(update - 1, *schedule) for update in expected}
+        assert rates == pytest.approx(expected, rel=1e-9, abs=1e-30)
 
 
-@pytest.mark.parametrize(
-    ("schedule", "step", "expected"),
-    [
-        ("constant", 0, 2.0),
-        ("constant", 99, 2.0),
-        ("cosine", 0, 2.0),
-        ("cosine", 25, 1 + math.sqrt(0.5)),
-        ("cosine", 50, 1.0),
-    ],
-)
-def test_constant_and_cosine_schedules(schedule, step, expected):
-    assert utils.learning_rate_at(step, 100, 2.0, schedule) == pytest.approx(expected)
+def test_constant_cosine_and_polynomial_schedules():
+    def rates(schedule, *steps, **options):
+        return [utils.learning_rate_at(step, 100, 2.0, schedule, **options) for step in steps]
 
-
-def test_polynomial_schedule_uses_its_power_in_the_burn_in_too():
-    assert utils.learning_rate_at(74, 100, 1.0, "polynomial", power=0.5) == pytest.approx(0.5)  # sqrt(1 - 75/100)
-    assert utils.learning_rate_at(0, 100, 1.0, "polynomial", burn_in=4, power=0.5) == pytest.approx(0.5)  # sqrt(1/4)
+    assert rates("constant", 0, 99) == [2, 2]
+    assert rates("cosine", 0, 25, 50) == pytest.approx([2, 1 + math.sqrt(0.5), 1])
+    assert rates("polynomial", 74, power=0.5) == pytest.approx([1])  # 2 sqrt(1 - 75/100)
+    # the burn-in has the power of the schedule: 2 sqrt(1/4)
+    assert rates("polynomial", 0, burn_in=4, power=0.5) == pytest.approx([1])
 
 
 @pytest.mark.parametrize("schedule", ["constant", "steps", "cosine"])
@@ -283,21 +244,15 @@ def test_an_unknown_schedule_is_an_error_even_during_burn_in(step):
         utils.learning_rate_at(step, 100, 1.0, "stepz", burn_in=10)
 
 
-def test_only_kernels_have_weight_decay():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1, bias=False), nn.Linear(2, 5))
+def test_only_kernels_have_weight_decay_and_frozen_parameters_are_in_no_group():
+    frozen = nn.Conv2d(3, 3, 1).requires_grad_(False)
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1, bias=False), nn.Linear(2, 5), frozen
+    model = nn.Sequential(*layers)
     decayed, others = utils.parameter_groups(model, 5e-4)
     assert (decayed["weight_decay"], others["weight_decay"]) == (5e-4, 0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert [names[id(parameter)] for parameter in decayed["params"]] == ["0.weight", "2.weight", "3.weight"]
     assert [names[id(parameter)] for parameter in others["params"]] == ["0.bias", "1.weight", "1.bias", "3.bias"]
-
-
-def test_frozen_parameters_are_in_no_group():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1))
-    model[0].requires_grad_(False)
-    decayed, others = utils.parameter_groups(model, 5e-4)
-    assert len(decayed["params"]) == 1 and decayed["params"][0] is model[1].weight
-    assert len(others["params"]) == 1 and others["params"][0] is model[1].bias
 
 
 @pytest.mark.parametrize(("batches", "momentum"), [(0, 1.0), (10, 0.5), (90, 0.1), (990, 0.01), (80_000, 0.01)])
@@ -347,13 +302,6 @@ def test_a_checkpoint_is_loaded_as_it_was_saved(tmp_path):
     plain = [key for key in state if key not in ("model", "optimizer")]
     assert {key: loaded[key] for key in plain} == {key: state[key] for key in plain}
     assert os.listdir(file.parent) == ["model.pt"]
-
-
-def test_a_new_checkpoint_replaces_the_old_one(tmp_path):
-    for epoch in (1, 2):
-        utils.save_checkpoint(tmp_path / "model.pt", epoch=epoch)
-    assert utils.load_checkpoint(tmp_path / "model.pt") == {"epoch": 2}
-    assert os.listdir(tmp_path) == ["model.pt"]
 
 
 def test_a_checkpoint_behind_a_symbolic_link_is_replaced_and_the_link_stays(tmp_path):
@@ -418,7 +366,7 @@ def test_a_file_that_would_run_code_is_refused_without_running_it(tmp_path, writ
     file, folder = tmp_path / "bad.pt", tmp_path / "created"
     with open(file, "wb") as stream:
         (pickle.dump if writer == "pickle" else torch.save)({"model": MakesFolder(folder)}, stream)
-    with pytest.raises(ValueError, match=r"bad\.pt: .*not loaded"):
+    with pytest.raises(ValueError, match=r"bad\.pt: "):
         utils.load_checkpoint(file)
     assert not folder.exists()
     with open(file, "rb") as stream:  # without the protection the file does run code
@@ -426,101 +374,100 @@ def test_a_file_that_would_run_code_is_refused_without_running_it(tmp_path, writ
     assert folder.exists()
 
 
-@pytest.mark.parametrize("fraction", [0.02, 0.1, 0.5, 0.9, 0.999])
-def test_a_truncated_checkpoint_is_named(tmp_path, fraction):
-    file = tmp_path / "cut.pt"
-    utils.save_checkpoint(file, **some_state())
-    content = file.read_bytes()
-    file.write_bytes(content[: int(len(content) * fraction)])
-    with pytest.raises(ValueError, match=r"cut\.pt: "):
-        utils.load_checkpoint(file)
+def torch_bytes(value) -> bytes:
+    torch.save(value, stream := io.BytesIO())
+    return stream.getvalue()
+
+
+CHECKPOINT = torch_bytes(some_state())
+CUTS = (20, 100, 500, 900, 999)  # thousandths that are left of a checkpoint
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        b"",
-        b"epoch,loss\n1,2\n",
-        b"\x00" * 1000,
-        b"\x80\x02}",
-        b"\x80\x02X\xff\xff\xff",
-        bytes(range(256)),
-        pickle.dumps([1, 2]),
+        b"", b"epoch,loss\n1,2\n", b"\x00" * 1000, b"\x80\x02}", b"\x80\x02X\xff\xff\xff", bytes(range(256)),
+        pickle.dumps([1, 2]), torch_bytes(torch.zeros(3)), *(CHECKPOINT[: len(CHECKPOINT) * n // 1000] for n in CUTS),
     ],
-    ids=["empty", "text", "zeros", "half_a_pickle", "cut_length", "bytes", "a_list"],
-)
-def test_a_file_that_is_not_a_checkpoint_is_named(tmp_path, content):
+    ids=["empty", "text", "zeros", "half_a_pickle", "cut_length", "bytes", "a_list", "a_tensor", *map(str, CUTS)],
+)  # fmt: skip
+def test_a_truncated_file_or_one_that_is_not_a_checkpoint_is_named(tmp_path, content):
     (tmp_path / "odd.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"odd\.pt: .*not a checkpoint|odd\.pt: damaged"):
+    with pytest.raises(ValueError, match=r"odd\.pt: "):
         utils.load_checkpoint(tmp_path / "odd.pt")
 
 
-def test_a_bare_tensor_is_not_a_checkpoint(tmp_path):
-    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
-    with pytest.raises(ValueError, match=r"tensor\.pt: not a checkpoint .*Tensor"):
-        utils.load_checkpoint(tmp_path / "tensor.pt")
-
-
-def test_a_missing_checkpoint_is_named(tmp_path):
-    for missing in (tmp_path / "none.pt", tmp_path):  # a folder is not a checkpoint either
-        with pytest.raises(FileNotFoundError, match=re.escape(f"{missing}: no such checkpoint")):
-            utils.load_checkpoint(missing)
+def test_a_missing_checkpoint_and_missing_keys_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path / 'none.pt'}: ")):
+        utils.load_checkpoint(tmp_path / "none.pt")
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}: ")):  # a folder is not a checkpoint either
+        utils.load_checkpoint(tmp_path)
+    utils.save_checkpoint(tmp_path / "model.pt", epoch=1)
+    with pytest.raises(ValueError, match=r"model\.pt: .*\bclasses, anchors\b"):
+        utils.load_checkpoint(tmp_path / "model.pt", keys=("classes", "epoch", "anchors"))
 
 
 # ---------------------------------------------------------------- log and charts
 
 
-def read_csv(file) -> list[list[str]]:
-    with open(file, newline="") as stream:
-        return list(csv.reader(stream))
+METRICS = [  # the rows of three epochs; None: not evaluated
+    {
+        "epoch": n,
+        "learning_rate": 0.001,
+        "coord": 100 / n**4,
+        "images_per_second": 9.0,
+        "train_map": train,
+        "val_map": val,
+    }
+    for n, train, val in ((1, None, None), (2, 0.123456789, 0.7), (3, 0.9, 0.6))
+]
 
 
-def test_metrics_are_a_header_and_one_row_per_epoch(tmp_path):
-    file = tmp_path / "runs" / "metrics.csv"
-    utils.append_metrics(file, {"epoch": 1, "learning_rate": 0.001, "total": 12.3456789, "val_map": ""})
-    utils.append_metrics(file, {"epoch": 2, "learning_rate": 0.001, "total": 9.0, "val_map": 0.25})
-    assert read_csv(file) == [
-        ["epoch", "learning_rate", "total", "val_map"],
-        ["1", "0.001", "12.3457", ""],
-        ["2", "0.001", "9", "0.25"],
+def test_metrics_are_written_as_a_header_and_one_row_per_epoch_and_as_charts(tmp_path, monkeypatch):
+    labels = []
+    monkeypatch.setattr(Axes, "legend", lambda axis, **options: labels.extend(axis.get_legend_handles_labels()[1]))
+    (tmp_path / "run_metrics.csv").write_text("damaged \0")  # of the run before it was resumed
+    utils.write_metrics(str(tmp_path / "run"), METRICS)
+    assert (tmp_path / "run_metrics.csv").read_text().splitlines() == [
+        "epoch,learning_rate,coord,images_per_second,train_map,val_map",
+        "1,0.001,100,9,,",
+        "2,0.001,6.25,9,0.123457,0.7",
+        "3,0.001,1.23457,9,0.9,0.6",
     ]
-    assert os.listdir(file.parent) == ["metrics.csv"]
-
-
-def test_a_repeated_epoch_replaces_its_row_and_all_later_ones(tmp_path):
-    file = tmp_path / "metrics.csv"
-    for epoch in (1, 2, 3, 10):
-        utils.append_metrics(file, {"epoch": epoch, "total": float(epoch)})
-    utils.append_metrics(file, {"epoch": 2, "total": 7.5})  # resumed from epoch 1
-    assert read_csv(file) == [["epoch", "total"], ["1", "1"], ["2", "7.5"]]
-
-
-def test_metrics_may_gain_and_lose_columns(tmp_path):
-    file = tmp_path / "metrics.csv"
-    utils.append_metrics(file, {"epoch": 1, "old": 1.0, "total": 2.0})
-    utils.append_metrics(file, {"epoch": 2, "total": 3.0, "new": 4.0})
-    assert read_csv(file) == [["epoch", "total", "new"], ["1", "2", ""], ["2", "3", "4"]]
-
-
-@pytest.mark.parametrize("epochs", [1, 3])
-def test_charts_are_drawn_as_a_png(tmp_path, epochs):
-    for epoch in range(1, epochs + 1):
-        row = {
-            "epoch": epoch,
-            "learning_rate": 0.001,
-            "coord": 100.0 / epoch**4,
-            "total": 3.0,
-            "images_per_second": 9.0,
-        }
-        utils.append_metrics(
-            tmp_path / "metrics.csv", {**row, "train_map": "", "val_map": 0.1 * epoch if epoch > 1 else ""}
-        )
-    utils.draw_charts(tmp_path / "metrics.csv", tmp_path / "charts.png")
-    with Image.open(tmp_path / "charts.png") as picture:
+    assert labels == ["train_map", "val_map", "best: 0.700 in epoch 2"]
+    with Image.open(tmp_path / "run_charts.png") as picture:
         pixels = np.asarray(picture.convert("L"))
         assert picture.format == "PNG" and min(picture.size) > 300
     assert pixels.min() < 100 < pixels.max()  # something is drawn
-    assert sorted(os.listdir(tmp_path)) == ["charts.png", "metrics.csv"]
+    assert sorted(os.listdir(tmp_path)) == ["run_charts.png", "run_metrics.csv"]
+
+
+def test_metrics_may_have_no_rows_one_row_or_other_columns_than_before(tmp_path, no_charts):
+    utils.write_metrics(str(tmp_path / "run"), [])
+    assert os.listdir(tmp_path) == []
+    older = {"epoch": 1, "old": 1.0, "total": 2.0}  # of an earlier version
+    utils.write_metrics(str(tmp_path / "run"), [older, {"epoch": 2, "total": 3.0, "new": 4.0}])
+    assert (tmp_path / "run_metrics.csv").read_text().splitlines() == ["epoch,total,new", "1,2,", "2,3,4"]
+
+
+@pytest.mark.parametrize("score", [None, math.nan])
+def test_charts_are_drawn_after_one_epoch_without_a_score(score, tmp_path):
+    utils.draw_charts([METRICS[0] | {"val_map": score}], tmp_path / "charts.png")
+    assert Image.open(tmp_path / "charts.png").format == "PNG"
+
+
+def test_metrics_that_cannot_be_written_are_reported_and_do_not_end_the_run(tmp_path, capsys):
+    (tmp_path / "run_metrics.csv").mkdir()
+    utils.write_metrics(str(tmp_path / "run"), METRICS)
+    assert "run_metrics.csv" in capsys.readouterr().out
+
+
+def test_the_line_of_an_epoch_has_its_measured_values_and_the_time_left(capsys):
+    utils.print_epoch(METRICS[0], "5.0 min left")
+    utils.print_epoch(METRICS[1], "")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "epoch 1  learning_rate 0.001  coord 100  images_per_second 9  5.0 min left"
+    assert second.endswith("  train_map 0.1235  val_map 0.7")
 
 
 # ---------------------------------------------------------------- drawing
@@ -544,15 +491,10 @@ def test_the_label_is_above_its_box_or_inside_if_there_is_no_room():
         assert not pixels[plain, 24:70].any()
 
 
-def test_without_boxes_the_picture_is_unchanged():
+def test_no_boxes_and_boxes_beyond_the_picture_or_without_extent_can_be_drawn():
     image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     assert np.array_equal(np.asarray(utils.draw_boxes(image, torch.empty(0, 4), [], [])), image)
-
-
-def test_boxes_beyond_the_picture_or_without_extent_can_be_drawn():
-    picture = utils.draw_boxes(
-        np.zeros((40, 60, 3), np.uint8), [[-9, -9, 99, 99], [30, 20, 30.2, 20.2]], ["a", "b"], [0, 19]
-    )
+    picture = utils.draw_boxes(image, [[-9, -9, 99, 99], [30, 20, 30.2, 20.2]], ["a", "b"], [0, 19])
     assert picture.getpixel((30, 20)) == utils.class_colour(19)
 
 
@@ -597,7 +539,7 @@ def test_patterns_may_be_relative(folder, monkeypatch):
 @pytest.mark.parametrize("name", ["nothing.jpg", "*.bmp", "*.txt", "empty"])
 def test_a_pattern_without_images_is_an_error_that_names_it(folder, name):
     (folder / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=re.escape(f"{folder / name}: no image or video file there")):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{folder / name}: ")):
         detect.find_sources(str(folder / name))
 
 
@@ -630,13 +572,3 @@ def test_the_progress_bar_shows_images_per_second_and_the_loss(monkeypatch):
     bar = tqdm(total=4, file=(screen := io.StringIO()), mininterval=0)
     utils.advance(bar, 25, 10.0, torch.tensor(1.25))
     assert "25%" in (shown := screen.getvalue()) and "2.5 images/s, loss 1.25" in shown
-
-
-def test_the_chart_of_the_scores_names_the_best_epoch(tmp_path, monkeypatch):
-    (tmp_path / "metrics.csv").write_text(
-        "epoch,learning_rate,total,images_per_second,train_map,val_map\n1,.1,5,3,,\n2,.1,4,3,.9,.5\n3,.1,3,3,.8,.7\n4,.1,3,3,1,.6\n"
-    )
-    labels = []
-    monkeypatch.setattr(Axes, "legend", lambda axis, **options: labels.extend(axis.get_legend_handles_labels()[1]))
-    utils.draw_charts(tmp_path / "metrics.csv", tmp_path / "charts.png")
-    assert labels == ["train_map", "val_map", "best: 0.700 in epoch 3"]

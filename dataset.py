@@ -526,7 +526,7 @@ def list_samples(
     for image_set in image_sets:
         suffix = os.path.splitext(image_set)[1].lower() if isinstance(image_set, str) else ""
         if suffix == ".json":
-            samples += read_coco(os.fspath(root), os.path.join(root, image_set), classes, tolerate, problems)
+            samples += read_coco_file(os.fspath(root), os.path.join(root, image_set), classes, tolerate, problems)
             continue
         if suffix in pair_readers:
             pairs = pair_readers[suffix](os.path.join(root, image_set))
@@ -748,7 +748,7 @@ def read_yolo_txt(file: str) -> Iterator[tuple]:
         yield f"line {number}", int(label), 0, (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
 
 
-def read_coco(root: str, file: str, classes: list[str], tolerate=(), problems=None) -> list[Sample]:
+def read_coco_file(root: str, file: str, classes: list[str], tolerate=(), problems=None) -> list[Sample]:
     """The records of a COCO JSON file; arguments and errors as in list_samples. Crowds count as difficult."""
     # in COCO's own layout, the images of instances_val2017.json are in val2017/
     name = Path(file).stem.rpartition("_")[2]

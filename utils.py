@@ -877,7 +877,7 @@ def check_settings(script_globals: dict, **ranges: tuple) -> None:
             continue
         least, most, step = (RANGES | ranges)[name]
         for number in values:
-            if not isinstance(number, (int, float)) or not least <= number <= most or (step and number % step):
+            if type(number) not in (int, float) or not least <= number <= most or (step and number % step):
                 kind = {0: "a number", 1: "a whole number"}.get(step, f"a multiple of {step}")
                 raise ValueError(f"{name} must be {kind} from {least} to {most:g}, not {number!r:.40}")
 

@@ -322,7 +322,7 @@ def test_hidden_class_folders_are_skipped_other_files_counted_and_names_that_cla
 
 
 @pytest.mark.parametrize(
-    "names", [["a/b"], ["..", "x"], ["a\tb"], ["a\nb"], ["a", "a"], ["a b", "a_b"], [""], [], [" a"], [3], ["a\u00a0b"]]
+    "names", [["a/b"], ["..", "x"], ["a\tb"], ["a\nb"], ["a", "a"], ["a b", "a_b"], [""], [" a"], [3], ["a\u00a0b"]]
 )
 def test_class_names_that_would_break_files_are_refused(tmp_path, names):
     with pytest.raises(ValueError, match="CLASSES"):
@@ -510,13 +510,11 @@ INVALID = [
     *[(train, {"ANCHORS": value}, "ANCHORS") for value in ([("a", 1)], [(1, 2, 3), (4, 5, 6)], [1, 2, 3], [])],
     (train, {"ANCHORS": [(42, 55), (359, 320)]}, "ANCHORS must be in grid cells"),  # pixels
     *[(train, {"DEVICE": name}, f"DEVICE={name}") for name in ("meta", "gpu", "99")],
-    *[(train, {name: empty}, name) for name, empty in (("CHECKPOINT", ""), ("CLASSES", []))],
+    (train, {"CHECKPOINT": ""}, "^''"),
+    (train, {"CLASSES": []}, "CLASSES"),
     *[(script, {name: 0}, name) for script in CLASSIFIERS for name in ("EPOCHS", "BATCH_SIZE", "SUBDIVISIONS")],
-    *[
-        (script, {name: n}, name)
-        for script in CLASSIFIERS
-        for name, n in (("IMAGE_SIZE", 16), ("LABEL_SMOOTHING", 1.5))
-    ],
+    *[(script, {"IMAGE_SIZE": 16}, "IMAGE_SIZE") for script in CLASSIFIERS],
+    *[(script, {"LABEL_SMOOTHING": 1.5}, "LABEL_SMOOTHING") for script in CLASSIFIERS],
     (test_script, {"CONFIDENCE_THRESHOLD": 0.5}, "CONFIDENCE_THRESHOLD 0.5.*FIXED_THRESHOLD 0.4"),
     (test_script, {"INPUT_SIZES": [416, 500]}, "INPUT_SIZES"),
 ]

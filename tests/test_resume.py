@@ -219,6 +219,10 @@ def test_training_checkpoints_have_exactly_the_expected_keys(uninterrupted):
     names = "model optimizer scaler epoch step images_seen best sums metrics settings classes anchors image_size"
     assert set(names.split()) == uninterrupted[train][0].keys()
     assert set(names.split()) - {"anchors"} == uninterrupted[darknet_train][0].keys()
+    for script in (train, darknet_train):
+        state = uninterrupted[script][0]
+        assert state["epoch"] == 2 and [row["epoch"] for row in state["metrics"]] == [1, 2]
+        assert not state["sums"].any() and state["best"] >= 0  # saved after the end of its epoch
 
 
 @pytest.mark.parametrize("workers", [0, 2])

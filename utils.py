@@ -581,7 +581,7 @@ def check_writable(file: str | os.PathLike, is_folder: bool = False) -> None:
     """Raises OSError or ValueError, naming the file, if atomic_write would fail: better before training than after an
     epoch. is_folder: `file` is the folder of the files that will be written."""
     if not (file if is_folder else os.path.basename(file)):
-        raise ValueError(f"{os.fspath(file)!r} is no file or folder name; correct the setting")
+        raise ValueError(f"{os.fspath(file)!r} is no file or folder name; set CHECKPOINT, OUTPUT or OUTPUT_DIR")
     folder = os.path.realpath(file) if is_folder else os.path.dirname(os.path.realpath(file))
     try:
         if os.path.exists(file) and not is_folder and not os.path.isfile(file):

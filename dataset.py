@@ -534,7 +534,7 @@ def list_samples(
             pairs = read_voc_list(Path(root), *image_set)
         else:
             forms = "[('2007', 'trainval')], ['train.csv'], ['train.txt'] or ['train.json']"
-            raise ValueError(f"IMAGE_SETS holds {image_set!r}; it takes {forms}")
+            raise ValueError(f"{image_set!r} is not a list of images; IMAGE_SETS (VAL_IMAGE_SETS) takes {forms}")
         samples += [read_sample(image, label, classes, tolerate, problems) for image, label in pairs]
     if not samples:
         raise ValueError(f"{root}: the lists {image_sets} name no image")

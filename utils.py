@@ -863,6 +863,13 @@ LIMITS = {  # least, most, and the number of which it must be a multiple (0: any
     "LR_DROPS": (1, 10**12, 0),
     "SHEET_IMAGES": (1, 500, 1),
 }
+LISTS = {
+    "TOLERATE",
+    "CROP_SCALE",
+    "MULTI_SCALE",
+    "INPUT_SIZES",
+    "LR_DROPS",
+}  # hold any number of these words or numbers
 RANGES = {name: limits for names, limits in LIMITS.items() for name in names.split()}
 
 
@@ -871,6 +878,8 @@ def check_settings(script_globals: dict, **ranges: tuple) -> None:
     counts. ranges: NAME=(least, most, multiple) instead of that in RANGES."""
     for name, value in script_settings(script_globals).items():
         values = value if isinstance(value, (list, tuple)) else [value]
+        if name in LISTS and values is not value:
+            raise ValueError(f"{name} must be a list, not {value!r:.40}")
         if name in WORDS and (wrong := [word for word in values if word not in WORDS[name]]):
             raise ValueError(f"{name} must be one of {', '.join(WORDS[name])}, not {wrong[0]!r:.40}")
         if value is None or name not in RANGES | ranges:  # None: IMAGE_SIZE of a checkpoint

@@ -117,7 +117,7 @@ def main():
     # data
     train_set = imagenet_dataset(DATA_DIR, "train", IMAGE_SIZE, augment=True, crop_scale=CROP_SCALE)
     classes = train_set.classes
-    val_set = imagenet_dataset(DATA_DIR, "val", IMAGE_SIZE, augment=False, classes=classes)
+    val_set = imagenet_dataset(DATA_DIR, "val", IMAGE_SIZE, augment=False, train_set=train_set)
     train_set.broken_list = val_set.broken_list = f"{stem}_broken.txt" if BROKEN_IMAGES == "skip" else ""
     loading = {"num_workers": NUM_WORKERS, "pin_memory": device.type == "cuda", "worker_init_fn": utils.ignore_signals}
     val_loader = DataLoader(val_set, BATCH_SIZE // SUBDIVISIONS, **loading)
@@ -149,6 +149,7 @@ def main():
     settings = utils.script_settings(globals()) | {"PRECISION": str(dtype), "classes": classes}
     settings["training images"] = utils.fingerprint(train_set.samples)
     metadata = {"classes": classes, "image_size": IMAGE_SIZE, "settings": settings}
+    utils.lock_run(CHECKPOINT)
     if RESUME:
         state = utils.resume(CHECKPOINT, model, optimizer, scaler, settings, FIXED)
         utils.write_metrics(stem, state["metrics"])  # the last run may have died before it wrote them

@@ -177,7 +177,7 @@ def main():
     # data
     train_set = imagenet_dataset(DATA_DIR, "train", IMAGE_SIZE, augment=True, crop_scale=CROP_SCALE)
     classes = train_set.classes
-    val_set = imagenet_dataset(DATA_DIR, "val", IMAGE_SIZE, augment=False, classes=classes)
+    val_set = imagenet_dataset(DATA_DIR, "val", IMAGE_SIZE, augment=False, train_set=train_set)
     train_set.broken_list = val_set.broken_list = f"{stem}_broken.txt" if BROKEN_IMAGES == "skip" else ""
     loading = {"num_workers": NUM_WORKERS, "pin_memory": device.type == "cuda", "worker_init_fn": utils.ignore_signals}
     # DDP: each process validates every world-th image, so each image is counted once
@@ -215,6 +215,8 @@ def main():
     # DDP: after a crash, torchrun restarts all processes (--max-restarts); they resume from this launch's checkpoint
     launcher = f"{os.environ.get('TORCHELASTIC_RUN_ID')} {socket.gethostname()} {os.getppid()}"
     metadata["launcher"] = launcher
+    if rank == 0:
+        utils.lock_run(CHECKPOINT)
     if RESUME or is_own_checkpoint(launcher):
         state = utils.resume(CHECKPOINT, model, optimizer, scaler, settings, FIXED)
         # DDP: all processes must resume at the same step; only the first one writes and renames files

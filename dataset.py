@@ -13,6 +13,7 @@ read and in ground_truth, which are in devkit pixels: the first pixel is 1, and 
 import contextlib
 import copy
 import csv
+import glob
 import io
 import itertools
 import json
@@ -22,6 +23,7 @@ import random
 import re
 import struct
 import sys
+import unicodedata
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -153,9 +155,8 @@ def encode_targets(boxes, class_indices, anchors, grid_height: int, grid_width: 
     column = np.clip(x.astype(int), 0, grid_width - 1)  # for a centre on the right or lower border
     row = np.clip(y.astype(int), 0, grid_height - 1)
     anchor = shape_iou(np.stack([w, h], axis=1), anchors).argmax(dim=1).numpy()
-    values = np.stack(
-        [np.ones_like(x), x - column, y - row, w, h, np.asarray(class_indices, dtype=np.float64).reshape(-1)], axis=1
-    )
+    labels = np.asarray(class_indices, dtype=np.float64).reshape(-1)
+    values = np.stack([np.ones_like(x), x - column, y - row, w, h, labels], axis=1)
     targets[anchor, row, column] = values  # numpy writes in order: the later object wins a shared slot
     return torch.from_numpy(targets)
 
@@ -196,6 +197,19 @@ class VOCDataset(Dataset):
         vars(other).update(attributes, transforms={})
         return other
 
+    def with_classes(self, classes: list[str], tolerate=()) -> "VOCDataset":
+        """A data set with the same labels, numbered in the order of `classes`, the model's. Raises ValueError if these
+        lack a name, unless `tolerate` has "other classes": then such objects are left out."""
+        unknown = [name for name in self.classes if name not in classes]
+        if unknown and "other classes" not in tolerate:
+            advice = "set TOLERATE=['other classes'] to leave such objects out"
+            raise ValueError(f"DATA_CLASSES: the model does not know {', '.join(unknown)}; {advice}")
+        numbers = np.array([classes.index(name) if name in classes else -1 for name in self.classes])
+        tables = [np.column_stack([numbers[s.labels[:, 0].astype(int)], s.labels[:, 1:]]) for s in self.samples]
+        pairs = zip(self.samples, tables, strict=True)
+        samples = [sample._replace(labels=table[table[:, 0] >= 0]) for sample, table in pairs]
+        return self.changed(classes=classes, samples=samples)
+
     def __len__(self) -> int:
         return len(self.samples)
 
@@ -222,10 +236,9 @@ class VOCDataset(Dataset):
     def images(self, indices: list[int]) -> Tensor:
         """A batch without augmentation, for utils.detect_dataset: (N, 3, H, W) uint8."""
         transform = plain_transform(self.image_size)
-        images = [
-            transform(image=read_image(self.samples[index].image_file), bboxes=NO_LABELS)["image"] for index in indices
-        ]
-        return default_collate([to_tensor(image) for image in images])  # in a worker: into shared memory, or an error
+        images = [read_image(self.samples[index].image_file) for index in indices]
+        tensors = [to_tensor(transform(image=image, bboxes=NO_LABELS)["image"]) for image in images]
+        return default_collate(tensors)  # in a worker: into shared memory, or an error
 
     def ground_truth(self, index: int) -> Tensor:
         """-> (G, 6) float64: class, difficult, x1, y1, x2, y2 in devkit pixels of the original image."""
@@ -312,9 +325,8 @@ class DarknetCrop(albumentations.ImageOnlyTransform):
         return {"matrix": np.column_stack([matrix, shift])}
 
     def apply(self, image: np.ndarray, matrix: np.ndarray, **params) -> np.ndarray:
-        return cv2.warpAffine(
-            image, matrix, (self.size, self.size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
-        )
+        shape = (self.size, self.size)
+        return cv2.warpAffine(image, matrix, shape, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
 class ImageNetFolder(ImageFolder):
@@ -334,10 +346,9 @@ class ImageNetFolder(ImageFolder):
         return classes, {name: index for index, name in enumerate(classes)}
 
     def is_image(self, file: str) -> bool:
-        # .ipynb_checkpoints in a class folder
-        if any(part.startswith(".") for part in Path(file).relative_to(self.root).parts):
-            return False
-        if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES:
+        # .ipynb_checkpoints in a class folder, ._name.jpg of macOS
+        is_hidden = any(part.startswith(".") for part in Path(file).relative_to(self.root).parts)
+        if not is_hidden and os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES:
             return True
         self.skipped.append(file)
         return False
@@ -347,11 +358,8 @@ class ImageNetFolder(ImageFolder):
         if size not in self.transforms:
             if self.augment:
                 crop = DarknetCrop(size, (size * self.crop_scale[0], size * self.crop_scale[1]))
-                transforms = [
-                    crop,
-                    albumentations.HorizontalFlip(p=0.5),
-                    DarknetColour(hue=0.1, saturation=4 / 3, exposure=4 / 3),  # cfg: .75, so 3/4 to 4/3
-                ]
+                colour = DarknetColour(hue=0.1, saturation=4 / 3, exposure=4 / 3)  # cfg: .75, so 3/4 to 4/3
+                transforms = [crop, albumentations.HorizontalFlip(p=0.5), colour]
             else:
                 transforms = [albumentations.SmallestMaxSize(size), albumentations.CenterCrop(size, size)]
             self.transforms[size] = albumentations.Compose(transforms)
@@ -365,27 +373,26 @@ class ImageNetFolder(ImageFolder):
 
 
 def imagenet_dataset(
-    root, split: str, image_size: int, augment: bool, crop_scale=(0.5, 1.75), classes=None
+    root, split: str, image_size: int, augment: bool, crop_scale=(0.5, 1.75), train_set=None
 ) -> ImageNetFolder:
     """The images of root/split/<wnid>/, ImageNet's usual layout; classes are the sorted wnids.
 
     augment: the crops, rotations, flips and colours of darknet19.cfg; otherwise the centre square. crop_scale: smallest
     and largest short side of the scaled image, relative to the crop (Darknet's min_crop and max_crop over its input:
-    128 and 448 over 256 in darknet19.cfg, 448 and 512 over 448 in darknet19_448.cfg). classes: the wnids that must be
-    there. Raises FileNotFoundError or ValueError, naming the folder.
+    128 and 448 over 256 in darknet19.cfg, 448 and 512 over 448 in darknet19_448.cfg). train_set: for the validation
+    set, which must have its classes and should not have its images. Raises FileNotFoundError or ValueError, naming
+    the folder.
     """
     if not (len(crop_scale) == 2 and 0 < crop_scale[0] <= crop_scale[1]):
         raise ValueError(f"CROP_SCALE {crop_scale} must be two increasing numbers above 0, such as (0.5, 1.75)")
     folder = os.path.join(root, split)
     if not os.path.isdir(folder):
-        raise FileNotFoundError(
-            f"{folder}: no such folder; DATA_DIR must hold train/ and val/ with one folder per class"
-        )
+        raise FileNotFoundError(f"{folder}: no such folder; DATA_DIR must hold train/ and val/ of class folders")
     if not any(entry.is_dir() for entry in os.scandir(folder)):
         raise ValueError(
-            f"{folder}: its images are not in class folders; move each to {split}/<wnid>/. For ImageNet's flat val/, "
-            "line n of the devkit's ILSVRC2012_validation_ground_truth.txt is the ILSVRC2012_ID of image n, and "
-            "meta.mat gives its wnid"
+            f"{folder}: its images are not in class folders: unpack each archive <wnid>.tar to {split}/<wnid>/. For "
+            "ImageNet's flat val/, Kaggle's LOC_val_solution.csv gives the wnid of each image; in the devkit, line n "
+            "of ILSVRC2012_validation_ground_truth.txt is the ILSVRC2012_ID of image n, and meta.mat gives its wnid"
         )
     try:
         dataset = ImageNetFolder(folder, image_size, augment, crop_scale)
@@ -393,11 +400,18 @@ def imagenet_dataset(
         raise ValueError(f"{folder}: {utils.first_line(error)}") from None
     if dataset.skipped:
         print(f"{folder}: skipped {len(dataset.skipped)} files that are not images (first: {dataset.skipped[0]})")
-    if classes is not None and dataset.classes != classes:
-        unshared = sorted(set(dataset.classes) ^ set(classes))
-        raise ValueError(
-            f"{root}: train/ and val/ have different class folders ({', '.join(unshared[:5])}); both need all of them"
-        )
+    if len(dataset.classes) == 1:
+        raise ValueError(f"{folder}: its only class folder is {dataset.classes[0]}; move those inside it one level up")
+    if train_set is None:
+        return dataset
+    if dataset.classes != train_set.classes:
+        unshared = sorted(set(dataset.classes) ^ set(train_set.classes))
+        raise ValueError(f"{root}: these class folders are only in train/ or only in val/: {', '.join(unshared[:5])}")
+    twins = {file[len(dataset.root) :]: file for file, _ in dataset.samples}  # by class folder and name
+    pairs = [(file, twins.get(file[len(train_set.root) :])) for file, _ in train_set.samples]
+    shared = [file for file, twin in pairs if twin and os.path.getsize(file) == os.path.getsize(twin)]
+    if shared:
+        print(f"images in both training and validation set: {len(shared)} (first: {utils.printable(shared[0])})")
     return dataset
 
 
@@ -447,6 +461,9 @@ SIDEWAYS = {5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSV
 TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM} | SIDEWAYS
 
 
+IMAGE_ADVICE = "convert it to JPEG or PNG, replace it, or take it off the list"
+
+
 def exif_turn(image: Image.Image) -> Transpose | None:
     """The transposition that shows an opened image upright, from its header; None if there is none."""
     if image.format == "TIFF":
@@ -461,7 +478,7 @@ def exif_turn(image: Image.Image) -> Transpose | None:
 def read_image(file: str | os.PathLike) -> np.ndarray:
     """Reads an image of any mode as a viewer shows it (EXIF rotation applied, transparent parts white) -> (H, W, 3)
     uint8 RGB. Raises FileNotFoundError or ValueError, naming the file."""
-    with utils.reading(file, "image", "replace it or take it off the list"), contextlib.ExitStack() as stack:
+    with utils.reading(file, "image", IMAGE_ADVICE), contextlib.ExitStack() as stack:
         image = stack.enter_context(Image.open(file))
         if image.format == "PNG":
             image.verify()  # its checksums, which decoding ignores; the image cannot be used afterwards
@@ -480,7 +497,7 @@ def read_image(file: str | os.PathLike) -> np.ndarray:
 
 def read_image_size(file: str | os.PathLike) -> tuple[int, int]:
     """Width and height of what read_image returns, from the header of the file. Raises the same errors."""
-    with utils.reading(file, "image", "replace it or take it off the list"), Image.open(file) as image:
+    with utils.reading(file, "image", IMAGE_ADVICE), Image.open(file) as image:
         return image.size[::-1] if exif_turn(image) in SIDEWAYS.values() else image.size
 
 
@@ -548,18 +565,18 @@ def read_voc_list(root: Path, year: str, name: str) -> list[tuple[str, str]]:
     if folder is None:
         raise FileNotFoundError(f"{folders[0]}: no such folder; DATA_DIR must hold VOC{year} or VOCdevkit/VOC{year}")
     image_folder, files, pairs = folder / "JPEGImages", {}, []
-    for file in os.listdir(image_folder) if image_folder.is_dir() else []:
-        image_id, suffix = os.path.splitext(file)
+    for file in glob.glob("**/*", root_dir=image_folder, recursive=True):  # an id may contain folders
+        image_id, suffix = os.path.splitext(utils.composed(file.replace("\\", "/")))
         if suffix.lower() in IMAGE_SUFFIXES:
             files.setdefault(image_id, []).append(file)
-    for image_id in read_lines(folder / "ImageSets" / "Main" / f"{name}.txt"):
+    for image_id in map(utils.composed, read_lines(folder / "ImageSets" / "Main" / f"{name}.txt")):
         *first, last = image_id.rsplit(maxsplit=1)
         if image_id not in files and first and last in ("-1", "0", "1"):  # the second column of a list per class
             image_id = first[0]
         found = files.get(image_id, [f"{image_id}.jpg"])
         if len(found) > 1:
             raise ValueError(f"{image_folder}: {' and '.join(sorted(found))} are both images of {image_id}; remove one")
-        pairs.append((f"{image_folder}/{found[0]}", f"{folder}/Annotations/{image_id}.xml"))
+        pairs.append((f"{image_folder}/{found[0]}", find_file([f"{folder}/Annotations"], f"{image_id}.xml")))
     return pairs
 
 
@@ -586,7 +603,8 @@ def read_darknet_list(file: str) -> list[tuple[str, str]]:
     for line in read_lines(file):
         image = find_file([os.path.dirname(file), ""], line)
         label = re.sub(r"(^|.*[\\/])(JPEGImages|images)([\\/])", r"\1labels\3", image, count=1)
-        pairs.append((image, os.path.splitext(label)[0] + ".txt"))
+        label_folder, name = os.path.split(os.path.splitext(label)[0] + ".txt")
+        pairs.append((image, find_file([label_folder], name)))
     return pairs
 
 
@@ -598,10 +616,13 @@ def read_lines(file: str | os.PathLike) -> list[str]:
 
 def find_file(folders: list[str], name: str) -> str:
     """The path of a file that a list names: in the first folder that holds it, otherwise in the first of all. A list
-    made on Windows may separate folders by backslashes."""
-    names = dict.fromkeys((name, name.replace("\\", "/")))
+    made on Windows may separate folders by backslashes and ignore the case of a suffix, and macOS may have decomposed
+    the name."""
+    slashes = name.replace("\\", "/")
+    stem, suffix = os.path.splitext(slashes)
+    names = (name, slashes, utils.composed(slashes), unicodedata.normalize("NFD", slashes), stem + suffix.upper())
     paths = (os.path.join(folder, each) for folder in folders for each in names)
-    return next(filter(os.path.isfile, paths), os.path.join(folders[0], [*names][-1]))
+    return next(filter(os.path.isfile, paths), os.path.join(folders[0], slashes))
 
 
 # ---------------------------------------------------------------- reading labels
@@ -643,10 +664,8 @@ def judge(sample: Sample, objects: Iterable[tuple], declared, frame, classes: li
         if difficult is None:
             raise ValueError(f"{sample.label_file}, {where}: difficult (COCO: iscrowd) must be 0 or 1, not {flag!r}")
         if not math.isfinite(x1 + y1 + x2 + y2) or x2 < x1 or y2 < y1:
-            box = f"the box from ({x1:g}, {y1:g}) to ({x2:g}, {y2:g})"
-            raise ValueError(
-                f"{sample.label_file}, {where}: {box} has swapped corners or is not finite; correct or remove it"
-            )
+            box = f"the box from ({x1:g}, {y1:g}) to ({x2:g}, {y2:g}) has swapped corners or is not finite"
+            raise ValueError(f"{sample.label_file}, {where}: {box}; correct or remove it")
         largest = max(largest, x2, y2)
         box = (x1 / width, y1 / height, x2 / width, y2 / height)
         inside = [min(max(side, 0.0), 1.0) for side in box]
@@ -701,9 +720,7 @@ def read_sample(image_file: str, label_file: str, classes: list[str], tolerate=(
                 objects, declared = read_voc_xml(label_file)
             sample = judge(sample, objects, declared, None, classes, tolerate)
         else:
-            with utils.reading(
-                label_file, "YOLO label file", "it takes lines `class x y w h`, in fractions of the image"
-            ):
+            with utils.reading(label_file, "YOLO label file", "its lines are `class x y w h`, in fractions"):
                 objects = list(read_yolo_txt(label_file))
             sample = judge(sample, objects, (0, 0), (1, 1), classes, tolerate)
     return sample
@@ -727,7 +744,8 @@ def read_voc_xml(file: str) -> tuple[list[tuple], tuple[int, int]]:
             raise ValueError(f"object {number} has {twice[0]} twice")
         texts = {element.tag: (element.text or "").strip() for element in elements}
         box = [float(texts[side]) - 1 for side in sides]
-        objects.append((f"object {number}", texts.get("name", ""), texts.get("difficult", ""), box))
+        name = utils.composed(texts.get("name", ""))
+        objects.append((f"object {number}", name, texts.get("difficult", ""), box))
     declared = [(root.findtext(f"size/{side}") or "").strip() for side in ("width", "height")]
     return objects, tuple(int(side) if side.isdecimal() and len(side) < 10 else 0 for side in declared)
 
@@ -772,9 +790,7 @@ def read_coco_file(root: str, file: str, classes: list[str], tolerate=(), proble
         print(f"{file}: skipped {unknown} annotations of images that the file does not list")
     is_labelled = "annotations" in content
     if not is_labelled and "missing labels" not in tolerate:
-        raise ValueError(
-            f"{file}: it has no annotations; set TOLERATE=['missing labels'] if its images have no objects"
-        )
+        raise ValueError(f"{file}: no annotations; set TOLERATE=['missing labels'] if its images have no objects")
     samples = []
     for image, path in zip(content["images"], files, strict=True):
         label_file = f"{file}, image {image['id']}"
@@ -787,9 +803,7 @@ def read_coco_file(root: str, file: str, classes: list[str], tolerate=(), proble
             sample = judge(sample, objects, declared, declared if all(declared) else None, classes, tolerate)
         samples.append(sample)
     if files and not any(map(os.path.isfile, files)):
-        raise FileNotFoundError(
-            f"{file}: none of its images is in one of the folders {', '.join(folders)}; set DATA_DIR"
-        )
+        raise FileNotFoundError(f"{file}: none of its images is in any of {', '.join(folders)}; set DATA_DIR")
     return samples
 
 
@@ -810,9 +824,14 @@ DARKNET_NAMES |= {"dining table": "diningtable", "tv": "tvmonitor"}
 
 def coco_categories(content: dict, classes: list[str]) -> dict:
     """The categories of a COCO file's content, id -> class name: its own, or Darknet's if only that is in `classes`."""
-    names = {row["id"]: str(row["name"]).strip() for row in content["categories"]}
+    names = {row["id"]: utils.composed(str(row["name"]).strip()) for row in content["categories"]}
     if len(names) < len(content["categories"]):
         raise ValueError("two categories have the same id")
+    used = names.keys() & {row["category_id"] for row in content.get("annotations", ())}
+    if len({names[key] for key in used}) < len(used):
+        raise ValueError("two categories of the same name have annotations; rename or merge them")
+    ids = {names[key]: key for key in [*names, *used]}  # of two with one name, the one with annotations
+    names = {key: name for key, name in names.items() if ids[name] == key}
     others = {key: DARKNET_NAMES.get(name) for key, name in names.items() if name not in classes}
     return names | {key: other for key, other in others.items() if other in classes}
 
@@ -851,17 +870,13 @@ def check_training_sets(train_set: VOCDataset, eval_sets: dict[str, VOCDataset])
         labels = np.concatenate([sample.labels for sample in data.samples])
         boxes[name] = labels[labels[:, 1] == 0, 2:]
     if len(boxes["training"]) == 0:
-        raise ValueError(
-            "the training images have no objects, or only difficult ones; check labels, CLASSES and TOLERATE"
-        )
+        raise ValueError("no training image has an object that is not difficult; check labels, CLASSES and TOLERATE")
     for name in sets:
         if len(boxes[name]) == 0:
             print(f"{name} will be nan, because its images have no objects, or only difficult ones")
     if "val_map" in sets:
-        files = [
-            {os.path.realpath(sample.image_file) for sample in sets[name].samples} for name in ("training", "val_map")
-        ]
-        if shared := files[0] & files[1]:
+        files = {name: {os.path.realpath(sample.image_file) for sample in sets[name].samples} for name in sets}
+        if shared := files["training"] & files["val_map"]:
             print(f"images in both training and validation set: {len(shared)} (first: {utils.printable(min(shared))})")
         print_doubts(sets["val_map"], " in the validation set")
     print_doubts(train_set)
@@ -904,8 +919,7 @@ def draw_label_sheet(dataset: VOCDataset, file: str, count: int, seed: int) -> N
     for axis in axes.flat:
         axis.axis("off")
     figure.tight_layout()
-    with utils.atomic_write(file) as temporary:
-        figure.savefig(temporary, dpi=100, format="png")
+    utils.write_picture(file, figure.savefig, dpi=100, format="png")
     plt.close(figure)
 
 
@@ -956,6 +970,13 @@ def main() -> None:
     for index, name in enumerate(dataset.classes):
         difficult = labels[labels[:, 0] == index, 1] > 0
         print(f"  {name:16s} {int((~difficult).sum()):6d}  difficult {int(difficult.sum()):5d}")
+    grid, targets = IMAGE_SIZE // 32, 0
+    for sample in samples:
+        objects = sample.labels[sample.labels[:, 1] == 0]
+        boxes = box_convert(torch.from_numpy(objects[:, 2:]), "xyxy", "cxcywh")
+        targets += int(encode_targets(boxes, objects[:, 0], ANCHORS, grid, grid)[..., 0].sum())
+    plain = int((labels[:, 1] == 0).sum())
+    print(f"{plain - targets} of {plain} objects lose their cell and anchor to another object at {IMAGE_SIZE} px")
     sizes = labels[:, 4:] - labels[:, 2:4]  # widths and heights
     if len(sizes):
         sides = np.percentile(np.sqrt(sizes.prod(axis=1)), [0, 25, 50, 75, 100])

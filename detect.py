@@ -21,6 +21,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import utils
@@ -61,18 +62,26 @@ def is_live(source: str) -> bool:
     return "://" in source or (source.isdecimal() and not os.path.exists(source))
 
 
+def is_image_or_video(file: Path) -> bool:
+    # a hidden file: macOS adds a ._photo.jpg to each photo.jpg
+    return file.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES and not file.name.startswith(".")
+
+
 def find_sources(pattern: str) -> list[str]:
     """A file, a folder (its images and videos, sorted) or a glob -> files. Raises FileNotFoundError if it has none."""
     path = Path(pattern)
+    if is_live(pattern) and path.suffix.lower() in IMAGE_SUFFIXES:
+        raise ValueError(f"{pattern}: the address of an image; download it first")
     if is_live(pattern) or path.is_file():
         return [pattern if is_live(pattern) else str(path)]
     found = path.iterdir() if path.is_dir() else map(Path, glob.glob(pattern, recursive=True))
     found = sorted(file for file in found if not file.is_dir())  # a folder may be called frames.mp4
-    suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
-    files = [str(file) for file in found if file.suffix.lower() in suffixes]
+    files = [str(file) for file in found if is_image_or_video(file)]
+    if path.is_dir() and (deeper := sum(map(is_image_or_video, path.glob("*/**/*")))):
+        print(f"{pattern}: does not draw {deeper} images and videos in its folders; a glob does ('{pattern}/**')")
     if not files:
         raise FileNotFoundError(f"{pattern}: no images or videos; set SOURCE to an image, a video, a folder or a glob")
-    if others := [utils.printable(file.name) for file in found if file.suffix.lower() not in suffixes]:
+    if others := [utils.printable(file.name) for file in found if str(file) not in files]:
         print(f"{pattern}: skipped {len(others)} files that are not images or videos (first: {others[0]})")
     return files
 
@@ -102,11 +111,12 @@ def draw_detections(image: np.ndarray, model, classes: list[str], anchors, trans
     return utils.draw_boxes(image, boxes, labels, found[:, 5]), names, milliseconds
 
 
-def draw_video(source: str, output: str, detector: tuple) -> tuple[int, Counter, bool]:
+def draw_video(source: str, output: str, detector: tuple) -> tuple[int, int, Counter, bool]:
     """Writes a video file, camera or stream with its detections as MPEG-4. detector: draw_detections' arguments after
     the image.
 
-    Returns the number of frames, the boxes per class over all frames, and whether Ctrl-C ended the video early. Raises
+    Returns the number of frames, that which the video's index declares (0: none), the boxes per class over all frames,
+    and whether Ctrl-C ended the video early. Raises
     ValueError, naming the source, if it cannot be read or stored as MPEG-4, and OSError, naming the output, if that
     cannot be written; then no new file is left.
     """
@@ -118,7 +128,11 @@ def draw_video(source: str, output: str, detector: tuple) -> tuple[int, Counter,
         raise ValueError(f"{source}: no video frame could be read; replace the file, or check camera or address")
     rate, expected = video.get(cv2.CAP_PROP_FPS), video.get(cv2.CAP_PROP_FRAME_COUNT)
     # cameras report 0 or NaN, files without a constant rate 1000 or 90000; MPEG-4 has 16 bits for the rate's numerator
-    rate = round(rate, 1 if rate > 65 else 3) if 0 < rate < 1000 else 25.0
+    known = 0 < rate < 1000
+    rate = round(rate, 1 if rate > 65 else 3) if known else 25.0
+    if not known:
+        expected = 0  # computed from the rate
+        print(f"{source}: has no constant frame rate; its drawing gets {rate:.0f} frames per second")
     bar = tqdm(total=int(expected) if expected > 0 else None, unit="frame", leave=False, disable=None)
     frames, boxes, stopped = 0, Counter(), False
     with utils.atomic_write(output, ".mp4") as temporary, bar:
@@ -144,7 +158,7 @@ def draw_video(source: str, output: str, detector: tuple) -> tuple[int, Counter,
         written = cv2.VideoCapture(file, cv2.CAP_FFMPEG).get(cv2.CAP_PROP_FRAME_COUNT)
         if written < frames:  # the writer itself does not report a full disk
             raise OSError(f"{written:.0f} of {frames} frames")
-    return frames, boxes, stopped
+    return frames, max(0, round(expected)), boxes, stopped
 
 
 def main():
@@ -164,31 +178,36 @@ def main():
     if overwritten := identities[0].keys() & identities[1].keys():
         source = identities[0][min(overwritten)]
         raise ValueError(f"{source}: a drawing would replace this source; set another OUTPUT_DIR")
-    unreadable, stopped = 0, False
+    incomplete, stopped = 0, False
     for file, output in zip(files, outputs, strict=True):
         start = time.perf_counter()
         try:
             if output.endswith(".mp4"):
-                frames, names, stopped = draw_video(file, output, detector)
-                duration = f"{frames} frames and {time.perf_counter() - start:.1f} s"
+                frames, expected, names, stopped = draw_video(file, output, detector)
+                is_exact = file.lower().endswith((".mp4", ".mov", ".avi"))  # of others, OpenCV estimates the number
+                is_short = not stopped and frames < expected * (1 if is_exact else 0.9)
+                incomplete += is_short and is_exact
+                counted = f"{frames} of {expected} frames" if is_short else f"{frames} frames"
+                duration = f"{counted} and {time.perf_counter() - start:.1f} s"
             else:
                 picture, names, milliseconds = draw_detections(read_image(file), *detector)
-                with utils.atomic_write(output, ".jpg") as temporary:
-                    picture.save(temporary, quality=92)
-                duration = f"{milliseconds:.0f} ms"
+                utils.write_picture(output, picture.save, format="JPEG", quality=92)
+                with Image.open(file) as image:  # .mpo: the other images are previews
+                    pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+                duration = f"{milliseconds:.0f} ms" + (f", the first of {pages} frames" if pages > 1 else "")
         except (FileNotFoundError, ValueError) as error:  # an output that cannot be written (OSError) ends the run
             if len(files) == 1:
                 raise
             print(utils.printable(f"error: {error}"))
-            unreadable += 1
+            incomplete += 1
             continue
         summary = ", ".join(f"{count} {name}" for name, count in Counter(names).items()) or "nothing"
         print(utils.printable(f"{file}: {summary} in {duration} -> {output}"))
         if stopped:
             print(utils.printable(f"stopped by Ctrl-C: {output} contains the frames so far"))
             break
-    if unreadable:
-        sys.exit(f"{unreadable} of {len(files)} files could not be read")
+    if incomplete:
+        sys.exit(f"{incomplete} of {len(files)} files could not be read, or only in part")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python detect_txt.py CHECKPOINT=yolov2-voc.weights DATA_DIR=/data/VOCdevkit "IMAGE_SETS=[('2007','test')]"
 
 Writes under `runs/detect_txt/`, in pixels of the original image, where the first pixel is 1:
-  detections/<image name>.txt      lines `class confidence left top right bottom` in whole pixels, possibly none, and
+  detections/<image name>.txt      lines `class confidence left top right bottom`, possibly none, and
   groundtruths/<image name>.txt    lines `class left top right bottom`: both folders as for Padilla et al.'s toolkit
   comp4_det_test_<class>.txt       lines `image confidence left top right bottom`, the submission of the VOC devkit
 and, in pixels that count from 0, for COCO.loadRes of pycocotools:
@@ -25,6 +25,7 @@ from model import load_detector
 DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv, .txt or .json lists
 IMAGE_SETS = [("2007", "tiny")]  # the sample's training images; VOC: [("2007", "test")]; COCO: ["val.json"]
 TOLERATE = []  # "other classes": skip objects of classes the model lacks; "missing labels": unlabelled is background
+DATA_CLASSES = []  # names or a .names file, if YOLO labels number their classes in another order than the model
 NUM_WORKERS = 2  # processes that load images
 BATCH_SIZE = 8  # images per forward pass
 # model
@@ -85,7 +86,9 @@ def main():
     device = utils.pick_device(DEVICE)
     model, classes, anchors, own_size = load_detector(CHECKPOINT, CLASSES, ANCHORS, device, PRECISION, COMPILE)
     tolerate = [*TOLERATE, "missing labels"]
-    dataset = VOCDataset(DATA_DIR, IMAGE_SETS, anchors, IMAGE_SIZE or own_size, classes, tolerate=tolerate)
+    size = IMAGE_SIZE or own_size
+    dataset = VOCDataset(DATA_DIR, IMAGE_SETS, anchors, size, DATA_CLASSES or classes, tolerate=tolerate)
+    dataset = dataset.with_classes(classes, TOLERATE)
     samples = dataset.samples
     # the test set of VOC 2012 has no annotations: if no image has any, only the detections are written
     unlabelled = [sample.image_file for sample in samples if not sample.label_file]
@@ -93,7 +96,15 @@ def main():
     if unlabelled and is_labelled and "missing labels" not in TOLERATE:
         advice = "make one, or set TOLERATE=['missing labels'] if such images have no objects"
         raise FileNotFoundError(f"{unlabelled[0]}: has no label file, but other images have one; {advice}")
-    image_names = [Path(sample.image_file).stem for sample in samples]
+    paths = [Path(os.path.abspath(sample.image_file)).with_suffix("") for sample in samples]
+    image_names = [path.name for path in paths]
+    if len(set(image_names)) < len(paths):  # frames of two videos: with the folders in which they differ
+        shared = os.path.commonpath([path.parent for path in paths])
+        image_names = [utils.file_name(os.path.relpath(path, shared)) for path in paths]
+        samples = [
+            sample._replace(image_id=name) if sample.image_id == path.name else sample
+            for sample, name, path in zip(samples, image_names, paths, strict=True)
+        ]
     for kind, values in (("name", image_names), ("id", [sample.image_id for sample in samples])):
         value, count = Counter(values).most_common(1)[0]
         if count > 1:
@@ -102,7 +113,7 @@ def main():
     if spaced := [name for name in image_names if " " in name]:
         print(f"the devkit cannot read comp4 lines of the {len(spaced)} image names with spaces (first: {spaced[0]!r})")
 
-    class_names = [name.replace(" ", "_") for name in classes]  # toolkits split lines at blanks
+    class_names = [utils.file_name(name) for name in classes]
     files = {f"detections/{name}.txt": [] for name in image_names}  # file -> lines
     files |= {f"comp4_det_test_{name}.txt": [] for name in class_names}
     if is_labelled:
@@ -119,21 +130,18 @@ def main():
     detections, truths, _ = utils.detect_dataset(model, dataset, BATCH_SIZE, NUM_WORKERS, *thresholds)
     for index, label, confidence, *box in detections.tolist():
         image_name, class_name = image_names[int(index)], class_names[int(label)]
-        whole = " ".join(str(round(value)) for value in box)
-        exact = " ".join(f"{value:.6f}" for value in box)
-        files[f"detections/{image_name}.txt"].append(f"{class_name} {confidence:.6f} {whole}")
-        files[f"comp4_det_test_{class_name}.txt"].append(f"{image_name} {confidence:.6f} {exact}")
+        numbers = " ".join(f"{value:.6f}" for value in (confidence, *box))
+        files[f"detections/{image_name}.txt"].append(f"{class_name} {numbers}")
+        files[f"comp4_det_test_{class_name}.txt"].append(f"{image_name} {numbers}")
     if not MARK_DIFFICULT:
         truths = truths[truths[:, 2] == 0]
     for index, label, difficult, *box in truths.tolist():
-        line = " ".join([class_names[int(label)], *(str(round(value)) for value in box)])
+        line = " ".join([class_names[int(label)], *(f"{value:.6f}".removesuffix(".000000") for value in box)])
         files[f"groundtruths/{image_names[int(index)]}.txt"].append(line + (" difficult" if difficult else ""))
     files["coco_results.json"] = [json.dumps(coco_results(detections, samples, classes))]
 
     for name, lines in files.items():
-        file = os.path.join(OUTPUT_DIR, name)
-        with utils.atomic_write(file) as temporary, open(temporary, "w", encoding="utf-8") as stream:
-            stream.writelines(line + "\n" for line in lines)
+        utils.write_file(os.path.join(OUTPUT_DIR, name), "".join(line + "\n" for line in lines).encode())
     print(f"{len(samples)} images: {len(detections)} detections and {len(truths)} ground truths -> {OUTPUT_DIR}")
 
 

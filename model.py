@@ -258,7 +258,9 @@ def load_detector(
         model, state = read_detector(file)
         own_classes, own_anchors, image_size = list(state["classes"]), state["anchors"], state["image_size"]
         advice = "because a checkpoint contains its own"
-        if classes and utils.read_classes(classes) != own_classes:
+        if classes and (given := utils.read_classes(classes)) != own_classes:
+            if sorted(given) == sorted(own_classes):
+                advice = "and set DATA_CLASSES if the labels number their classes in that order"
             raise ValueError(f"{file}: has other classes than CLASSES; leave CLASSES empty, {advice}")
         if anchors and read_anchors(anchors, largest_size=LARGEST_SIZE) != own_anchors:
             raise ValueError(f"{file}: has other anchors than ANCHORS; leave ANCHORS empty, {advice}")
@@ -319,11 +321,14 @@ def main():
         print(layer_table(model, image_size))
         return
     stem, classes, images_seen = OUTPUT.removesuffix(".weights"), state["classes"], state.get("images_seen", 0)
-    save_darknet_weights(model, OUTPUT, images_seen)
     cfg, names = darknet_cfg(len(classes), state["anchors"], image_size), "".join(f"{name}\n" for name in classes)
-    for file, text in ((f"{stem}.cfg", cfg), (f"{stem}.names", names)):
-        with utils.atomic_write(file) as temporary:
-            Path(temporary).write_text(text, encoding="utf-8", newline="\n")
+    texts = {f"{stem}.cfg": cfg.encode(), f"{stem}.names": names.encode()}
+    for file, text in texts.items():
+        if os.path.exists(file) and Path(file).read_bytes() != text:
+            raise ValueError(f"{file}: a file with other contents would be replaced; move it, or set another OUTPUT")
+    save_darknet_weights(model, OUTPUT, images_seen)
+    for file, text in texts.items():
+        utils.write_file(file, text)
     size = f"{len(classes)} classes, {image_size} px, {images_seen:,} images seen"
     print(f"wrote {OUTPUT}, {stem}.cfg and {stem}.names: {size}")
 

@@ -29,6 +29,7 @@ from model import load_detector
 DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv, .txt or .json lists
 IMAGE_SETS = [("2007", "tiny")]  # the sample's training images; VOC: [("2007", "test")]; COCO: ["val.json"]
 TOLERATE = []  # "other classes": skip objects of classes the model lacks; "missing labels": unlabelled is background
+DATA_CLASSES = []  # names or a .names file, if YOLO labels number their classes in another order than the model
 NUM_WORKERS = 2  # processes that load images
 BATCH_SIZE = 8  # images per forward pass
 # model
@@ -60,13 +61,16 @@ def check_settings():
 
 PAPER_MAP = {288: 69.0, 352: 73.7, 416: 76.8, 480: 77.8, 544: 78.6}  # VOC 2007 test, trained on 07+12; YOLO9000 Table 3
 COLUMNS = ("class", "truths", "difficult", "detections", "ap_11", "ap_all", "ap_at_fixed", "precision", "recall", "f1")
+MEANS = ("ap_11", "ap_all", "ap_at_fixed", "ap_75", "ap_50_95")  # columns whose mean over the classes is reported
 FALSE_POSITIVES = ("duplicate", "localisation", "confusion", "background")
 ERROR_COLUMNS = (*FALSE_POSITIVES, "missed", "confused_with", "confused_with_count")
 
 
 def measure(detections, truths, classes, fixed_threshold):
-    """-> a row (dict of COLUMNS) and a curve (precisions, recalls) per class; AP, recall and F1 are NaN for a class
-    without ground truth."""
+    """-> a row (dict of COLUMNS, ap_75 and ap_50_95) and a curve (precisions, recalls) per class; AP, recall and F1 are
+    NaN for a class without ground truth. ap_50_95: mean AP at IoU .5, .55 .. .95."""
+    thresholds = [percent / 100 for percent in range(50, 100, 5)]
+    ap = [utils.average_precision(detections, truths, len(classes), iou).tolist() for iou in thresholds]
     rows, curves = [], []
     for c, (confidences, precisions, recalls) in enumerate(utils.precision_recall(detections, truths, len(classes))):
         difficult = truths[truths[:, 1] == c, 2] > 0
@@ -83,7 +87,8 @@ def measure(detections, truths, classes, fixed_threshold):
         f1 = 2 * precision * recall / (precision + recall) if recall != 0 else 0.0
         counts = (truth_count, int(difficult.sum()), int((detections[:, 1] == c).sum()))
         values = (classes[c], *counts, ap_11, ap_all, ap_at_fixed, precision, recall, f1)
-        rows.append(dict(zip(COLUMNS, values, strict=True)))
+        row = dict(zip(COLUMNS, values, strict=True))
+        rows.append(row | {"ap_75": ap[thresholds.index(0.75)][c], "ap_50_95": float(np.mean([row[c] for row in ap]))})
         curves.append((precisions, recalls))
     return rows, curves
 
@@ -188,8 +193,7 @@ def draw_worst(dataset, detections, truths, errors, file):
             title += f" with {other_name}"
         title += f", image {utils.drawable(Path(image_file).stem, f'number {index}')}"
         axis.set_title(textwrap.fill(title, 46), fontsize=11, parse_math=False)
-    with utils.atomic_write(file) as temporary:
-        figure.savefig(temporary, dpi=100, format="jpg")
+    utils.write_picture(file, figure.savefig, dpi=100, format="jpg")
     plt.close(figure)
     return len(panels)
 
@@ -215,8 +219,7 @@ def draw_curves(rows, curves, file):
         axis.set_visible(False)
     figure.supxlabel("recall", fontsize=9)
     figure.supylabel("precision", fontsize=9)
-    with utils.atomic_write(file) as temporary:
-        figure.savefig(temporary, dpi=100, format="png")
+    utils.write_picture(file, figure.savefig, dpi=100, format="png")
     plt.close(figure)
 
 
@@ -225,7 +228,8 @@ def main():
     utils.keep_freed_memory()
     device = utils.pick_device(DEVICE)
     model, classes, anchors, own_size = load_detector(CHECKPOINT, CLASSES, ANCHORS, device, PRECISION, COMPILE)
-    dataset = VOCDataset(DATA_DIR, IMAGE_SETS, anchors, own_size, classes, tolerate=TOLERATE)
+    dataset = VOCDataset(DATA_DIR, IMAGE_SETS, anchors, own_size, DATA_CLASSES or classes, tolerate=TOLERATE)
+    dataset = dataset.with_classes(classes, TOLERATE)
     print_doubts(dataset)
     means = {}
     for size in INPUT_SIZES or [own_size]:
@@ -233,7 +237,7 @@ def main():
         thresholds = CONFIDENCE_THRESHOLD, NMS_IOU_THRESHOLD
         detections, truths, seconds = utils.detect_dataset(model, resized, BATCH_SIZE, NUM_WORKERS, *thresholds)
         rows, curves = measure(detections, truths, classes, FIXED_THRESHOLD)
-        means[size] = [utils.mean_average_precision([row[name] for row in rows]) for name in COLUMNS[4:7]]
+        means[size] = [utils.mean_average_precision([row[name] for row in rows]) for name in MEANS]
         confident = detections[detections[:, 2] >= FIXED_THRESHOLD]
         errors = error_kinds(confident, truths, len(classes))
         error_rows = count_errors(confident, truths, classes, errors)
@@ -243,7 +247,9 @@ def main():
         print(f"\n{CHECKPOINT} at {size} px on {counts}")
         shown = [row for row in rows if row["truths"] or row["difficult"] or row["detections"]]
         print_table(shown)
-        print(f"{'mAP':>16s}  {'':25s}  " + "  ".join(f"{value:7.3f}" for value in means[size]))
+        print(f"{'mAP':>16s}  {'':25s}  " + "  ".join(f"{value:7.3f}" for value in means[size][:3]))
+        strict = "mAP at IoU .75: {:.3f}; mean over IoU .5 to .95: {:.3f}".format(*means[size][3:])
+        print(f"{strict} (all points, devkit matching; pycocotools interpolates at 101 points)")
         if len(shown) < len(rows):
             print(f"not shown: {len(rows) - len(shown)} classes without ground truth and detections")
         print_errors(shown)
@@ -253,16 +259,16 @@ def main():
 
     if len(means) > 1:  # as in the paper's Table 3
         print(f"\n{'input':>16s}  " + "  ".join(f"{size:7d}" for size in means))
-        for place, name in enumerate(("mAP 11", "mAP all", f"mAP@{FIXED_THRESHOLD}")):
+        for place, name in enumerate(("mAP 11", "mAP all", f"mAP@{FIXED_THRESHOLD}", "mAP IoU .75", "mAP IoU .5:.95")):
             print(f"{name:>16s}  " + "  ".join(f"{100 * values[place]:7.1f}" for values in means.values()))
         paper = [f"{PAPER_MAP[size]:7.1f}" if size in PAPER_MAP else f"{'-':>7s}" for size in means]
         print(f"{'paper, VOC 2007':>16s}  " + "  ".join(paper))
 
     with utils.atomic_write(f"{OUTPUT}.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS + ERROR_COLUMNS)
+        writer = csv.DictWriter(stream, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-        writer.writerow({"class": "mAP", **dict(zip(COLUMNS[4:7], means[size], strict=True))})
+        writer.writerow({"class": "mAP", **dict(zip(MEANS, means[size], strict=True))})
     draw_curves(rows, curves, f"{OUTPUT}_curves.png")
     print(f"wrote {OUTPUT}.csv and {OUTPUT}_curves.png")
     if draw_worst(dataset, confident, truths, errors, f"{OUTPUT}_worst.jpg"):

@@ -175,6 +175,7 @@ def main():
     settings = utils.script_settings(globals()) | {"PRECISION": str(dtype), "CLASSES": classes, "ANCHORS": anchors}
     settings["training images"] = utils.fingerprint(train_set.samples)
     metadata = {"classes": classes, "anchors": anchors, "image_size": IMAGE_SIZE, "settings": settings}
+    utils.lock_run(CHECKPOINT)
     if RESUME:
         state = utils.resume(CHECKPOINT, model, optimizer, scaler, settings, FIXED)
         utils.write_metrics(stem, state["metrics"])  # the last run may have died before it wrote them

@@ -11,6 +11,9 @@ import contextlib
 import csv
 import ctypes
 import functools
+import glob
+import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -157,9 +160,8 @@ def largest_overlaps(
     """The largest IoU (D,) of each detection with the ground truths of its image and class (any_class: of its image),
     and the row (D,) of that ground truth: the first for ties, -1 without overlap. Tables as in average_precision."""
     # Ground truths sorted by key: those that a detection may match are a contiguous range, found by binary search.
-    keys, truth_keys = (
-        table[:, 0] if any_class else table[:, 0] * num_classes + table[:, 1] for table in (detections, truths)
-    )
+    classes_apart = 0 if any_class else 1
+    keys, truth_keys = (table[:, 0] * num_classes + table[:, 1] * classes_apart for table in (detections, truths))
     order = np.argsort(truth_keys, kind="stable")
     truths = truths[order]
     start = np.searchsorted(truth_keys[order], keys, side="left")
@@ -333,9 +335,7 @@ def pick_device(name: str = "auto") -> torch.device:
     if device.type == "cuda":
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= gpus:
-            raise ValueError(
-                f"DEVICE={name}: PyTorch sees {gpus} GPUs; choose another device, or check PyTorch and the GPU driver"
-            )
+            raise ValueError(f"DEVICE={name}: PyTorch sees {gpus} GPUs; set another, or check PyTorch and GPU driver")
         if device.index is not None:
             torch.cuda.set_device(device)  # for functions that ask for the current device
     torch.backends.cudnn.benchmark = True  # chooses the fastest convolutions for each image size
@@ -403,10 +403,13 @@ def keep_freed_memory() -> None:
 # ---------------------------------------------------------------- stopping a run
 
 
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 def catch_stop_signals(max_hours: float = 0.0) -> types.SimpleNamespace:
-    """Turns SIGTERM and the first SIGINT (Ctrl-C) into a request to stop -> the object that should_stop reads; its
-    `reason` becomes the signal's name. Another SIGINT, more than a second later, raises KeyboardInterrupt.
-    max_hours: time limit, 0 for none.
+    """Turns SIGTERM, SIGHUP (a closed ssh) and the first SIGINT (Ctrl-C) into a request to stop -> the object that
+    should_stop reads; its `reason` becomes the signal's name. Another SIGINT, more than a second later, raises
+    KeyboardInterrupt. max_hours: time limit, 0 for none.
     """
     deadline = time.monotonic() + 3600 * max_hours if max_hours > 0 else math.inf
     stop = types.SimpleNamespace(reason="", deadline=deadline, interrupted=math.inf)
@@ -421,11 +424,12 @@ def catch_stop_signals(max_hours: float = 0.0) -> types.SimpleNamespace:
 
     def block_signals():  # in a forked worker: PyTorch's own handler would end it before ignore_signals is called
         if signal.getsignal(signal.SIGTERM) is handle:
-            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
     if threading.current_thread() is threading.main_thread():  # the only thread in which Python allows handlers
-        signal.signal(signal.SIGINT, handle)
-        signal.signal(signal.SIGTERM, handle)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, handle)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=block_signals)
     return stop
@@ -470,8 +474,8 @@ def divergence_message(problem: str, state: dict, files: list[str], checkpoint: 
 def ignore_signals(worker: int) -> None:
     """worker_init_fn of a DataLoader: signals reach all processes of a run, but only the main process reacts to
     them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register  # runs before multiprocessing's clean-up, which would wait for workers that ignore its SIGTERM
@@ -491,8 +495,9 @@ def first_line(error: Exception) -> str:
 
 
 def printable(text: str) -> str:
-    """Text with backslash escapes for control characters and undecodable bytes, so that any terminal can print it."""
-    special = {c for c in text if unicodedata.category(c) in ("Cc", "Cs")}
+    """Text with backslash escapes for undecodable bytes and for characters that cannot be seen, except the joiners of
+    Persian and Indian scripts."""
+    special = {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs")} - {"\u200c", "\u200d"}
     return "".join(c.encode("unicode_escape", "surrogatepass").decode() if c in special else c for c in text)
 
 
@@ -521,7 +526,16 @@ def read_text(file: str | os.PathLike) -> str:
         text = "\0"
     if "\0" in text:  # also UTF-16 and UTF-32 without a byte order mark
         raise ValueError("it is not UTF-8 text; save it as UTF-8")
-    return text
+    return text.replace("\ufeff", "")  # in the middle: files joined by `cat`
+
+
+# a name in one normal form: macOS stores an umlaut as two characters, a letter and its dots
+composed = functools.partial(unicodedata.normalize, "NFC")
+
+
+def file_name(text: str) -> str:
+    """The text as part of a file name, and as one word, because toolkits split lines at blanks."""
+    return re.sub(r"[ /\\]", "_", text)
 
 
 def read_classes(classes) -> list[str]:
@@ -545,13 +559,13 @@ def check_classes(source: str, classes: list[str]) -> list[str]:
             raise ValueError(f"{source}: {name!r} is not a class name; use text without spaces around it")
         if any(c.isspace() and c != " " for c in name):
             raise ValueError(f"{source}: {name!r} has an unusual space; use plain ones")
-        if printable(name) != name or "/" in name or "\\" in name or name in (".", ".."):
-            raise ValueError(f"{source}: {name!r} cannot be part of a file name; remove slashes and control characters")
-        file = name.replace(" ", "_")
+        if printable(name) != name:
+            raise ValueError(f"{source}: {printable(name)!r} contains characters that cannot be seen; remove them")
+        file = file_name(composed(name))
         if file in files:
             raise ValueError(f"{source}: {files[file]!r} and {name!r} would share a file of detections; rename one")
         files[file] = name
-    return [str(name) for name in classes]  # not numpy's str_, which a checkpoint must not contain
+    return [composed(str(name)) for name in classes]  # not numpy's str_, which a checkpoint must not contain
 
 
 @contextlib.contextmanager
@@ -569,12 +583,24 @@ def atomic_write(file: str | os.PathLike, suffix: str = ""):
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's own for a failed write
             raise
-        raise OSError(
-            f"{file}: could not be written ({first_line(error)}); free some space, or choose another place"
-        ) from error
+        reason = f"could not be written ({first_line(error)})"
+        raise OSError(f"{file}: {reason}; free some space, or choose another place") from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def write_file(file: str | os.PathLike, content: bytes) -> None:
+    """Writes a whole file with atomic_write."""
+    with atomic_write(file) as temporary:
+        Path(temporary).write_bytes(content)
+
+
+def write_picture(file: str | os.PathLike, save: Callable, **options) -> None:
+    """Writes what save(stream, **options) encodes. In memory first, because encoders do not report a full disk."""
+    stream = io.BytesIO()
+    save(stream, **options)
+    write_file(file, stream.getvalue())
 
 
 def check_writable(file: str | os.PathLike, is_folder: bool = False) -> None:
@@ -635,9 +661,8 @@ def save_checkpoint(file: str | os.PathLike, **state) -> None:
     """
     if not all((tensor.abs() < LARGEST_WEIGHT).all() for tensor in state.get("model", {}).values()):
         kept = "those of the last save are kept" if os.path.isfile(file) else "it was not written"
-        raise ValueError(
-            f"{file}: the weights are NaN, infinite or huge; {kept}. Lower LEARNING_RATE or lengthen BURN_IN"
-        )
+        advice = "lower LEARNING_RATE or lengthen BURN_IN"
+        raise ValueError(f"{file}: the weights are NaN, infinite or huge; {kept}; {advice}")
     with atomic_write(file) as temporary:
         torch.save(state, temporary)
 
@@ -670,7 +695,7 @@ def load_checkpoint(file: str | os.PathLike, device: str | torch.device = "cpu",
 
 
 # may change silently on RESUME, because they do not affect what a run computes (fingerprint() checks the images)
-RUN_SETTINGS = {"DATA_DIR", "IMAGE_SETS", "NUM_WORKERS", "CHECKPOINT", "RESUME", "RESUME_WEIGHTS", "PRETRAINED"}
+RUN_SETTINGS = {"NUM_WORKERS", "CHECKPOINT", "RESUME", "RESUME_WEIGHTS", "PRETRAINED"}
 RUN_SETTINGS |= {"SAVE_EVERY_MINUTES", "MAX_HOURS", "DEVICE", "EVAL_EVERY"}
 SCORE_SETTINGS = {"VAL_IMAGE_SETS", "EVAL_THRESHOLD", "EVAL_TRAIN_IMAGES"}  # a change of these resets the best score
 
@@ -727,17 +752,37 @@ def resume(file: str | os.PathLike, model: nn.Module, optimizer, scaler, setting
 
 
 def keep_earlier_run(checkpoint: str, start_file: str) -> None:
-    """Renames checkpoint, best checkpoint and metrics of an earlier run to `<file>.old`, and says so. start_file: the
-    weights that the new run starts from; it stays (and is copied), because a restart needs it."""
+    """Renames checkpoint, best checkpoint and metrics of an earlier run to `<file>.old1`, or the next free number, and
+    says so. start_file: the weights that the new run starts from; it stays (and is copied), because a restart needs
+    it."""
     stem, kept = checkpoint.removesuffix(".pt"), []
-    for file in filter(os.path.isfile, (checkpoint, f"{stem}_best.pt", f"{stem}_metrics.csv")):
+    files = (checkpoint, f"{stem}_best.pt", f"{stem}_metrics.csv")
+    number = next(n for n in itertools.count(1) if not any(os.path.exists(f"{file}.old{n}") for file in files))
+    for file in filter(os.path.isfile, files):
         path = os.path.realpath(file)  # a symbolic link stays
         move = shutil.copyfile if start_file and path == os.path.realpath(start_file) else shutil.move
-        move(path, f"{file}.old")
-        kept.append(f"{file}.old")
+        kept.append(move(path, f"{file}.old{number}"))
     if kept:
+        size = sum(os.path.getsize(f) for file in files for f in glob.glob(f"{glob.escape(file)}.old*")) / 1e9
         advice = "to continue that run, stop, rename them back and add RESUME=True"
-        print(f"this is a new run; files of an earlier one are now {', '.join(kept)}: {advice}", flush=True)
+        print(f"this is a new run; files of an earlier one are now {', '.join(kept)} ({size:.1f} GB kept): {advice}")
+
+
+LOCKS = []  # open files: closing one would release its lock
+
+
+def lock_run(checkpoint: str) -> None:
+    """Raises ValueError if another living process trains with the same CHECKPOINT. Windows has no such locks."""
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        LOCKS.append(open(f"{checkpoint}.lock", "w"))  # noqa: SIM115
+        try:
+            fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"{checkpoint}: another run is writing it; set another CHECKPOINT, or stop it") from None
+        except OSError:
+            return  # some network disks have no locks
 
 
 # ---------------------------------------------------------------- log and charts
@@ -755,15 +800,12 @@ def write_metrics(stem: str, rows: list[dict]) -> None:
     if not rows:
         return
     try:
-        with (
-            atomic_write(f"{stem}_metrics.csv") as temporary,
-            open(temporary, "w", newline="", encoding="utf-8") as stream,
-        ):
-            writer = csv.DictWriter(stream, fieldnames=list(rows[-1]), extrasaction="ignore")
-            writer.writeheader()
-            for row in rows:
-                texts = {name: f"{value:.6g}" for name, value in row.items() if isinstance(value, float)}
-                writer.writerow(row | texts)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=list(rows[-1]), extrasaction="ignore")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow(row | {name: f"{value:.6g}" for name, value in row.items() if isinstance(value, float)})
+        write_file(f"{stem}_metrics.csv", text.getvalue().encode())
         draw_charts(rows, f"{stem}_charts.png")
     except Exception as error:  # no chart or CSV error may end a run
         print(f"{stem}_metrics.csv or {stem}_charts.png could not be written: {first_line(error)}")
@@ -807,8 +849,7 @@ def draw_charts(rows: list[dict], chart_file: str | os.PathLike) -> None:
         axis.set_xlim(left=0)
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
-    with atomic_write(chart_file) as temporary:
-        figure.savefig(temporary, dpi=100, format="png")
+    write_picture(chart_file, figure.savefig, dpi=100, format="png")
     plt.close(figure)
 
 
@@ -817,9 +858,8 @@ def advance(bar, images: int, start: float, loss: Tensor) -> None:
     step's loss."""
     if not bar.disable:
         if time.time() - bar.last_print_t >= bar.mininterval:  # reading the loss waits for the GPU
-            bar.set_postfix_str(
-                f"{images / (time.monotonic() - start):.1f} images/s, loss {float(loss):.3g}", refresh=False
-            )
+            speed = images / (time.monotonic() - start)
+            bar.set_postfix_str(f"{speed:.1f} images/s, loss {float(loss):.3g}", refresh=False)
         bar.update()
 
 
@@ -829,9 +869,8 @@ def time_left(began: float, done: int, remaining: int) -> str:
     if not remaining:
         return ""
     minutes = (time.monotonic() - began) / max(done, 1) * remaining / 60
-    return (
-        f"{round(minutes) // 60} h {round(minutes) % 60:02d} min left" if minutes >= 60 else f"{minutes:.1f} min left"
-    )
+    text = f"{round(minutes) // 60} h {round(minutes) % 60:02d} min" if minutes >= 60 else f"{minutes:.1f} min"
+    return f"{text} left"
 
 
 def finish(bar, broken_list: str) -> None:
@@ -863,13 +902,7 @@ LIMITS = {  # least, most, and the number of which it must be a multiple (0: any
     "LR_DROPS": (1, 10**12, 0),
     "SHEET_IMAGES": (1, 500, 1),
 }
-LISTS = {
-    "TOLERATE",
-    "CROP_SCALE",
-    "MULTI_SCALE",
-    "INPUT_SIZES",
-    "LR_DROPS",
-}  # hold any number of these words or numbers
+LISTS = {"TOLERATE", "CROP_SCALE", "MULTI_SCALE", "INPUT_SIZES", "LR_DROPS"}  # hold any number of such values
 RANGES = {name: limits for names, limits in LIMITS.items() for name in names.split()}
 
 
@@ -894,11 +927,10 @@ def check_settings(script_globals: dict, **ranges: tuple) -> None:
 def settings_block(script_globals: dict) -> str:
     """The lines of a script's file that assign its settings, with their comments: from the first one to the first
     function."""
-    text = re.split(
-        r"^(?:def|class|@)", Path(script_globals["__file__"]).read_text("utf-8"), maxsplit=1, flags=re.MULTILINE
-    )
-    found = re.search(r"^(# \w+\n)?[A-Z][A-Z_]+ = ", text[0], re.MULTILINE)
-    return text[0][found.start() :].rstrip() if found else ""
+    text = Path(script_globals["__file__"]).read_text("utf-8")
+    above = re.split(r"^(?:def|class|@)", text, maxsplit=1, flags=re.MULTILINE)[0]
+    found = re.search(r"^(# \w+\n)?[A-Z][A-Z_]+ = ", above, re.MULTILINE)
+    return above[found.start() :].rstrip() if found else ""
 
 
 def script_settings(script_globals: dict) -> dict:
@@ -938,6 +970,8 @@ def override_globals(script_globals: dict, words: list[str]) -> None:
             value = float(value)
         if isinstance(default, str) and value is not None and not isinstance(value, str):
             value = text  # CHECKPOINT=7
+        if isinstance(value, str):
+            value = os.path.expanduser(value)  # CHECKPOINT=~/x.pt: zsh and sh leave it as it is
         fits = type(value) is type(default) or (default is None and type(value) is int)
         if isinstance(default, (list, tuple)):  # also takes the name of a file that holds the list
             fits |= isinstance(value, (list, tuple)) or str(value).endswith((".csv", ".txt", ".json", ".names"))
@@ -950,18 +984,13 @@ def override_globals(script_globals: dict, words: list[str]) -> None:
 def check_schedule(schedule: str, drops: list, epochs: int) -> None:
     """Raises ValueError if LR_SCHEDULE="steps" would never drop the rate."""
     if schedule == "steps" and drops and min(drops) > epochs:
-        raise ValueError(
-            f"LR_DROPS {drops} are all above EPOCHS {epochs}: the rate would never drop; change one of them"
-        )
+        raise ValueError(f"LR_DROPS {drops} are all above EPOCHS {epochs}, so the rate would never drop")
 
 
 def print_long_burn_in(burn_in: int, total_steps: int) -> None:
     """Prints a hint if a run is too short for its burn-in."""
     if burn_in > total_steps:
-        print(
-            f"BURN_IN {burn_in} is longer than the run (steps: {total_steps}): "
-            "the rate never reaches LEARNING_RATE; lower it"
-        )
+        print(f"BURN_IN {burn_in} exceeds the {total_steps} steps of the run: the rate never reaches LEARNING_RATE")
 
 
 @contextlib.contextmanager
@@ -974,19 +1003,23 @@ def plain_errors():
         yield
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # train.py | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python still flushes at its end
+        sys.exit("error: the program that reads the output has ended")
     except (OSError, ValueError) as error:  # a DataLoader worker's error contains its traceback: keep the last line
         last = (str(error).strip().splitlines() or [""])[-1]
         sys.exit(f"error: {printable(re.sub(r'^[A-Za-z]+Error: ', '', last))}")
-    except torch.OutOfMemoryError:
-        sys.exit(
-            "error: the GPU ran out of memory; lower BATCH_SIZE or the image size, or double SUBDIVISIONS in a new run"
-        )
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        device = "GPU" if isinstance(error, torch.OutOfMemoryError) else "CPU"
+        if device == "GPU" or isinstance(error, MemoryError) or "can't allocate memory" in text:
+            sys.exit(f"error: the {device} ran out of memory; lower BATCH_SIZE or image size, or double SUBDIVISIONS")
+        if "Too many open files" in text:
+            sys.exit("error: too many open files; set NUM_WORKERS=0, or raise the limit (ulimit -n 65536)")
         signs = ("killed by signal", "No space left on device", "shared memory", "unable to mmap")
-        for line in str(error).splitlines():
-            if any(sign in line for sign in signs):
-                advice = "set NUM_WORKERS=0, or enlarge /dev/shm (docker run --shm-size=8g)"
-                sys.exit(f"error: a DataLoader worker ran out of memory ({line}); {advice}")
+        if lines := [line for line in text.splitlines() if any(sign in line for sign in signs)]:
+            advice = "set NUM_WORKERS=0, or enlarge /dev/shm (docker run --shm-size=8g)"
+            sys.exit(f"error: a DataLoader worker ran out of memory ({lines[0]}); {advice}")
         raise
 
 
@@ -1053,12 +1086,8 @@ def draw_boxes(image: np.ndarray, boxes, labels: list[str], class_indices) -> Im
         y = y1 - height if y1 >= height else y1  # above the box, or inside it at the top of the image
         draw.rectangle((x, y, x + width, y + height), fill=colour)
         luminance = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2]
-        draw.text(
-            (x + thickness, y + thickness / 2),
-            label,
-            fill="white" if luminance < 130 else "black",
-            font=font(font_size),
-        )
+        fill = "white" if luminance < 130 else "black"
+        draw.text((x + thickness, y + thickness / 2), label, fill, font(font_size))
     return picture
 
 
@@ -1072,9 +1101,8 @@ def draw_samples(
     sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height))
     for index, image in enumerate(images):
         scale = min(width / image.shape[1], height / image.shape[0])
-        small = Image.fromarray(image).resize(
-            (max(1, round(scale * image.shape[1])), max(1, round(scale * image.shape[0])))
-        )
+        small_size = [max(1, round(scale * side)) for side in image.shape[1::-1]]
+        small = Image.fromarray(image).resize(small_size)
         found = detections[detections[:, 0] == index]
         found = found[np.argsort(-found[:, 2])[:6]]
         labels = [f"{classes[int(label)]} {confidence:.2f}" for label, confidence in found[:, 1:3]]
@@ -1082,5 +1110,4 @@ def draw_samples(
         for box in (ground_truths[ground_truths[:, 0] == index, 3:] - 1) * scale:
             ImageDraw.Draw(picture).rectangle(box.tolist(), outline="white")
         sheet.paste(picture, (index % columns * width, index // columns * height))
-    with atomic_write(file) as temporary:
-        sheet.save(temporary, "JPEG", quality=90)
+    write_picture(file, sheet.save, format="JPEG", quality=90)

@@ -1,8 +1,9 @@
-"""Shared by the tests: writers of small data sets, and fixtures that make training runs cheap (an eighth of the
-channels, one thread, no charts)."""
+"""Shared by the tests: writers of small data sets, networks that find every object, and fixtures that make training
+runs cheap (an eighth of the channels, one thread, no charts)."""
 
 import contextlib
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,34 @@ import torch
 from PIL import Image
 
 import darknet_model
+import model as yolov2_model
 import utils
+from model import ANCHORS
 
 
 def set_globals(monkeypatch, script, **values):
     for name, value in values.items():
         monkeypatch.setattr(script, name, value)
+
+
+def assert_equal(one, other, path=""):
+    """Nested dicts, lists, tuples and tensors are equal to the last bit."""
+    assert type(one) is type(other), path
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_equal(one[key], other[key], f"{path}/{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), path
+        for place, pair in enumerate(zip(one, other, strict=True)):
+            assert_equal(*pair, f"{path}/{place}")
+    else:
+        assert one == other, path
+
+
+# ---------------------------------------------------------------- data sets
 
 
 def voc_xml(objects, size=(100, 80)) -> str:
@@ -44,11 +67,9 @@ def write_devkit(root: Path, files: dict, size=(100, 80), suffix=".jpg", year="2
     return folder
 
 
-def write_coco(
-    root: Path, images, annotations, names: dict, name="train.json", size=(100, 80), folder="", declared=None
-) -> Path:
+def write_coco(root, images, annotations, names, name="train.json", size=(100, 80), folder="", declared=None) -> Path:
     """Writes a COCO file, and its images into `folder`, and returns the file. images are rows (id, file name),
-    annotations rows (image id, category id, bbox[, iscrowd]), names maps category ids to class names."""
+    annotations rows (image id, category id, bbox[, iscrowd]) or None, names maps category ids to class names."""
     file = root / name
     file.parent.mkdir(parents=True, exist_ok=True)
     width, height = declared or size
@@ -57,14 +78,62 @@ def write_coco(
         "categories": [{"id": key, "name": category} for key, category in names.items()],
         "annotations": [
             {"id": n, "image_id": row[0], "category_id": row[1], "bbox": row[2], "iscrowd": (*row, 0)[3]}
-            for n, row in enumerate(annotations, 500)
+            | {"area": row[2][2] * row[2][3]}
+            for n, row in enumerate(annotations or [], 500)
         ],
     }
+    if annotations is None:
+        del content["annotations"]
     for number, (_, image) in enumerate(images):
         (root / folder / image).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", size, (40 * number % 256, 90, 160)).save(root / folder / image)
     file.write_text(json.dumps(content))
     return file
+
+
+# ---------------------------------------------------------------- networks and runs
+
+
+def raw_outputs(targets: torch.Tensor, classes: int, t_o=20.0) -> torch.Tensor:
+    """The network's outputs (A, S_h, S_w, 5 + C) that decode to the targets (A, S_h, S_w, 6): the inverse of YOLO9000
+    Fig. 3, t_x = ln(x / (1 - x)), t_w = ln(w / p_w), with the logit t_o at objects, -20 elsewhere."""
+    objectness, x, y, w, h, label = targets.double().unbind(-1)
+    p_w, p_h = torch.tensor(ANCHORS, dtype=torch.float64).T[:, :, None, None]
+    raw = torch.zeros(*targets.shape[:3], 5 + classes)
+    values = (torch.logit(x, 1e-6), torch.logit(y, 1e-6), torch.log(w / p_w), torch.log(h / p_h))
+    raw[..., :4] = torch.where(objectness[..., None] > 0, torch.stack(values, dim=-1), 0)
+    raw[..., 4] = torch.where(objectness > 0, t_o, -20)
+    raw[..., 5:] = 20.0 * torch.nn.functional.one_hot(label.long(), classes)
+    return raw
+
+
+def load_detector(file, classes=(), anchors=()):
+    return yolov2_model.load_detector(file, list(classes), list(anchors), torch.device("cpu"), "fp32")
+
+
+class PerfectDetector(torch.nn.Module):
+    """Returns the raw outputs that decode to the targets of a data set, batch by batch."""
+
+    def __init__(self, data, t_o=20.0):
+        super().__init__()
+        self.data, self.t_o, self.seen, self.unused = data, t_o, 0, torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, images):
+        targets = [self.data[self.seen + number][1] for number in range(len(images))]
+        self.seen += len(images)
+        return torch.stack([raw_outputs(each, len(self.data.classes), self.t_o) for each in targets])
+
+
+@contextlib.contextmanager
+def handlers_kept():
+    """Restores pytest's signal handlers, which the scripts, torchrun's agent and run_narrow replace."""
+    changed = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM)
+    before = {number: signal.getsignal(number) for number in changed}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,13 @@
 """Boxes, decoding, non-maximum suppression and average precision, checked by hand and against a plain reference."""
 
 import math
+import types
 
 import numpy as np
 import pytest
 import torch
 
+import dataset
 import test as test_script
 import utils
 
@@ -173,6 +175,33 @@ def test_the_first_devkit_pixel_is_one():
     assert pixels.tolist() == [[51, 26, 200, 100], [1, 1, 101, 51]]  # clipped to the image
 
 
+@pytest.mark.parametrize(("shift", "kept"), [(0.7777, 3), (0.7398, 2)])
+def test_the_default_thresholds_are_those_of_darknets_valid(shift, kept):
+    """Confidence .005: of .0049 and .0051 the second is kept. NMS .45: boxes of 2 x 2 cells that are .7777 or .7398
+    cells apart have an IoU of (2 - .7777) / (2 + .7777) = .44 or of (2 - .7398) / (2 + .7398) = .46."""
+    slots = {(0, 3, 3): [0, 0, 0, 0, math.log(0.0049 / 0.9951), *SURE]}
+    slots[(0, 3, 0)] = [0, 0, 0, 0, math.log(0.0051 / 0.9949), *SURE]
+    slots[(0, 0, 0)] = [0, 0, 0, 0, 1, *SURE]  # its centre is at .5 cells
+    slots[(0, 0, 1)] = [math.log((shift - 0.5) / (1.5 - shift)), 0, 0, 0, 0, *SURE]  # at .5 + shift
+    model = torch.nn.Linear(1, 1)
+    model.forward = lambda images: raw_outputs(slots)
+
+    class OneImage(list):
+        anchors, samples = SAME_SHAPE, [types.SimpleNamespace(size=(100, 100))]
+        images = staticmethod(lambda indices: torch.zeros(1, 3, 128, 128))
+        ground_truth = staticmethod(lambda index: torch.empty(0, 6))
+
+    found, _, _ = utils.detect_dataset(model, OneImage([0]), batch_size=1, num_workers=0)
+    assert len(found) == kept and found[:, 2].min() == pytest.approx(0.0051, rel=1e-3)
+
+
+# ---------------------------------------------------------------- anchors
+
+
+def test_as_many_anchors_as_boxes_are_the_boxes():
+    assert dataset.kmeans_anchors([(9, 5), (1, 1), (2, 4)], 3).tolist() == [[1, 1], [2, 4], [9, 5]]
+
+
 # ---------------------------------------------------------------- average precision
 
 BOX_A, BOX_B, BOX_C = (1, 1, 10, 10), (21, 1, 30, 10), (41, 1, 50, 10)  # disjoint, 10 x 10 pixels each
@@ -324,9 +353,9 @@ def test_an_unknown_metric_is_an_error():
 @pytest.mark.parametrize("label", [-1, 2])
 def test_a_class_out_of_range_is_an_error_that_names_the_table(label):
     with pytest.raises(ValueError, match="detections"):
-        utils.average_precision([detection(0.9, BOX_A, label=label)], [truth(BOX_A)], 2)
+        utils.average_precision([detection(0.9, BOX_A), detection(0.9, BOX_A, label=label)], [truth(BOX_A)], 2)
     with pytest.raises(ValueError, match="ground_truths"):
-        utils.average_precision([detection(0.9, BOX_A)], [truth(BOX_A, label=label)], 2)
+        utils.average_precision([detection(0.9, BOX_A)], [truth(BOX_A, label=label), truth(BOX_A)], 2)
 
 
 # ---------------------------------------------------------------- average precision against a plain reference

@@ -187,6 +187,10 @@ def test_exported_files_hold_the_images_seen_the_size_the_anchors_and_the_names(
     assert sorted(file.name for file in folder.iterdir()) == ["bolts.cfg", "bolts.names", "bolts.pt", "bolts.weights"]
 
     monkeypatch.setattr(yolov2_model, "IMAGE_SIZE", 160)
+    with pytest.raises(ValueError, match=r"bolts\.cfg"):  # a user may have edited it
+        yolov2_model.main()
+    assert (folder / "bolts.cfg").read_text() == cfg
+    (folder / "bolts.cfg").unlink()
     yolov2_model.main()
     assert (folder / "bolts.cfg").read_text() == cfg.replace("=128\nheight=128\n", "=160\nheight=160\n")
 
@@ -393,6 +397,16 @@ def test_a_malformed_weights_file_is_named_and_the_model_is_unchanged(narrow, tm
     with pytest.raises(ValueError, match="wrong.weights"):
         load_darknet_weights(model, file)
     assert torch.equal(numbers_of(model), before)
+
+
+def test_a_weights_file_that_ends_in_its_header_or_within_a_number_is_named(narrow, tmp_path):
+    file = tmp_path / "cut.weights"
+    save_darknet_weights(Darknet19(num_classes=2), file)
+    content = file.read_bytes()
+    for damaged in (content[:8], content[:19], content[:-1], content[:-2], content + b"\0", content + b"\0\0\0"):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match="cut.weights"):
+            open_darknet_file(file)
 
 
 def test_a_missing_file_or_one_of_another_network_is_refused(golden_file, tmp_path):

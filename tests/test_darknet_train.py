@@ -3,6 +3,7 @@
 import ast
 import difflib
 import functools
+import random
 import re
 import shlex
 import shutil
@@ -14,13 +15,15 @@ import run_narrow
 import torch
 from conftest import set_globals
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import darknet_model
 import darknet_train
 import darknet_train_multigpu
 import darknet_train_multigpu_distr
+import train
 import utils
-from dataset import ImageNetFolder, imagenet_dataset
+from dataset import ImageNetFolder, imagenet_dataset, steps_per_epoch
 from model import YOLOv2, load_pretrained_backbone
 
 pytestmark = pytest.mark.usefixtures("narrow_module", "fork_server")
@@ -116,6 +119,58 @@ def test_the_scripts_train_the_same_weights_and_resume_each_others_checkpoints(t
         states.append(utils.load_checkpoint(tmp_path / script.__name__ / "darknet19.pt"))
     for state in states[4:]:
         assert all(torch.equal(tensor, state["model"][name]) for name, tensor in states[3]["model"].items())
+
+
+def set_run(monkeypatch, script, folder, **values):
+    """Settings of a short run of train.py, 2 steps per epoch, or of darknet_train.py, 3 steps per epoch."""
+    data = {"BURN_IN": 0}
+    if script is train:
+        data |= {"DATA_DIR": str(SAMPLE.parent / "voc"), "IMAGE_SETS": [("2007", "tiny")], "REPEAT": 1}
+        data |= {"EVAL_TRAIN_IMAGES": 1, "EVAL_THRESHOLD": 0.99, "BATCH_SIZE": 8}
+    set_small(monkeypatch, script, folder, **(data | values))
+
+
+@pytest.mark.parametrize("script", [train, darknet_train])
+def test_training_and_evaluation_compute_in_the_precision_of_the_setting(script, tmp_path, monkeypatch, no_charts):
+    seen = set()
+
+    def see(module, inputs, output):
+        if isinstance(module, torch.nn.Conv2d):
+            seen.add((module.training, output.dtype))
+
+    set_run(monkeypatch, script, tmp_path, PRECISION="bf16")
+    hook = torch.nn.modules.module.register_module_forward_hook(see)
+    try:
+        script.main()
+    finally:
+        hook.remove()
+    assert seen == {(True, torch.bfloat16), (False, torch.bfloat16)}
+
+
+@pytest.mark.parametrize("script", [train, darknet_train])
+def test_the_rate_falls_over_all_steps_of_all_epochs(script, tmp_path, monkeypatch, no_charts):
+    schedule = {"EPOCHS": 2, "LEARNING_RATE": 0.04, "LR_SCHEDULE": "polynomial", "LR_POWER": 2.0}
+    set_run(monkeypatch, script, tmp_path, **schedule)
+    script.main()
+    rows = utils.load_checkpoint(tmp_path / "darknet19.pt")["metrics"]
+    # Darknet's poly, (1 - update / all updates)^power: one half squared after the first epoch, 0 after the second
+    assert [row["learning_rate"] for row in rows] == pytest.approx([0.01, 0.0])
+
+
+def test_a_clip_norm_below_one_limits_the_gradient_of_every_step(tmp_path, monkeypatch, no_charts):
+    norms = []
+
+    def measure(optimizer, arguments, options):
+        gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+
+    set_run(monkeypatch, train, tmp_path, CLIP_NORM=0.01)
+    hook = register_optimizer_step_pre_hook(measure)
+    try:
+        train.main()
+    finally:
+        hook.remove()
+    assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
 
 
 def test_resume_weights_starts_a_new_run_from_the_weights_alone(tmp_path, monkeypatch, no_charts):
@@ -286,7 +341,7 @@ def test_bad_folders_and_checkpoints_are_refused_by_name(tmp_path, monkeypatch, 
             (odd / split / name).mkdir(parents=True)
             Image.new("RGB", (40, 40)).save(odd / split / name / "x.jpg")
     set_small(monkeypatch, darknet_train, tmp_path, DATA_DIR=str(odd))
-    with pytest.raises(ValueError, match="different class folders.*b, c"):
+    with pytest.raises(ValueError, match=f"{odd}: .*b, c"):
         darknet_train.main()
 
     utils.save_checkpoint(tmp_path / "three.pt", model=darknet_model.Darknet19(3).state_dict())
@@ -312,13 +367,13 @@ def test_bad_folders_and_checkpoints_are_refused_by_name(tmp_path, monkeypatch, 
 def test_validation_crops_the_centre_square_and_training_crops_depend_on_the_seed(tmp_path):
     pixels = np.zeros((60, 120, 3), np.uint8)
     pixels[:, 30:90] = 255  # the centre square is white
-    for split in ("train", "val"):
-        (tmp_path / split / "a").mkdir(parents=True)
-        Image.fromarray(pixels).save(tmp_path / split / "a" / "x.png")
+    for folder in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / folder / "x.png")
     Image.fromarray(pixels[..., 0]).convert("CMYK").save(tmp_path / "val" / "a" / "cmyk.jpg")
     Image.fromarray(pixels[..., 0]).save(tmp_path / "val" / "a" / "grey.png")
     val = imagenet_dataset(tmp_path, "val", 60, augment=False)
-    assert len(val) == 3
+    assert len(val) == 4
     for index in range(3):
         image, label = val[index]
         assert image.shape == (3, 60, 60) and label == 0 and image.float().mean() > 250
@@ -334,8 +389,9 @@ def test_the_crop_scale_sets_how_much_of_an_image_a_crop_shows(tmp_path):
     of the side at most 12."""
     pixels = np.zeros((256, 256, 3), np.uint8)
     pixels[:, np.arange(256) // 8 % 2 == 1] = 255
-    (tmp_path / "train" / "a").mkdir(parents=True)
-    Image.fromarray(pixels).save(tmp_path / "train" / "a" / "x.png")
+    for name in "ab":
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / "train" / name / "x.png")
 
     def edges(crop_scale):
         data = imagenet_dataset(tmp_path, "train", 128, augment=True, crop_scale=crop_scale)
@@ -346,6 +402,28 @@ def test_the_crop_scale_sets_how_much_of_an_image_a_crop_shows(tmp_path):
     assert len(set(edges((1, 4)))) > 4
     with pytest.raises(ValueError, match="CROP_SCALE.*two increasing numbers"):
         edges((2, 1))
+
+
+def test_crops_are_scaled_turned_and_placed_in_the_ranges_of_darknet19_cfg():
+    """Input 256, min_crop 128, max_crop 448: the image is scaled per axis, then turned without being sheared or
+    mirrored, and its centre lies off the crop's by at most half of what the scaled image is larger (or smaller)."""
+    data = imagenet_dataset(SAMPLE, "train", 256, augment=True)
+    assert data[0][0].shape == (3, 256, 256)  # makes the transforms
+    crop = data.transforms[256].transforms[0]
+    crop.set_random_state(np.random.default_rng(0), random.Random(0))
+    image = {"shape": (300, 500, 3)}
+    maps = np.array([crop.get_params_dependent_on_data(image, {})["matrix"] for _ in range(2000)])  # (2000, 2, 3)
+    scales = np.linalg.norm(maps[:, :, :2], axis=1)  # (2000, 2): of x and y
+    np.testing.assert_allclose(np.linalg.det(maps[:, :, :2]), scales.prod(axis=1))  # right angles stay right angles
+    sides = scales * [500, 300]
+    offsets = (maps @ [250, 150, 1] - 128) / (np.abs(sides - 256) / 2)
+    for values, low, high in ((sides.min(axis=1), 128, 448), (offsets[:, 0], -1, 1), (offsets[:, 1], -1, 1)):
+        slack = 0.01 * (high - low)
+        assert low - 1e-6 <= values.min() < low + slack and high - slack < values.max() <= high + 1e-6
+
+
+def test_images_that_just_fill_a_batch_are_one_step_with_any_number_of_subdivisions():
+    assert [steps_per_epoch(8, 8, subdivisions) for subdivisions in (1, 2, 8)] == [1, 1, 1]
 
 
 def test_scripts_do_not_import_each_other():

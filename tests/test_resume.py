@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import run_narrow
 import torch
-from conftest import set_globals
+from conftest import assert_equal, handlers_kept, set_globals, write_coco
 from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -48,18 +48,6 @@ CLASSIFIER = {"DATA_DIR": IMAGENET, "IMAGE_SIZE": 32, "EPOCHS": 2, "NUM_WORKERS"
 BOTH_SCRIPTS = pytest.mark.parametrize("script", [train, darknet_train], ids=["train", "darknet_train"])
 
 
-@contextlib.contextmanager
-def handlers_kept():
-    """Restores pytest's signal handlers, which the scripts, torchrun's agent and run_narrow replace."""
-    changed = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM)
-    before = {number: signal.getsignal(number) for number in changed}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def run(monkeypatch, script, folder, **values):
     """Calls main() of a script, without its charts (a second per epoch) -> the checkpoint that it leaves."""
     monkeypatch.setattr(utils, "draw_charts", lambda rows, chart_file: None)
@@ -83,22 +71,6 @@ def signal_in_step(monkeypatch, number, sent=signal.SIGTERM):
     monkeypatch.setattr(utils, "warm_batch_norm", warm_batch_norm)
 
 
-def assert_equal(one, other, path=""):
-    """Nested dicts, lists and tensors are equal to the last bit."""
-    if isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype and torch.equal(one, other), path
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), path
-        for key in one:
-            assert_equal(one[key], other[key], f"{path}/{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), path
-        for place, pair in enumerate(zip(one, other, strict=True)):
-            assert_equal(*pair, f"{path}/{place}")
-    else:
-        assert one == other, path
-
-
 def metrics(folder):
     """The CSV of a run without images_per_second, which depends on the machine."""
     rows = [line.split(",") for line in (folder / "run_metrics.csv").read_text().splitlines()]
@@ -108,13 +80,13 @@ def metrics(folder):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, narrow_module):
-    """script -> checkpoint and metrics of a run that was never stopped; (script, "best") -> its best network."""
+    """script -> checkpoint and metrics of a run that was never stopped; (script, "best") -> its best checkpoint."""
     results = {}
     for script in (train, darknet_train):
         folder = tmp_path_factory.mktemp(script.__name__)
         with pytest.MonkeyPatch.context() as monkeypatch:
             results[script] = (run(monkeypatch, script, folder), metrics(folder))
-            results[script, "best"] = utils.load_checkpoint(folder / "run_best.pt")["model"]
+            results[script, "best"] = utils.load_checkpoint(folder / "run_best.pt")
     return results
 
 
@@ -122,9 +94,7 @@ def uninterrupted(tmp_path_factory, narrow_module):
     ("script", "stopped_in", "workers"),  # steps 3 (darknet_train) and 4 (train) are the last of their epochs
     [(train, 2, 0), (train, 4, 0), (train, 7, 2), (darknet_train, 2, 0), (darknet_train, 3, 0), (darknet_train, 5, 2)],
 )
-def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
-    script, stopped_in, workers, uninterrupted, tmp_path, monkeypatch, capsys
-):
+def test_a_resumed_run_equals_a_whole_one(script, stopped_in, workers, uninterrupted, tmp_path, monkeypatch, capsys):
     whole, rows = uninterrupted[script]
     signal_in_step(monkeypatch, stopped_in)
     stopped = run(monkeypatch, script, tmp_path, NUM_WORKERS=workers)
@@ -132,6 +102,8 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
     assert "stopped by SIGTERM" in capsys.readouterr().out
     assert (tmp_path / "run_metrics.csv").exists() == (stopped["epoch"] > 0)  # a row stands for a whole epoch
     resumed = run(monkeypatch, script, tmp_path, NUM_WORKERS=workers, RESUME=True)
+    where = f"resuming {tmp_path / 'run.pt'} after epoch {stopped['epoch']}, step {stopped_in}"
+    assert where in capsys.readouterr().out
     for name in ("model", "optimizer", "scaler", "epoch", "step", "images_seen", "best", "sums"):
         assert_equal(whole[name], resumed[name], name)
     assert metrics(tmp_path) == rows
@@ -149,9 +121,7 @@ def test_saving_inside_an_epoch_changes_nothing(uninterrupted, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("dies_before", ["run_best.pt", "run.pt", "run_metrics.csv"])  # in the order of writing
-def test_a_run_that_dies_between_two_files_loses_neither_a_row_nor_the_best_network(
-    dies_before, uninterrupted, tmp_path, monkeypatch
-):
+def test_a_run_that_dies_between_two_files_loses_nothing(dies_before, uninterrupted, tmp_path, monkeypatch):
     whole, rows = uninterrupted[darknet_train]
 
     def atomic_write(file, original=utils.atomic_write):
@@ -167,7 +137,8 @@ def test_a_run_that_dies_between_two_files_loses_neither_a_row_nor_the_best_netw
     resumed = run(monkeypatch, darknet_train, tmp_path, RESUME=True)
     assert_equal(whole["model"], resumed["model"])
     assert metrics(tmp_path) == rows
-    assert_equal(uninterrupted[darknet_train, "best"], utils.load_checkpoint(tmp_path / "run_best.pt")["model"])
+    best = uninterrupted[darknet_train, "best"]
+    assert_equal(best["model"], utils.load_checkpoint(tmp_path / "run_best.pt")["model"])
 
 
 @BOTH_SCRIPTS
@@ -183,9 +154,7 @@ def test_resume_writes_a_lost_csv_again_from_the_checkpoint(script, remains, uni
 
 @pytest.mark.parametrize("signalled", [False, True], ids=["an error", "a signal"])
 @BOTH_SCRIPTS
-def test_a_run_that_ends_in_its_evaluation_repeats_it_on_resume(
-    script, signalled, uninterrupted, tmp_path, monkeypatch, capsys
-):
+def test_an_interrupted_evaluation_is_repeated(script, signalled, uninterrupted, tmp_path, monkeypatch, capsys):
     whole, rows = uninterrupted[script]
     epoch = 1 if script is train else 0  # train evaluates in epoch 2 only
     name = "evaluate" if script is train else "validate"
@@ -255,9 +224,7 @@ def test_batches_are_a_function_of_seed_and_step(workers):
         (darknet_train, {"IMAGE_SIZE": 64}, ["IMAGE_SIZE"]),
     ],
 )
-def test_resuming_with_a_changed_fixed_setting_is_an_error_that_names_it(
-    script, setting, words, uninterrupted, tmp_path, monkeypatch
-):
+def test_a_changed_fixed_setting_is_named_on_resume(script, setting, words, uninterrupted, tmp_path, monkeypatch):
     utils.save_checkpoint(tmp_path / "run.pt", **uninterrupted[script][0])
     with pytest.raises(ValueError, match="run.pt") as error:
         run(monkeypatch, script, tmp_path, RESUME=True, **setting)
@@ -282,10 +249,11 @@ def test_learning_rate_and_epochs_may_change_on_resume_and_are_printed(uninterru
     assert state["epoch"] == 3 and state["settings"]["LEARNING_RATE"] == 1e-5
 
 
-def test_a_checkpoint_without_training_state_is_refused_and_the_missing_keys_are_named(tmp_path, monkeypatch):
-    utils.save_checkpoint(tmp_path / "run.pt", model={}, epoch=3)
-    with pytest.raises(ValueError, match=r"run.pt.*optimizer, scaler, step"):
-        run(monkeypatch, train, tmp_path, RESUME=True)
+@BOTH_SCRIPTS
+def test_the_best_network_has_no_training_state_to_resume_from(script, uninterrupted, tmp_path, monkeypatch):
+    utils.save_checkpoint(tmp_path / "run.pt", **uninterrupted[script, "best"])
+    with pytest.raises(ValueError, match=r"run.pt.*\boptimizer, scaler\b"):
+        run(monkeypatch, script, tmp_path, RESUME=True)
 
 
 def test_a_changed_evaluation_setting_resets_the_best_score(uninterrupted, tmp_path, monkeypatch, capsys):
@@ -300,9 +268,7 @@ def test_a_changed_evaluation_setting_resets_the_best_score(uninterrupted, tmp_p
 
 @BOTH_SCRIPTS
 @pytest.mark.parametrize(("minutes", "problem"), [(30.0, "loss .*not finite in epoch 3"), (0.0, "weights are")])
-def test_a_diverging_run_names_its_images_and_keeps_a_checkpoint_with_finite_weights(
-    script, minutes, problem, uninterrupted, tmp_path, monkeypatch
-):
+def test_a_diverging_run_keeps_its_checkpoint(script, minutes, problem, uninterrupted, tmp_path, monkeypatch):
     """Within the epoch, or at the first save, which would replace the last good checkpoint."""
     utils.save_checkpoint(tmp_path / "run.pt", **uninterrupted[script][0])
     before = (tmp_path / "run.pt").read_bytes()
@@ -318,16 +284,11 @@ def watch_weights(monkeypatch):
     """-> a function that tells whether the network of the next run still has its initial weights."""
     built = []
 
-    def watched(network):
-        def build(*arguments):
-            model = network(*arguments)
-            built.append((model, [parameter.detach().clone() for parameter in model.parameters()]))
-            return model
+    def parameter_groups(model, weight_decay, original=utils.parameter_groups):
+        built.append((model, [parameter.detach().clone() for parameter in model.parameters()]))
+        return original(model, weight_decay)
 
-        return build
-
-    monkeypatch.setattr(train.yolov2_model, "YOLOv2", watched(train.yolov2_model.YOLOv2))
-    monkeypatch.setattr(darknet_model, "Darknet19", watched(darknet_model.Darknet19))
+    monkeypatch.setattr(utils, "parameter_groups", parameter_groups)
 
     def unchanged():
         [(model, before)] = built
@@ -341,54 +302,37 @@ def zero_with_an_infinite_slope(outputs):
     return torch.sqrt(outputs.float().sum() * 0)
 
 
-class InfiniteGradient(nn.Module):
-    """In place of YoloLoss."""
-
-    def __init__(self, *arguments):
-        super().__init__()
-
+def set_infinite_gradients(patch):
     def forward(self, predictions, targets, images_seen):
         return dict.fromkeys(train.LOSS_TERMS, zero_with_an_infinite_slope(predictions))
 
-
-def set_infinite_gradients(patch):
-    patch.setattr(train, "YoloLoss", InfiniteGradient)
+    patch.setattr(train.YoloLoss, "forward", forward)
     patch.setattr(nn.functional, "cross_entropy", lambda logits, labels, **more: zero_with_an_infinite_slope(logits))
 
 
-@pytest.mark.parametrize(
+EACH_OPTIMIZER = pytest.mark.parametrize(
     ("script", "setting"),
     [(train, {"OPTIMIZER": "sgd"}), (train, {"OPTIMIZER": "adam"}), (darknet_train, {})],
     ids=["sgd", "adam", "darknet_train"],
 )
-def test_a_gradient_that_is_not_finite_stops_before_the_step(script, setting, tmp_path, monkeypatch):
-    unchanged = watch_weights(monkeypatch)
-    set_infinite_gradients(monkeypatch)
-    with pytest.raises(ValueError, match="gradient is not finite in epoch 1, step 1, images .*no checkpoint"):
-        run(monkeypatch, script, tmp_path, LEARNING_RATE=0.1, **setting)
-    assert unchanged() and not list(tmp_path.iterdir())
 
 
-@BOTH_SCRIPTS
-def test_fp16_gives_up_when_no_scale_makes_the_gradient_finite(script, tmp_path, monkeypatch):
-    """The scale starts at 2 and is halved twice; at the third step it is below 1."""
+@EACH_OPTIMIZER
+@pytest.mark.parametrize(("precision", "step"), [("fp32", 1), ("fp16", 3)])
+def test_a_gradient_that_is_not_finite_stops_before_the_step(script, setting, precision, step, tmp_path, monkeypatch):
+    """In fp16, the scale starts at 2 and is halved twice; at the third step it is below 1."""
     unchanged = watch_weights(monkeypatch)
     set_infinite_gradients(monkeypatch)
     monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0))
-    with pytest.raises(ValueError, match="gradient is not finite in epoch 1, step 3, images"):
-        run(monkeypatch, script, tmp_path, LEARNING_RATE=0.1, PRECISION="fp16")
-    assert unchanged()
+    problem = f"gradient is not finite in epoch 1, step {step}, images .*no checkpoint"
+    with pytest.raises(ValueError, match=problem):
+        run(monkeypatch, script, tmp_path, LEARNING_RATE=0.1, PRECISION=precision, **setting)
+    assert unchanged() and [file.suffix for file in tmp_path.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("part", [0, 1])
-@pytest.mark.parametrize(
-    ("script", "setting"),
-    [(train, {"OPTIMIZER": "sgd"}), (train, {"OPTIMIZER": "adam"}), (darknet_train, {})],
-    ids=["sgd", "adam", "darknet_train"],
-)
-def test_a_loss_that_is_not_finite_in_any_accumulation_step_stops_before_the_step(
-    script, setting, part, tmp_path, monkeypatch
-):
+@EACH_OPTIMIZER
+def test_a_loss_that_is_not_finite_in_any_part_stops_before_the_step(script, setting, part, tmp_path, monkeypatch):
     kind, count = (dataset.VOCDataset, 16) if script is train else (dataset.ImageNetFolder, 18)
     parts = list(itertools.islice(dataset.training_batches(count, 4, 2, [32], seed=0), 2))
     bad = parts[part][0][0]
@@ -431,8 +375,10 @@ def test_a_broken_image_stops_the_run_or_is_skipped_and_listed(script, tmp_path,
     broken = next(folder.rglob(f"{image_id}.jpg" if script is train else "train/*/*.JPEG"))
     broken.write_bytes(broken.read_bytes()[:500])
     values = {"DATA_DIR": str(folder), "EPOCHS": 1}
-    with pytest.raises(ValueError, match=broken.name):
-        run(monkeypatch, script, tmp_path, **values)
+    for workers in (0, 1):
+        with pytest.raises(SystemExit) as stop, utils.plain_errors():
+            run(monkeypatch, script, tmp_path, NUM_WORKERS=workers, **values)
+        assert re.fullmatch(rf"error: .*{broken.name}.*", stop.value.code)  # one line
     state = run(monkeypatch, script, tmp_path, **values, BROKEN_IMAGES="skip", NUM_WORKERS=2)
     assert state["images_seen"] == (16 if script is train else 18)  # another image took its place
     assert "run_broken.txt" in capsys.readouterr().out
@@ -442,11 +388,19 @@ def test_a_broken_image_stops_the_run_or_is_skipped_and_listed(script, tmp_path,
         run(monkeypatch, script, tmp_path, BROKEN_IMAGES="ignore")
 
 
-def test_a_folder_of_broken_images_only_is_an_error(tmp_path):
-    files = [(str(tmp_path / f"{number}.jpg"), 0) for number in range(3)]
+def test_broken_images_are_listed_once_and_a_folder_of_them_is_an_error(tmp_path):
+    name = b"br\xfcken.png" if sys.platform == "linux" else b"broken.png"  # not UTF-8
+    broken, good = os.fsdecode(os.fsencode(tmp_path) + b"/" + name), tmp_path / "good.png"
+    Path(broken).write_bytes(b"no image")
+    Image.new("RGB", (40, 30)).save(good)
+    for _ in range(2):
+        _, index = dataset.read_or_next([(broken, ""), (str(good), "")], 0, str(tmp_path / "broken.txt"))
+        assert index == 1
+    files = [(broken, ""), *((str(tmp_path / f"{number}.jpg"), "") for number in range(2))]
     with pytest.raises(ValueError, match="none of the 3 images"):
         dataset.read_or_next(files, 1, str(tmp_path / "broken.txt"))
-    assert len((tmp_path / "broken.txt").read_text().splitlines()) == 3
+    listed = (tmp_path / "broken.txt").read_bytes()
+    assert listed.count(name + b": ") == 1 and len(listed.splitlines()) == 3
 
 
 # ---------------------------------------------------------------- signals and kills, in separate processes
@@ -699,8 +653,7 @@ def run_elastic_rank(folder):
 
 
 def test_a_killed_process_is_restarted_and_the_run_completes(tmp_path):
-    """As with `torchrun --max-restarts=2`. Rank 1 is killed in the fifth step of the first two starts; an
-    epoch has three steps."""
+    """As with `torchrun --max-restarts=2`: rank 1 is killed in step 5 of the first two starts; an epoch has 3 steps."""
     (tmp_path / "run.pt").write_bytes(b"an older run's")
     with handlers_kept():
         run_narrow.run_elastic(run_elastic_rank, 2, 2, str(tmp_path))
@@ -709,7 +662,7 @@ def test_a_killed_process_is_restarted_and_the_run_completes(tmp_path):
     for number in (1, 2):
         assert f"resuming {tmp_path}/run.pt after epoch {number}, step {3 * number}" in printed[number], printed
     assert utils.load_checkpoint(tmp_path / "run.pt")["epoch"] == 8
-    assert (tmp_path / "run.pt.old").read_bytes() == b"an older run's"  # a restart renames nothing
+    assert (tmp_path / "run.pt.old1").read_bytes() == b"an older run's"  # a restart renames nothing
     assert [row[0] for row in metrics(tmp_path)[1:]] == [str(epoch) for epoch in range(1, 9)]
 
 
@@ -745,20 +698,15 @@ def test_ctrl_c_and_a_loss_that_is_not_finite_end_all_processes_of_torchrun(tmp_
     assert processes_of(tmp_path / "stopped") == processes_of(tmp_path / "diverging") == []
 
 
-class EightImages(torch.utils.data.Dataset):
+class EightImages(torch.utils.data.TensorDataset):
     """In place of the ImageNet data set: with a batch of 8, every step sees all of its images."""
 
     def __init__(self):
-        generator = torch.Generator().manual_seed(1)
-        self.images, self.labels = torch.rand(8, 3, 32, 32, generator=generator), torch.arange(8) % 4
+        super().__init__(torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 4)
         self.samples, self.classes = [(f"{number}.jpg", 0) for number in range(8)], list("abcd")
 
-    def __len__(self):
-        return 8
-
     def __getitem__(self, key):
-        index = key[0] if isinstance(key, tuple) else key
-        return self.images[index], self.labels[index]
+        return super().__getitem__(key[0] if isinstance(key, tuple) else key)
 
 
 def small_classifier(num_classes):
@@ -785,9 +733,8 @@ def record_gradients(rank, folder, subdivisions):
     )
     values = {"EPOCHS": 2, "BATCH_SIZE": 8, "SUBDIVISIONS": subdivisions, "CHECKPOINT": f"{folder}/{subdivisions}.pt"}
     vars(script).update(DISTRIBUTED | values)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/{subdivisions}_group", rank=rank, world_size=2
-    )
+    group_file = f"file://{folder}/{subdivisions}_group"
+    torch.distributed.init_process_group("gloo", init_method=group_file, rank=rank, world_size=2)
     script.main()
     torch.save(gradients, f"{folder}/{subdivisions}_{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -796,8 +743,8 @@ def record_gradients(rank, folder, subdivisions):
 @pytest.mark.parametrize("subdivisions", [1, 2])
 def test_gradients_of_two_processes_equal_those_of_the_whole_batch(subdivisions, tmp_path):
     run_narrow.run_processes(record_gradients, 2, str(tmp_path), subdivisions)
-    model, data = small_classifier(4), EightImages()
-    nn.functional.cross_entropy(model(data.images), data.labels).backward()
+    model, (images, labels) = small_classifier(4), EightImages().tensors
+    nn.functional.cross_entropy(model(images), labels).backward()
     expected = [parameter.grad for group in utils.parameter_groups(model, 0.0) for parameter in group["params"]]
     for rank in range(2):
         steps = torch.load(tmp_path / f"{subdivisions}_{rank}.pt")
@@ -834,13 +781,10 @@ def readers(folder):
     utils.save_checkpoint(checkpoint, model={"w": torch.ones(9)}, classes=["a"], anchors=ANCHORS, image_size=32)
     network = darknet_model.convolution(3, 4, 3)
     darknet_model.save_darknet_weights(network, weights)
-    (folder / "a.jpg").write_bytes(small.getvalue())
     (folder / "a.txt").write_text("3 0.5 0.5 0.2 0.3\n")
     for kind in ("xml", "txt"):
         (folder / f"{kind}.csv").write_text(f"a.jpg,x.{kind}\n")
-    coco = b"""{"images": [{"id": 1, "file_name": "a.jpg", "width": 64, "height": 48}], "annotations": [{"id": 9,
-        "image_id": 1, "category_id": 5, "bbox": [1.5, 2, 30, 40], "iscrowd": 0}],
-        "categories": [{"id": 5, "name": "cat"}]}"""
+    coco = write_coco(folder, [(1, "a.jpg")], [(1, 5, [1.5, 2, 30, 40])], {5: "cat"}, size=(64, 48)).read_bytes()
 
     def read_list(name):
         return lambda file: dataset.VOCDataset(folder, [name], ANCHORS, 32)

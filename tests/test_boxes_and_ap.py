@@ -202,6 +202,13 @@ def test_as_many_anchors_as_boxes_are_the_boxes():
     assert dataset.kmeans_anchors([(9, 5), (1, 1), (2, 4)], 3).tolist() == [[1, 1], [2, 4], [9, 5]]
 
 
+def test_the_anchors_are_the_best_of_five_starts():
+    sizes = np.random.default_rng(11).integers(1, 10, (9, 2))  # the first, second and sixth start fit better and better
+    fits = [dataset.average_best_iou(sizes, dataset.kmeans_anchors(sizes, 4, seeds=count)) for count in range(1, 7)]
+    assert fits == sorted(fits) and fits[0] < fits[4] < fits[5]
+    assert dataset.average_best_iou(sizes, dataset.kmeans_anchors(sizes, 4)) == fits[4]
+
+
 # ---------------------------------------------------------------- average precision
 
 BOX_A, BOX_B, BOX_C = (1, 1, 10, 10), (21, 1, 30, 10), (41, 1, 50, 10)  # disjoint, 10 x 10 pixels each

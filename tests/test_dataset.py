@@ -617,8 +617,7 @@ def test_average_best_iou_by_hand():
 
 
 def test_badly_fitting_anchors_are_reported(tmp_path, capsys):
-    """At 64 px, an object that fills the image has 2 x 2 cells: IoU 1 x 2 / 4 with an anchor of half its width, .8 / 4
-    with .4 x 2. Crowds do not count."""
+    """At 64 px, an object that fills the image has 2 x 2 cells: IoU .4 x 2 / 4 and 1 x 2 / 4. Crowds do not count."""
     rows = [(1, 11, [0, 0, 100, 80]), (1, 21, [0, 0, 1, 1], 1)]
     data = open_coco(tmp_path, [(1, "a.jpg")], rows, classes=["dog", "cat"])
     dataset.check_training_sets(data.changed(anchors=[(0.4, 2)]), {})

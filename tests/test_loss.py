@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-import utils
 from dataset import encode_targets
 from loss import YoloLoss
 from model import ANCHORS
@@ -223,15 +222,6 @@ def test_boxes_of_zero_or_infinite_size_leave_the_gradient_finite(equation):
     losses = YoloLoss(ANCHORS, equation=equation)(predictions, targets)
     losses["total"].backward()
     assert torch.isfinite(losses["total"]) and torch.isfinite(predictions.grad).all()
-
-
-@pytest.mark.parametrize(
-    ("scale", "norm", "problem"),
-    [(None, 1.0, ""), (None, math.inf, "the gradient"), (1.0, math.inf, ""), (0.5, 1.0, "the gradient")],
-)
-def test_the_norm_or_in_fp16_a_scale_below_1_says_that_the_gradient_is_not_finite(scale, norm, problem):
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
-    assert utils.problem_of_step(("coord", "total"), torch.ones(2), torch.tensor(norm), scaler) == problem
 
 
 def test_an_unknown_equation_or_mismatched_shapes_are_errors():

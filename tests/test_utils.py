@@ -203,7 +203,6 @@ def test_automatic_device_is_the_gpu_where_there_is_one(monkeypatch):
 
 # ---------------------------------------------------------------- training
 
-
 YOLOV2_VOC = {1: 1e-15, 500: 6.25e-5, 999: 1e-3 * 0.999**4, 1000: 1e-3, 1001: 1e-3}  # 1: 1e-3 (1 / 1000)^4
 YOLOV2_VOC |= {39_999: 1e-3, 40_000: 1e-4, 59_999: 1e-4, 60_000: 1e-5, 80_200: 1e-5}
 DARKNET19 = {1: 1e-13, 500: 0.00625, 1000: 0.1 * 0.99875**4, 200_000: 0.1 * 0.75**4, 800_000: 0.0}
@@ -378,7 +377,6 @@ def test_a_missing_checkpoint_and_missing_keys_are_named(tmp_path):
 
 
 # ---------------------------------------------------------------- log and charts
-
 
 COLUMNS = "epoch,learning_rate,coord,images_per_second,train_map,val_map"
 SCORES = ((None, None), (0.123456789, 0.7), (0.9, 0.6))  # of three epochs; None: not evaluated

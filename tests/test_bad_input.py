@@ -2,6 +2,7 @@
 file or setting. The contents of label files and lists are in test_dataset.py."""
 
 import io
+import json
 import math
 import multiprocessing
 import os
@@ -10,13 +11,14 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import load_detector, set_globals, voc_xml, write_devkit
+from conftest import handlers_kept, load_detector, set_globals, voc_xml, write_coco, write_devkit
 from PIL import Image
 
 import darknet_model
@@ -614,3 +616,98 @@ def test_an_image_with_unreadable_exif_data_is_still_read(tmp_path):
     (tmp_path / "odd.jpg").write_bytes(data[:2] + segment + data[2:])
     assert dataset.read_image(tmp_path / "odd.jpg").shape == (40, 60, 3)
     assert dataset.read_image_size(tmp_path / "odd.jpg") == (60, 40)
+
+
+# ---------------------------------------------------------------- names, ids and classes of other tools
+
+
+def test_decomposed_names_and_ids_in_folders_are_found(tmp_path):
+    """macOS stores an umlaut as a letter and its dots; the suffixes are those of another system, too."""
+    decomposed = {form: unicodedata.normalize(form, "day_01/Müller") for form in ("NFC", "NFD")}
+    folder = tmp_path / "VOC2026"
+    for part in ("JPEGImages", "Annotations"):
+        (folder / part / "day_01").mkdir(parents=True)
+    Image.new("RGB", (100, 80)).save(folder / f"JPEGImages/{decomposed['NFD']}.PNG")
+    text = voc_xml([(unicodedata.normalize("NFD", "Öse"), BOLT[0][1])])
+    (folder / f"Annotations/{decomposed['NFC']}.XML").write_text(text, encoding="utf-8")
+    (folder / "ImageSets/Main").mkdir(parents=True)
+    (folder / "ImageSets/Main/train.txt").write_text(f"\ufeff{decomposed['NFC']}\n", encoding="utf-8")
+    (sample,) = read(tmp_path, classes=["Öse"]).samples
+    assert sample.size == (100, 80) and sample.labels[:, 0].tolist() == [0]
+
+
+def test_of_two_categories_with_one_name_the_one_with_annotations_counts(tmp_path):
+    rows = [(1, 7, [10, 10, 40, 30])]
+    file = write_coco(tmp_path, [(1, "a.png")], rows, {5: "bolt", 7: "bolt", 9: "bolt"})
+    assert len(read(tmp_path, ["train.json"]).samples[0].labels) == 1
+    content = json.loads(file.read_text())
+    assert dataset.coco_categories(content, ["bolt"]) == {7: "bolt"}
+    write_coco(tmp_path, [(1, "a.png")], [*rows, (1, 5, [10, 10, 40, 30])], {5: "bolt", 7: "bolt"})
+    with pytest.raises(ValueError, match=r"train\.json.*same name"):
+        read(tmp_path, ["train.json"])
+
+
+def test_data_classes_give_the_order_of_the_labels_and_a_name_that_the_model_lacks_is_refused(tmp_path):
+    write_csv(tmp_path, "0 .5 .5 .2 .2\n1 .2 .2 .1 .1\n2 .8 .8 .1 .1\n")
+    data = read(tmp_path, ["train.csv"], classes=["cat", "bolt", "nut"])
+    for tolerate in ([], ["missing labels"]):
+        with pytest.raises(ValueError, match="DATA_CLASSES.*cat.*TOLERATE"):
+            data.with_classes(["nut", "bolt"], tolerate)
+    renumbered = data.with_classes(["nut", "bolt"], ["other classes"])
+    assert renumbered.samples[0].labels[:, 0].tolist() == [1, 0] and renumbered.classes == ["nut", "bolt"]
+    assert np.allclose(renumbered.ground_truth(0)[:, 2:], data.ground_truth(0)[1:, 2:])
+
+
+def test_one_class_folder_and_the_same_images_in_train_and_val_are_named(tmp_path, capsys):
+    for folder in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / folder / "x.png")
+    Image.new("RGB", (50, 40)).save(tmp_path / "val/b/x.png")  # the same name, another image
+    train_set = dataset.imagenet_dataset(tmp_path, "train", 32, augment=False)
+    dataset.imagenet_dataset(tmp_path, "val", 32, augment=False, train_set=train_set)
+    assert f"validation set: 1 (first: {tmp_path}/train/a/x.png)" in capsys.readouterr().out
+    (tmp_path / "train").rename(tmp_path / "images")
+    (tmp_path / "deep/train").mkdir(parents=True)
+    (tmp_path / "images").rename(tmp_path / "deep/train/images")
+    with pytest.raises(ValueError, match="train.*images"):
+        dataset.imagenet_dataset(tmp_path / "deep", "train", 32, augment=False)
+
+
+# ---------------------------------------------------------------- several runs, signals, pipes
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such locks and signals there")
+def test_a_second_living_run_with_the_same_checkpoint_is_refused(tmp_path):
+    code = "import sys, utils\nutils.lock_run(sys.argv[1]); print('locked', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path / "run.pt")]
+    first = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "locked\n"
+    with pytest.raises(ValueError, match=r"run\.pt.*CHECKPOINT"):
+        utils.lock_run(str(tmp_path / "run.pt"))
+    first.communicate()
+    utils.lock_run(str(tmp_path / "run.pt"))  # the first one has ended
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such signal there")
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN])
+def test_a_closed_terminal_stops_a_run_unless_nohup_ignores_it(before):
+    with handlers_kept():
+        signal.signal(signal.SIGHUP, before)
+        stop = utils.catch_stop_signals()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.reason == ("SIGHUP" if before == signal.SIG_DFL else "")
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        ("MemoryError()", "BATCH_SIZE"),
+        ('RuntimeError("DefaultCPUAllocator: can\'t allocate memory")', "BATCH_SIZE"),
+        ("RuntimeError('Too many open files. Communication with the workers')", "NUM_WORKERS"),
+        ("BrokenPipeError()", "output"),
+    ],
+)
+def test_exhausted_memory_open_files_and_a_closed_pipe_are_one_sentence(error, named):
+    code = f"import utils\nwith utils.plain_errors():\n    print('x')\n    raise {error}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and named in done.stderr

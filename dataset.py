@@ -407,9 +407,9 @@ def imagenet_dataset(
     if dataset.classes != train_set.classes:
         unshared = sorted(set(dataset.classes) ^ set(train_set.classes))
         raise ValueError(f"{root}: these class folders are only in train/ or only in val/: {', '.join(unshared[:5])}")
-    twins = {file[len(dataset.root) :]: file for file, _ in dataset.samples}  # by class folder and name
-    pairs = [(file, twins.get(file[len(train_set.root) :])) for file, _ in train_set.samples]
-    shared = [file for file, twin in pairs if twin and os.path.getsize(file) == os.path.getsize(twin)]
+    of_val = {file[len(dataset.root) :]: file for file, _ in dataset.samples}  # by class folder and name
+    of_both = {file: of_val.get(file[len(train_set.root) :]) for file, _ in train_set.samples}
+    shared = [file for file, twin in of_both.items() if twin and os.path.getsize(file) == os.path.getsize(twin)]
     if shared:
         print(f"images in both training and validation set: {len(shared)} (first: {utils.printable(shared[0])})")
     return dataset
@@ -621,7 +621,7 @@ def find_file(folders: list[str], name: str) -> str:
     slashes = name.replace("\\", "/")
     stem, suffix = os.path.splitext(slashes)
     names = (name, slashes, utils.composed(slashes), unicodedata.normalize("NFD", slashes), stem + suffix.upper())
-    paths = (os.path.join(folder, each) for folder in folders for each in names)
+    paths = (os.path.join(folder, each) for each in dict.fromkeys(names) for folder in folders)  # the exact name first
     return next(filter(os.path.isfile, paths), os.path.join(folders[0], slashes))
 
 

@@ -81,7 +81,7 @@ def find_sources(pattern: str) -> list[str]:
         print(f"{pattern}: does not draw {deeper} images and videos in its folders; a glob does ('{pattern}/**')")
     if not files:
         raise FileNotFoundError(f"{pattern}: no images or videos; set SOURCE to an image, a video, a folder or a glob")
-    if others := [utils.printable(file.name) for file in found if str(file) not in files]:
+    if others := [utils.printable(file.name) for file in found if not is_image_or_video(file)]:
         print(f"{pattern}: skipped {len(others)} files that are not images or videos (first: {others[0]})")
     return files
 
@@ -115,10 +115,9 @@ def draw_video(source: str, output: str, detector: tuple) -> tuple[int, int, Cou
     """Writes a video file, camera or stream with its detections as MPEG-4. detector: draw_detections' arguments after
     the image.
 
-    Returns the number of frames, that which the video's index declares (0: none), the boxes per class over all frames,
-    and whether Ctrl-C ended the video early. Raises
-    ValueError, naming the source, if it cannot be read or stored as MPEG-4, and OSError, naming the output, if that
-    cannot be written; then no new file is left.
+    Returns the number of frames, the number that the file declares (0: none), the boxes per class over all frames, and
+    whether Ctrl-C ended the video early. Raises ValueError, naming the source, if it cannot be read or stored as
+    MPEG-4, and OSError, naming the output, if that cannot be written; then no new file is left.
     """
     # absolute, because FFmpeg takes 10:30.mp4 for an address; bytes, because OpenCV crashes on names that are not UTF-8
     address = os.fsencode(source if is_live(source) else os.path.abspath(source))

@@ -88,7 +88,8 @@ def main():
     tolerate = [*TOLERATE, "missing labels"]
     size = IMAGE_SIZE or own_size
     dataset = VOCDataset(DATA_DIR, IMAGE_SETS, anchors, size, DATA_CLASSES or classes, tolerate=tolerate)
-    dataset = dataset.with_classes(classes, TOLERATE)
+    if DATA_CLASSES:
+        dataset = dataset.with_classes(classes, TOLERATE)
     samples = dataset.samples
     # the test set of VOC 2012 has no annotations: if no image has any, only the detections are written
     unlabelled = [sample.image_file for sample in samples if not sample.label_file]

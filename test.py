@@ -61,16 +61,17 @@ def check_settings():
 
 PAPER_MAP = {288: 69.0, 352: 73.7, 416: 76.8, 480: 77.8, 544: 78.6}  # VOC 2007 test, trained on 07+12; YOLO9000 Table 3
 COLUMNS = ("class", "truths", "difficult", "detections", "ap_11", "ap_all", "ap_at_fixed", "precision", "recall", "f1")
+COLUMNS += ("ap_75", "ap_50_95")  # at IoU .75, and the mean of IoU .5, .55 .. .95
 MEANS = ("ap_11", "ap_all", "ap_at_fixed", "ap_75", "ap_50_95")  # columns whose mean over the classes is reported
 FALSE_POSITIVES = ("duplicate", "localisation", "confusion", "background")
 ERROR_COLUMNS = (*FALSE_POSITIVES, "missed", "confused_with", "confused_with_count")
 
 
 def measure(detections, truths, classes, fixed_threshold):
-    """-> a row (dict of COLUMNS, ap_75 and ap_50_95) and a curve (precisions, recalls) per class; AP, recall and F1 are
-    NaN for a class without ground truth. ap_50_95: mean AP at IoU .5, .55 .. .95."""
-    thresholds = [percent / 100 for percent in range(50, 100, 5)]
-    ap = [utils.average_precision(detections, truths, len(classes), iou).tolist() for iou in thresholds]
+    """-> a row (dict of COLUMNS) and a curve (precisions, recalls) per class; AP, recall and F1 are NaN for a class
+    without ground truth."""
+    steps = range(55, 100, 5)  # percent of IoU
+    strict = {step: utils.average_precision(detections, truths, len(classes), step / 100).numpy() for step in steps}
     rows, curves = [], []
     for c, (confidences, precisions, recalls) in enumerate(utils.precision_recall(detections, truths, len(classes))):
         difficult = truths[truths[:, 1] == c, 2] > 0
@@ -86,9 +87,9 @@ def measure(detections, truths, classes, fixed_threshold):
             precision = float(precisions[kept - 1])
         f1 = 2 * precision * recall / (precision + recall) if recall != 0 else 0.0
         counts = (truth_count, int(difficult.sum()), int((detections[:, 1] == c).sum()))
-        values = (classes[c], *counts, ap_11, ap_all, ap_at_fixed, precision, recall, f1)
-        row = dict(zip(COLUMNS, values, strict=True))
-        rows.append(row | {"ap_75": ap[thresholds.index(0.75)][c], "ap_50_95": float(np.mean([row[c] for row in ap]))})
+        ap_strict = (float(strict[75][c]), float(np.mean([ap_all, *(ap[c] for ap in strict.values())])))
+        values = (classes[c], *counts, ap_11, ap_all, ap_at_fixed, precision, recall, f1, *ap_strict)
+        rows.append(dict(zip(COLUMNS, values, strict=True)))
         curves.append((precisions, recalls))
     return rows, curves
 
@@ -99,7 +100,7 @@ def print_table(rows):
     print("  ".join([f"{'class':>16s}", *(f"{head:>7s}" for head in heads)]))
     for row in rows:
         cells = [f"{row['class']:>16s}", *(f"{row[name]:7d}" for name in COLUMNS[1:4])]
-        cells += ["      -" if math.isnan(row[name]) else f"{row[name]:7.3f}" for name in COLUMNS[4:]]
+        cells += ["      -" if math.isnan(row[name]) else f"{row[name]:7.3f}" for name in COLUMNS[4:10]]
         print("  ".join(cells))
 
 
@@ -229,7 +230,8 @@ def main():
     device = utils.pick_device(DEVICE)
     model, classes, anchors, own_size = load_detector(CHECKPOINT, CLASSES, ANCHORS, device, PRECISION, COMPILE)
     dataset = VOCDataset(DATA_DIR, IMAGE_SETS, anchors, own_size, DATA_CLASSES or classes, tolerate=TOLERATE)
-    dataset = dataset.with_classes(classes, TOLERATE)
+    if DATA_CLASSES:
+        dataset = dataset.with_classes(classes, TOLERATE)
     print_doubts(dataset)
     means = {}
     for size in INPUT_SIZES or [own_size]:
@@ -265,7 +267,7 @@ def main():
         print(f"{'paper, VOC 2007':>16s}  " + "  ".join(paper))
 
     with utils.atomic_write(f"{OUTPUT}.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, rows[0])
+        writer = csv.DictWriter(stream, COLUMNS + ERROR_COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
         writer.writerow({"class": "mAP", **dict(zip(MEANS, means[size], strict=True))})

@@ -764,8 +764,8 @@ def keep_earlier_run(checkpoint: str, start_file: str) -> None:
         kept.append(move(path, f"{file}.old{number}"))
     if kept:
         size = sum(os.path.getsize(f) for file in files for f in glob.glob(f"{glob.escape(file)}.old*")) / 1e9
-        advice = "to continue that run, stop, rename them back and add RESUME=True"
-        print(f"this is a new run; files of an earlier one are now {', '.join(kept)} ({size:.1f} GB kept): {advice}")
+        advice = f"to continue that run, stop, rename them back and add RESUME=True ({size:.1f} GB are kept in all)"
+        print(f"this is a new run; files of an earlier one are now {', '.join(kept)}: {advice}", flush=True)
 
 
 LOCKS = []  # open files: closing one would release its lock

@@ -183,6 +183,15 @@ def test_measure_equals_values_computed_by_hand():
     assert math.isnan(rows[1]["ap_all"]) and len(curves) == 2
 
 
+def test_mean_ap_over_iou_counts_each_threshold_that_the_box_reaches():
+    """A box of 8 x 10 pixels on a truth of 10 x 10: IoU .8, a match for .5, .55 .. .8, which are 7 of 10 thresholds."""
+    truths, box = np.array([[0, 0, 0, 1, 1, 10, 10]], float), np.array([[0, 0, 0.9, 1, 1, 8, 10]])
+    (row,), _ = test_script.measure(box, truths, ["a"], 0.4)
+    assert (row["ap_all"], row["ap_75"]) == (1, 1) and row["ap_50_95"] == pytest.approx(0.7)
+    (row,), _ = test_script.measure(box - [0, 0, 0, 0, 0, 1, 0], truths, ["a"], 0.4)  # IoU .7
+    assert (row["ap_all"], row["ap_75"]) == (1, 0) and row["ap_50_95"] == pytest.approx(0.5)
+
+
 # Disjoint boxes of 10 x 10 pixels. Classes: A, HARD and D are of class 0, C is of class 1; HARD is difficult.
 A, HARD, C, D = ([x, 1, x + 9, 10] for x in (1, 21, 41, 61))
 TRUTHS = np.array([[0, 0, 0, *A], [0, 0, 1, *HARD], [0, 1, 0, *C], [0, 0, 0, *D]], float)
@@ -448,6 +457,20 @@ def test_a_video_keeps_size_and_rate_and_gets_a_box_in_each_frame(name, codec, r
     check_boxes(frames)
     assert re.search(rf"{name}: 12 b in 12 frames and \d+\.\d s -> .*clip\.mp4", capsys.readouterr().out)
     assert os.listdir(tmp_path / "out") == ["clip.mp4"]
+
+
+def test_a_video_that_ends_early_and_a_file_of_several_pages_say_what_is_missing(squares, tmp_path, capsys):
+    write_clip(tmp_path / "clip.avi", codec="MJPG", frames=60)
+    content = (tmp_path / "clip.avi").read_bytes()
+    (tmp_path / "clip.avi").write_bytes(content[: len(content) // 2])  # an incomplete download
+    with pytest.raises(SystemExit):
+        squares(tmp_path / "clip.avi")
+    frames, declared = map(int, re.search(r"clip\.avi: .* in (\d+) of (\d+) frames", capsys.readouterr().out).groups())
+    assert 0 < frames < 60 == declared and len(read_clip(tmp_path / "out/clip.mp4")[0]) == frames
+    pages = [Image.fromarray(frame) for frame in square_frames(3)]
+    pages[0].save(tmp_path / "scan.tif", save_all=True, append_images=pages[1:])
+    squares(tmp_path / "scan.tif")
+    assert "the first of 3 frames" in capsys.readouterr().out
 
 
 def test_the_odd_last_row_and_column_of_a_video_are_cut_off(squares, tmp_path):

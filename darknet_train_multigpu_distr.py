@@ -203,7 +203,8 @@ def main():
     if COMPILE:
         network = torch.compile(network)
     groups = utils.parameter_groups(model, WEIGHT_DECAY)
-    optimizer = torch.optim.SGD(groups, LEARNING_RATE, momentum=MOMENTUM, fused=dtype != torch.float16)
+    fused = None if dtype == torch.float16 else True  # GradScaler would leave the inf check to a fused optimiser
+    optimizer = torch.optim.SGD(groups, LEARNING_RATE, momentum=MOMENTUM, fused=fused)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     # the run's position, one row of metrics per finished epoch, and this epoch's sums: loss, top-1 hits, images

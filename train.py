@@ -116,7 +116,8 @@ def read_data_sets(anchors, broken_list):
 def make_optimizer(model, dtype):
     """SGD with momentum as in the paper, or AdamW, whose weight decay is decoupled from the gradient."""
     groups = utils.parameter_groups(model, WEIGHT_DECAY)
-    fused = dtype != torch.float16  # in fp16, GradScaler would leave the inf check to a fused optimiser
+    # GradScaler would leave the inf check to a fused optimiser; None: one launch per operation for all parameters
+    fused = None if dtype == torch.float16 else True
     if OPTIMIZER == "sgd":
         return torch.optim.SGD(groups, LEARNING_RATE, momentum=MOMENTUM, fused=fused)
     return torch.optim.AdamW(groups, LEARNING_RATE, fused=fused)

@@ -382,13 +382,15 @@ def test_a_backbone_only_file_loads_the_first_convolutions_and_prints_how_many(n
     assert torch.equal(model.head.state_dict()["0.0.weight"], head)
 
 
-@pytest.mark.parametrize("change", ["short", "long", "empty", "header", "half", "text"])
+@pytest.mark.parametrize("change", ["short", "long", "empty", "header", "bare", "half", "text"])
 def test_a_malformed_weights_file_is_named_and_the_model_is_unchanged(narrow, tmp_path, change):
     model = Darknet19(num_classes=2)
     before, file = numbers_of(model).clone(), tmp_path / "wrong.weights"
     if change == "empty":
         file.touch()
     elif change == "header":
+        write_numbers(file, before.numel(), header=(1, 1000, 0))  # a version that no Darknet has written
+    elif change == "bare":
         write_numbers(file, 0)
     elif change == "text":
         file.write_text("this is not a weights file, but it is longer than a header\n" * 3)

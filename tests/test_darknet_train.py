@@ -131,20 +131,27 @@ def set_run(monkeypatch, script, folder, **values):
 
 
 @pytest.mark.parametrize("script", [train, darknet_train])
-def test_training_and_evaluation_compute_in_the_precision_of_the_setting(script, tmp_path, monkeypatch, no_charts):
-    seen = set()
+@pytest.mark.parametrize("precision, dtype, fused", [("bf16", torch.bfloat16, True), ("fp16", torch.float16, None)])
+def test_training_and_evaluation_compute_in_the_precision_of_the_setting(
+    script, precision, dtype, fused, tmp_path, monkeypatch, no_charts
+):
+    """A fused optimiser would step on infinite gradients without GradScaler's check beside it."""
+    seen, optimisers = set(), []
 
     def see(module, inputs, output):
         if isinstance(module, torch.nn.Conv2d):
             seen.add((module.training, output.dtype))
 
-    set_run(monkeypatch, script, tmp_path, PRECISION="bf16")
+    set_run(monkeypatch, script, tmp_path, PRECISION=precision)
+    name = "AdamW" if script is train else "SGD"
+    make = getattr(torch.optim, name)
+    monkeypatch.setattr(torch.optim, name, lambda *args, **kw: optimisers.append(kw["fused"]) or make(*args, **kw))
     hook = torch.nn.modules.module.register_module_forward_hook(see)
     try:
         script.main()
     finally:
         hook.remove()
-    assert seen == {(True, torch.bfloat16), (False, torch.bfloat16)}
+    assert seen == {(True, dtype), (False, dtype)} and optimisers == [fused]
 
 
 @pytest.mark.parametrize("script", [train, darknet_train])

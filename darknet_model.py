@@ -145,6 +145,11 @@ def layer_table(model: nn.Module, image_size: int) -> str:
 # numbers are little-endian float32. Header: int32 major, minor, revision; then the images seen, int64, before version
 # 0.2 int32 (load_weights_upto in Darknet's src/parser.c).
 
+# how many numbers the files of other networks have, with COCO's classes (yolov2-tiny-voc: VOC's)
+OTHER_NETWORKS = {11_237_145: "yolov2-tiny", 15_867_885: "yolov2-tiny-voc", 8_858_734: "yolov3-tiny"}
+OTHER_NETWORKS |= {62_001_757: "yolov3", 6_062_814: "yolov4-tiny", 64_429_405: "yolov4"}
+OTHER_READERS = "OpenCV (cv2.dnn.readNetFromDarknet) and hank-ai/darknet run YOLOv3, YOLOv4 and tiny networks"
+
 
 def darknet_tensors(model: nn.Module) -> Iterator[list[Tensor]]:
     """Yields the tensors of each convolution in file order: our modules are registered in the order of the cfg file."""
@@ -159,7 +164,8 @@ def darknet_tensors(model: nn.Module) -> Iterator[list[Tensor]]:
 def open_darknet_file(file: str | os.PathLike) -> tuple[np.ndarray, int]:
     """Reads a Darknet weights file -> its float32 numbers after the header, and the number of images seen.
 
-    Raises FileNotFoundError or ValueError, naming the file, if it is missing or not a Darknet file.
+    Raises FileNotFoundError or ValueError, naming the file, if it is missing, not a Darknet file or one of
+    OTHER_NETWORKS.
     """
     with utils.reading(file, "Darknet weights file", "download or export it again"):
         with open(file, "rb") as stream:
@@ -173,7 +179,10 @@ def open_darknet_file(file: str | os.PathLike) -> tuple[np.ndarray, int]:
         if size < header or size % 4:
             raise ValueError(f"{size} bytes are too few, or not whole numbers")
         images_seen = np.frombuffer(start, "<i8" if is_wide else "<i4", count=1, offset=12).item()
-        return np.fromfile(file, "<f4", offset=header), images_seen
+        numbers = np.fromfile(file, "<f4", offset=header)
+    if numbers.size in OTHER_NETWORKS:
+        raise ValueError(f"{file}: is {OTHER_NETWORKS[numbers.size]}, not a YOLOv2 or Darknet-19; {OTHER_READERS}")
+    return numbers, images_seen
 
 
 def copy_convolutions(convolutions: list[list[Tensor]], numbers: np.ndarray, file: str | os.PathLike) -> None:
@@ -207,7 +216,7 @@ def load_darknet_weights(model: nn.Module, file: str | os.PathLike) -> int:
     if numbers.size not in ends:
         raise ValueError(
             f"{file}: has {numbers.size:,} numbers, but this {type(model).__name__} takes {ends[-1]:,} or those of its "
-            "first convolutions; the file is damaged, or of another network or number of classes"
+            f"first convolutions; the file is damaged, or of other classes or another network: {OTHER_READERS}"
         )
     count = ends.index(numbers.size) + 1
     copy_convolutions(convolutions[:count], numbers, file)

@@ -39,10 +39,10 @@ MOMENTUM = 0.9  # YOLO9000 sec. 3
 WEIGHT_DECAY = 5e-4  # on kernels only; YOLO9000 sec. 3
 LABEL_SMOOTHING = 0.0  # none in darknet19.cfg
 # schedule
-EPOCHS = 4  # 160 in the paper, 10 in its second stage
+EPOCHS = 4  # 160 in the paper, 10 in its second stage; 0: only validate the weights in RESUME_WEIGHTS
 LR_SCHEDULE = "polynomial"  # "constant", "steps", "polynomial" or "cosine"
 LR_POWER = 4.0  # of "polynomial"; 4 in the paper
-LR_DROPS = [60, 90]  # for "steps": divide the rate by 10 in the last step of these epochs
+LR_DROPS = [60, 90]  # for "steps": epochs after which the rate falls tenfold
 BURN_IN = 0  # optimiser steps with a rising rate; 1000 in darknet19.cfg
 # run
 CHECKPOINT = "runs/darknet19.pt"
@@ -58,7 +58,10 @@ COMPILE = False  # torch.compile: faster on a GPU, after minutes of start-up
 
 def check_settings():
     """Raises ValueError or OSError for an invalid setting."""
-    utils.check_settings(globals(), IMAGE_SIZE=(32, 9984, 1))  # Darknet-19 halves it five times; there is no grid
+    # Darknet-19 halves the image five times, without a grid; 0 epochs only validate
+    utils.check_settings(globals(), IMAGE_SIZE=(32, 9984, 1), EPOCHS=(0, 10**12, 1))
+    if EPOCHS == 0 and (RESUME or not RESUME_WEIGHTS):
+        raise ValueError("EPOCHS=0 only validates the weights in RESUME_WEIGHTS; set these, and RESUME=False")
     utils.check_schedule(LR_SCHEDULE, LR_DROPS, EPOCHS)
     if BATCH_SIZE % SUBDIVISIONS:
         raise ValueError(f"BATCH_SIZE {BATCH_SIZE} must be a multiple of SUBDIVISIONS {SUBDIVISIONS}")
@@ -78,7 +81,7 @@ def validate(model, loader, device, dtype, stop):
     Unreadable images have the label -100 and do not count. Returns early if the run is asked to stop.
     """
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    sums = [torch.zeros(4, device=device)]
     for images, labels in loader:
         if utils.should_stop(stop):
             break
@@ -88,8 +91,8 @@ def validate(model, loader, device, dtype, stop):
             logits = model(images).float()
         loss = F.cross_entropy(logits, labels, reduction="sum")
         guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (N, 5)
-        sums += torch.stack([loss, guesses[:, 0].sum(), guesses.sum(), (labels >= 0).sum()])
-    return sums
+        sums.append(torch.stack([loss, guesses[:, 0].sum(), guesses.sum(), (labels >= 0).sum()]))
+    return torch.stack(sums).cpu().double().sum(dim=0)
 
 
 def main():
@@ -127,9 +130,16 @@ def main():
     optimizer = torch.optim.SGD(groups, LEARNING_RATE, momentum=MOMENTUM, fused=fused)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
+    if EPOCHS == 0:  # no training, only the scores of RESUME_WEIGHTS
+        val_sums = validate(model, val_loader, device, dtype, stop)
+        val_loss, val_top1, val_top5 = (val_sums[:3] / val_sums[3]).tolist()
+        scores = {"val_loss": val_loss, "val_top1": val_top1, "val_top5": val_top5, "val_images": int(val_sums[3])}
+        utils.print_epoch(scores, "")
+        return
+
     # the run's position, one row of metrics per finished epoch, and this epoch's sums: loss, top-1 hits, images
     state = {"epoch": 0, "step": 0, "images_seen": 0, "best": -1.0, "metrics": []}
-    state["sums"] = torch.zeros(3, dtype=torch.float64, device=device)
+    state["sums"] = torch.zeros(3, dtype=torch.float64)
     settings = utils.script_settings(globals()) | {"PRECISION": str(dtype), "classes": classes}
     settings["training images"] = utils.fingerprint(train_set.samples)
     metadata = {"classes": classes, "image_size": IMAGE_SIZE, "settings": settings}
@@ -144,7 +154,8 @@ def main():
         optimizing = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         utils.save_checkpoint(CHECKPOINT, model=model.state_dict(), **optimizing, **state, **metadata)
 
-    print(f"{len(train_set)} training and {len(val_set)} validation images of {len(classes)} classes on {device}")
+    counts = f"{len(train_set)} training and {len(val_set)} validation images of {len(classes)} classes"
+    print(f"{counts} on {utils.device_text(device)}")
     data = iter(DataLoader(train_set, batch_sampler=batches_from(state["step"]), **loading))
     bar = tqdm(total=total_steps, initial=state["step"], unit="step", disable=None)
     schedule = (total_steps, LEARNING_RATE, LR_SCHEDULE, BURN_IN, LR_POWER, [drop * steps for drop in LR_DROPS])
@@ -162,7 +173,7 @@ def main():
                 group["lr"] = rate
             utils.warm_batch_norm(network, state["step"] * SUBDIVISIONS)  # a larger momentum at first, then .01
 
-            step_sums = torch.zeros_like(state["sums"])
+            step_sums = torch.zeros(3, device=device)
             for part in range(SUBDIVISIONS):  # gradient accumulation
                 images, labels = next(data)
                 images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
@@ -175,16 +186,17 @@ def main():
                 step_sums += torch.stack([loss.detach() * len(images), correct, torch.full_like(correct, len(images))])
 
             norm = get_total_norm([parameter.grad for parameter in model.parameters()])
-            if problem := utils.problem_of_step(("cross-entropy",), step_sums[:1], norm, scaler):
+            values = torch.cat([step_sums, norm[None]]).cpu().double()  # the step's only transfer from the device
+            if problem := utils.problem_of_step(("cross-entropy",), values[[0, -1]], scaler):
                 files = files_of_step(train_set.samples, batches_from(state["step"]), SUBDIVISIONS)
                 raise ValueError(utils.divergence_message(problem, state, files, CHECKPOINT))
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            state["sums"] += step_sums
+            state["sums"] += values[:3]
             state["images_seen"] += min(BATCH_SIZE, len(train_set))
             state["step"] += 1
-            utils.advance(bar, state["images_seen"] - images_before, epoch_start, step_sums[0] / step_sums[2])
+            utils.advance(bar, state["images_seen"] - images_before, epoch_start, values[0] / values[2])
             if time.monotonic() - last_save >= 60 * SAVE_EVERY_MINUTES:
                 save()
                 last_save = time.monotonic()

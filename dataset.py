@@ -46,14 +46,14 @@ from torchvision.ops import box_convert
 from tqdm import tqdm
 
 import utils
-from model import ANCHORS, VOC_CLASSES
+from model import ANCHORS, VOC_CLASSES, read_classes
 
 cv2.setNumThreads(0)  # one thread per process, because the loader's workers run in parallel
 
 # data
-DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv, .txt or .json lists
-IMAGE_SETS = [("2007", "train")]  # (year, list); or lists in DATA_DIR: .csv (image,label), Darknet .txt, COCO .json
-CLASSES = VOC_CLASSES  # any names, or a Darknet .names file
+DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, lists, or folders of images
+IMAGE_SETS = [("2007", "train")]  # (year, list); in DATA_DIR: .csv (image,label), Darknet .txt, COCO .json, a folder
+CLASSES = VOC_CLASSES  # any names, "voc", "coco", or a .names or data.yaml file
 TOLERATE = []  # "other classes": skip objects that CLASSES does not name; "missing labels": unlabelled is background
 # model
 IMAGE_SIZE = 416  # network input in pixels, a multiple of 32: for the anchors and the sheet
@@ -185,7 +185,7 @@ class VOCDataset(Dataset):
         if image_size % 32 or image_size < 32:
             raise ValueError(f"IMAGE_SIZE must be a multiple of 32 pixels, not {image_size}")
         self.anchors, self.image_size, self.augment = anchors, image_size, augment
-        self.classes = utils.read_classes(classes)
+        self.classes = read_classes(classes)
         self.samples = list_samples(root, image_sets, self.classes, tolerate, problems)
         self.transforms = {}  # one per image size
         self.broken_list = ""  # see read_or_next
@@ -530,9 +530,9 @@ def list_samples(
     """The records of a data set, in list order; reads every label file and the header of every image, once.
 
     image_sets: (year, list) pairs of the VOC devkit, or names of list files in root: `.csv` with lines `image,label`,
-    Darknet's `.txt` with one image per line (images/x.jpg has labels/x.txt), or COCO's `.json`. tolerate: "other
-    classes" skips objects of classes that are not in `classes`; "missing labels" takes a missing label file as one
-    without objects.
+    Darknet's `.txt` with one image per line, or COCO's `.json`; or a folder of images, with labels as for Darknet's
+    (see darknet_label). tolerate: "other classes" skips objects of classes that are not in `classes`; "missing labels"
+    takes a missing label file as one without objects.
 
     Raises FileNotFoundError or ValueError, naming the file; but if `problems` is a list, adds the error of each bad
     label file to it and goes on, with a record without labels."""
@@ -549,9 +549,14 @@ def list_samples(
             pairs = pair_readers[suffix](os.path.join(root, image_set))
         elif isinstance(image_set, (tuple, list)) and len(image_set) == 2:
             pairs = read_voc_list(Path(root), *image_set)
+        elif isinstance(image_set, str) and os.path.isdir(folder := os.path.join(root, image_set)):
+            files = sorted(glob.glob(f"{glob.escape(folder)}/**/*", recursive=True))  # without hidden files
+            images = [file for file in files if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES]
+            pairs = [(image, darknet_label(image)) for image in images]
         else:
-            forms = "[('2007', 'trainval')], ['train.csv'], ['train.txt'] or ['train.json']"
-            raise ValueError(f"{image_set!r} is not a list of images; IMAGE_SETS (VAL_IMAGE_SETS) takes {forms}")
+            forms = "[('2007', 'trainval')], ['train.csv'], ['train.txt'], ['train.json'] or ['train/images']"
+            advice = f"IMAGE_SETS (VAL_IMAGE_SETS) takes {forms}"
+            raise ValueError(f"{image_set!r} is not a list or folder of images in {root}; {advice}")
         samples += [read_sample(image, label, classes, tolerate, problems) for image, label in pairs]
     if not samples:
         raise ValueError(f"{root}: the lists {image_sets} name no image")
@@ -597,15 +602,17 @@ def read_csv_list(file: str) -> list[tuple[str, str]]:
 
 def read_darknet_list(file: str) -> list[tuple[str, str]]:
     """Darknet's list, one image per line, relative to the list or else to the working directory -> (image file, label
-    file) pairs: `images` or `JPEGImages` in the path becomes `labels` (ours: only the last such folder), the suffix
-    .txt."""
-    pairs = []
-    for line in read_lines(file):
-        image = find_file([os.path.dirname(file), ""], line)
-        label = re.sub(r"(^|.*[\\/])(JPEGImages|images)([\\/])", r"\1labels\3", image, count=1)
-        label_folder, name = os.path.split(os.path.splitext(label)[0] + ".txt")
-        pairs.append((image, find_file([label_folder], name)))
-    return pairs
+    file) pairs."""
+    images = [find_file([os.path.dirname(file), ""], line) for line in read_lines(file)]
+    return [(image, darknet_label(image)) for image in images]
+
+
+def darknet_label(image: str) -> str:
+    """The label file of an image by Darknet's rule: `images` or `JPEGImages` in its path becomes `labels` (ours: only
+    the last such folder), the suffix .txt."""
+    label = re.sub(r"(^|.*[\\/])(JPEGImages|images)([\\/])", r"\1labels\3", image, count=1)
+    folder, name = os.path.split(os.path.splitext(label)[0] + ".txt")
+    return find_file([folder], name)
 
 
 def read_lines(file: str | os.PathLike) -> list[str]:
@@ -720,7 +727,7 @@ def read_sample(image_file: str, label_file: str, classes: list[str], tolerate=(
                 objects, declared = read_voc_xml(label_file)
             sample = judge(sample, objects, declared, None, classes, tolerate)
         else:
-            with utils.reading(label_file, "YOLO label file", "its lines are `class x y w h`, in fractions"):
+            with utils.reading(label_file, "YOLO label file", "its lines are `class x y w h` in fractions"):
                 objects = list(read_yolo_txt(label_file))
             sample = judge(sample, objects, (0, 0), (1, 1), classes, tolerate)
     return sample
@@ -751,19 +758,26 @@ def read_voc_xml(file: str) -> tuple[list[tuple], tuple[int, int]]:
 
 
 def read_yolo_txt(file: str) -> Iterator[tuple]:
-    """Yields the objects of a YOLO label file: lines `class x y w h`, centre and size in fractions of the image."""
+    """Yields the objects of a YOLO label file: lines `class x y w h`, centre and size in fractions of the image, or
+    `class x1 y1 x2 y2 x3 y3 ...`, a polygon, whose bounding box is taken."""
     slack = 1e-4  # for rounding by the tool that wrote the file
     for number, line in enumerate(utils.read_text(file).split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            label, x, y, w, h = map(float, line.split())
+            label, *numbers = map(float, line.split())
         except ValueError:
-            label = math.nan
-        if not label.is_integer() or not all(-slack <= value <= 1 + slack for value in (x, y, w, h)):
+            label, numbers = math.nan, []
+        is_polygon = len(numbers) >= 6 and len(numbers) % 2 == 0
+        in_range = all(-slack <= value <= 1 + slack for value in numbers)
+        if not label.is_integer() or not in_range or not (is_polygon or len(numbers) == 4):
             raise ValueError(f"line {number}: {utils.printable(line.strip()[:80])!r}")
-        x, y, w, h = np.clip((x, y, w, h), 0, 1).tolist()
-        yield f"line {number}", int(label), 0, (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
+        points = np.clip(numbers, 0, 1).reshape(-1, 2)  # (2, 2) centre and size, or the corners of the polygon
+        if is_polygon:
+            box = (*points.min(axis=0), *points.max(axis=0))
+        else:
+            box = (*points[0] - points[1] / 2, *points[0] + points[1] / 2)
+        yield f"line {number}", int(label), 0, tuple(map(float, box))
 
 
 def read_coco_file(root: str, file: str, classes: list[str], tolerate=(), problems=None) -> list[Sample]:

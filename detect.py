@@ -8,9 +8,11 @@
 
 Writes each image (.jpg) and each video (.mp4, without sound) with its boxes, class names and confidences to
 `runs/detections/`, and prints what was found and how long it took. A camera or stream becomes
-`recording_<date>_<time>.mp4`. Ctrl-C ends the run; the video keeps the frames written so far.
+`recording_<date>_<time>.mp4`. `detections.csv` has one row per box: file, frame (of a video, from 1), class,
+confidence, x1, y1, x2, y2 in pixels. Ctrl-C ends the run; the video keeps the frames written so far.
 """
 
+import csv
 import glob
 import os
 import sys
@@ -35,8 +37,8 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 SOURCE = "data_samples/voc/VOC2007/JPEGImages/00000*.jpg"  # image, video, folder, glob, camera number or stream address
 # model
 CHECKPOINT = "runs/yolov2.pt"  # from train.py (its best epoch is yolov2_best.pt), or a Darknet file
-CLASSES = []  # only for a Darknet file: names or a .names file; [] for yolov2-voc.weights, or yolov2.weights of COCO
-ANCHORS = []  # likewise: those of its cfg file
+CLASSES = []  # only for a Darknet file: names or its .names file; [] for yolov2-voc.weights, or yolov2.weights of COCO
+ANCHORS = []  # likewise: numbers or its cfg file
 IMAGE_SIZE = None  # pixels, a multiple of 32; None for the checkpoint's own
 # detection
 CONFIDENCE_THRESHOLD = 0.4  # lowest confidence (objectness x class probability) that is drawn
@@ -51,7 +53,7 @@ COMPILE = False  # torch.compile with frozen weights; pays off after a few thous
 def check_settings():
     """Raises ValueError or OSError for an invalid setting."""
     utils.check_settings(globals())
-    utils.check_writable(OUTPUT_DIR, is_folder=True)
+    utils.check_writable(os.path.join(OUTPUT_DIR, "detections.csv"))
 
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp"}
@@ -95,8 +97,8 @@ def output_name(source: str) -> str:
 
 
 def draw_detections(image: np.ndarray, model, classes: list[str], anchors, transform, device: torch.device) -> tuple:
-    """Detects on an (H, W, 3) uint8 RGB image -> the PIL image with boxes, their class names, the milliseconds of the
-    detection."""
+    """Detects on an (H, W, 3) uint8 RGB image -> the PIL image with boxes, a row (class name, confidence, x1, y1, x2,
+    y2 in pixels) for each, and the milliseconds of the detection."""
     start = time.perf_counter()
     batch = to_tensor(transform(image=image, bboxes=[])["image"])[None]  # (1, 3, H, W)
     with torch.no_grad():
@@ -106,14 +108,25 @@ def draw_detections(image: np.ndarray, model, classes: list[str], anchors, trans
 
     height, width = image.shape[:2]
     boxes = found[:, :4] * torch.tensor([width, height, width, height])  # pixels
-    names = [classes[int(index)] for index in found[:, 5]]
-    labels = [f"{name} {confidence:.2f}" for name, confidence in zip(names, found[:, 4].tolist(), strict=True)]
-    return utils.draw_boxes(image, boxes, labels, found[:, 5]), names, milliseconds
+    numbers = torch.column_stack([found[:, 4], boxes]).tolist()
+    rows = [(classes[int(index)], *row) for index, row in zip(found[:, 5], numbers, strict=True)]
+    labels = [f"{name} {confidence:.2f}" for name, confidence, *_ in rows]
+    return utils.draw_boxes(image, boxes, labels, found[:, 5]), rows, milliseconds
 
 
-def draw_video(source: str, output: str, detector: tuple) -> tuple[int, int, Counter, bool]:
+def append_rows(table: str, source: str, frame: int | str, rows: list[tuple]) -> None:
+    """Appends the rows of draw_detections to the file `table`. Raises OSError, naming it."""
+    lines = [(source, frame, name, f"{score:.4f}", *(f"{side:.2f}" for side in box)) for name, score, *box in rows]
+    try:
+        with open(table, "a", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+            csv.writer(stream).writerows(lines)
+    except OSError as error:
+        raise OSError(f"{table}: could not be written ({utils.first_line(error)}); free some space") from error
+
+
+def draw_video(source: str, output: str, detector: tuple, table: str) -> tuple[int, int, Counter, bool]:
     """Writes a video file, camera or stream with its detections as MPEG-4. detector: draw_detections' arguments after
-    the image.
+    the image; table: as in append_rows.
 
     Returns the number of frames, the number that the file declares (0: none), the boxes per class over all frames, and
     whether Ctrl-C ended the video early. Raises ValueError, naming the source, if it cannot be read or stored as
@@ -142,10 +155,11 @@ def draw_video(source: str, output: str, detector: tuple) -> tuple[int, int, Cou
             raise ValueError(f"{source}: could not be stored as MPEG-4 ({shape}); convert it to another size or rate")
         try:
             while more:
-                picture, names, _ = draw_detections(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), *detector)
+                picture, rows, _ = draw_detections(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), *detector)
                 writer.write(cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGB2BGR))
                 frames += 1
-                boxes.update(names)
+                append_rows(table, source, frames, rows)
+                boxes.update(name for name, *_ in rows)
                 bar.update()
                 more, frame = video.read()
         except KeyboardInterrupt:
@@ -177,20 +191,24 @@ def main():
     if overwritten := identities[0].keys() & identities[1].keys():
         source = identities[0][min(overwritten)]
         raise ValueError(f"{source}: a drawing would replace this source; set another OUTPUT_DIR")
+    table = os.path.join(OUTPUT_DIR, "detections.csv")
+    utils.write_file(table, b"file,frame,class,confidence,x1,y1,x2,y2\r\n")
     incomplete, stopped = 0, False
     for file, output in zip(files, outputs, strict=True):
         start = time.perf_counter()
         try:
             if output.endswith(".mp4"):
-                frames, expected, names, stopped = draw_video(file, output, detector)
+                frames, expected, names, stopped = draw_video(file, output, detector, table)
                 is_exact = file.lower().endswith((".mp4", ".mov", ".avi"))  # of others, OpenCV estimates the number
                 is_short = not stopped and frames < expected * (1 if is_exact else 0.9)
                 incomplete += is_short and is_exact
                 counted = f"{frames} of {expected} frames" if is_short else f"{frames} frames"
                 duration = f"{counted} and {time.perf_counter() - start:.1f} s"
             else:
-                picture, names, milliseconds = draw_detections(read_image(file), *detector)
+                picture, rows, milliseconds = draw_detections(read_image(file), *detector)
                 utils.write_picture(output, picture.save, format="JPEG", quality=92)
+                append_rows(table, file, "", rows)
+                names = Counter(name for name, *_ in rows)
                 with Image.open(file) as image:  # .mpo: the other images are previews
                     pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
                 duration = f"{milliseconds:.0f} ms" + (f", the first of {pages} frames" if pages > 1 else "")
@@ -200,7 +218,7 @@ def main():
             print(utils.printable(f"error: {error}"))
             incomplete += 1
             continue
-        summary = ", ".join(f"{count} {name}" for name, count in Counter(names).items()) or "nothing"
+        summary = ", ".join(f"{count} {name}" for name, count in names.items()) or "nothing"
         print(utils.printable(f"{file}: {summary} in {duration} -> {output}"))
         if stopped:
             print(utils.printable(f"stopped by Ctrl-C: {output} contains the frames so far"))

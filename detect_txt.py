@@ -22,23 +22,22 @@ from dataset import VOCDataset, coco_categories
 from model import load_detector
 
 # data
-DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv, .txt or .json lists
-IMAGE_SETS = [("2007", "tiny")]  # the sample's training images; VOC: [("2007", "test")]; COCO: ["val.json"]
+DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, lists, or folders of images
+IMAGE_SETS = [("2007", "tiny")]  # the sample's training images; VOC: [("2007", "test")]; COCO: "val.json"; "val/images"
 TOLERATE = []  # "other classes": skip objects of classes the model lacks; "missing labels": unlabelled is background
-DATA_CLASSES = []  # names or a .names file, if YOLO labels number their classes in another order than the model
+DATA_CLASSES = []  # names, or a .names or data.yaml file, if YOLO labels number the classes in another order
 NUM_WORKERS = 2  # processes that load images
 BATCH_SIZE = 8  # images per forward pass
 # model
 CHECKPOINT = "runs/yolov2.pt"  # from train.py (its best epoch is yolov2_best.pt), or a Darknet file
-CLASSES = []  # only for a Darknet file: names or a .names file; [] for yolov2-voc.weights, or yolov2.weights of COCO
-ANCHORS = []  # likewise: those of its cfg file
+CLASSES = []  # only for a Darknet file: names or its .names file; [] for yolov2-voc.weights, or yolov2.weights of COCO
+ANCHORS = []  # likewise: numbers or its cfg file
 IMAGE_SIZE = None  # pixels, a multiple of 32; None for the checkpoint's own
 # detection
 CONFIDENCE_THRESHOLD = 0.005  # lowest confidence in the files; validate_detector in Darknet's examples/detector.c
 NMS_IOU_THRESHOLD = 0.45  # from the same function
 # run
 OUTPUT_DIR = "runs/detect_txt"
-MARK_DIFFICULT = False  # True: write difficult objects with a sixth word, "difficult"; False: leave them out
 DEVICE = "auto"  # or "cuda", "cuda:1", "cpu"
 PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device computes it faster
 COMPILE = False  # torch.compile with frozen weights; pays off after a few thousand images
@@ -47,7 +46,7 @@ COMPILE = False  # torch.compile with frozen weights; pays off after a few thous
 def check_settings():
     """Raises ValueError or OSError for an invalid setting."""
     utils.check_settings(globals())
-    utils.check_writable(OUTPUT_DIR, is_folder=True)
+    utils.check_writable(os.path.join(OUTPUT_DIR, "coco_results.json"))
 
 
 def coco_results(detections, samples, classes):
@@ -134,11 +133,10 @@ def main():
         numbers = " ".join(f"{value:.6f}" for value in (confidence, *box))
         files[f"detections/{image_name}.txt"].append(f"{class_name} {numbers}")
         files[f"comp4_det_test_{class_name}.txt"].append(f"{image_name} {numbers}")
-    if not MARK_DIFFICULT:
-        truths = truths[truths[:, 2] == 0]
-    for index, label, difficult, *box in truths.tolist():
+    truths = truths[truths[:, 2] == 0]  # toolkits do not know difficult objects
+    for index, label, _, *box in truths.tolist():
         line = " ".join([class_names[int(label)], *(f"{value:.6f}".removesuffix(".000000") for value in box)])
-        files[f"groundtruths/{image_names[int(index)]}.txt"].append(line + (" difficult" if difficult else ""))
+        files[f"groundtruths/{image_names[int(index)]}.txt"].append(line)
     files["coco_results.json"] = [json.dumps(coco_results(detections, samples, classes))]
 
     for name, lines in files.items():

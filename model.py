@@ -10,16 +10,20 @@ in 0..1.
 
 import copy
 import os
+import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import utils
 from darknet_model import (
     DARKNET19_LAYERS,
+    OTHER_READERS,
     as_input,
     check_output,
     convolution,
@@ -68,6 +72,23 @@ ANCHORS = [(1.3221, 1.73145), (3.19275, 4.00944), (5.05587, 8.09892), (9.47112, 
 COCO_ANCHORS = [(0.57273, 0.677385), (1.87446, 2.06253), (3.33843, 5.47434), (7.88282, 3.52778), (9.77052, 9.16828)]
 # outputs A (5 + C) per cell -> class names, anchors, image size of the cfg file: yolov2-voc.weights, yolov2.weights
 KNOWN_DETECTORS = {125: (VOC_CLASSES, ANCHORS, 416), 425: (COCO_CLASSES, COCO_ANCHORS, 608)}
+
+
+def read_classes(classes) -> list[str]:
+    """Class names from a list, "voc" or "coco", a Darknet `.names` file (one per line), or the `names` of a data.yaml.
+    Raises FileNotFoundError, or ValueError for names that utils.check_classes refuses."""
+    if isinstance(classes, str):
+        classes = {"voc": VOC_CLASSES, "coco": COCO_CLASSES}.get(classes, classes)
+    if not isinstance(classes, str):
+        return utils.check_classes("CLASSES", list(classes))
+    with utils.reading(classes, "file of class names", "CLASSES is a list of names, voc, coco, a .names or .yaml file"):
+        text = utils.read_text(classes)
+        names = [line.strip() for line in text.splitlines() if line.strip()]
+        if classes.lower().endswith((".yaml", ".yml")):
+            names = yaml.safe_load(text)["names"]  # a list, or a dictionary of 0: name, 1: name, ...
+            names = [names[index] for index in range(len(names))]
+    return utils.check_classes(classes, names)
+
 
 # ---------------------------------------------------------------- the network
 
@@ -141,11 +162,16 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def read_anchors(anchors, largest_size: int = 416) -> list[list[float]]:
-    """anchors: pairs of width and height in grid cells, or the flat list of a cfg file -> a list of pairs.
+    """anchors: pairs of width and height in grid cells, the flat list of a cfg file, or the name of a cfg file with a
+    [region] section -> a list of pairs.
 
     largest_size: of the input, in pixels. Raises ValueError for other forms, and for sides above its number of cells
     (13 if that is smaller), which are probably in pixels.
     """
+    if isinstance(anchors, str):
+        with utils.reading(anchors, "cfg file of a YOLOv2", "ANCHORS is a list of pairs, or a file with [region]"):
+            region = utils.read_text(anchors).partition("[region]")[2].partition("[")[0]
+            anchors = [float(side) for side in re.findall(r"^anchors *=(.*)$", region, re.MULTILINE)[0].split(",")]
     try:
         table = torch.tensor(anchors, dtype=torch.float64)
         pairs = table.reshape(-1, 2).tolist() if table.ndim == 1 or table.shape[1:] == (2,) else []
@@ -161,43 +187,46 @@ def read_anchors(anchors, largest_size: int = 416) -> list[list[float]]:
 
 
 def load_pretrained_backbone(model: YOLOv2, file: str | os.PathLike, classes: list[str] | None = None) -> int:
-    """Loads pretrained weights into a YOLOv2: all 23 convolutions if classes and number of anchors match, otherwise the
-    18 of the backbone. Prints and returns the number of convolutions loaded.
+    """Loads pretrained weights into a YOLOv2: all 23 convolutions of a detector with the same classes and number of
+    anchors, all but the last of another detector, or the 18 of a classifier or backbone. Prints and returns the number
+    of convolutions loaded.
 
     file: a checkpoint of darknet_train*.py or train.py, or a Darknet file. A Darknet file contains no class names:
     125 outputs are taken for VOC's classes, 425 for COCO's. Raises FileNotFoundError or ValueError, naming the file;
     the model is then unchanged.
     """
+    contents = {23: "", 22: "; the last one has other classes or anchors", 18: ", the backbone"}
     if utils.is_torch_file(file):
         checkpoint = utils.load_checkpoint(file)
         state, own = checkpoint.get("model", {}), model.state_dict()
         fitting = {name for name in own if name in state and state[name].shape == own[name].shape}
-        same_classes = classes is None or checkpoint.get("classes", classes) == classes
-        if len(fitting) == len(own) and same_classes:
-            model.load_state_dict({name: state[name] for name in own})
-            print(f"{file}: loaded all 23 convolutions")
-            return 23
-        backbone = [name for name in own if name.startswith("features.")]
-        if not fitting.issuperset(backbone):
+        if classes is not None and checkpoint.get("classes", classes) != classes:
+            fitting -= {"output.weight", "output.bias"}
+        parts = {23: list(own), 22: [name for name in own if not name.startswith("output.")]}
+        parts[18] = [name for name in own if name.startswith("features.")]
+        count = next((count for count, names in parts.items() if fitting.issuperset(names)), None)
+        if count is None:
             raise ValueError(f"{file}: contains no Darknet-19 backbone; use one of darknet_train.py, or a Darknet file")
-        model.load_state_dict({name: state[name] for name in backbone}, strict=False)
-        reason = ""
-        if "output.weight" in state and not same_classes:
-            reason = "; its classes are different, or in another order"
-        print(f"{file}: loaded 18 of 23 convolutions, the backbone{reason}")
-        return 18
+        model.load_state_dict({name: state[name] for name in parts[count]}, strict=False)
+        print(f"{file}: loaded {count} of 23 convolutions{contents[count]}")
+        return count
 
     numbers, _ = open_darknet_file(file)
     convolutions = list(darknet_tensors(model))
-    sizes = [sum(tensor.numel() for tensor in tensors) for tensors in convolutions]
-    outputs = convolutions[-1][0].numel()  # the last layer's biases
-    published, _, _ = KNOWN_DETECTORS.get(outputs, (classes, (), 0))  # other files: taken as trained on `classes`
-    other_classes = classes is not None and list(classes) != list(published)
-    if numbers.size > sum(sizes[:18]) and (numbers.size != sum(sizes) or other_classes):  # the backbone, another head
-        copy_convolutions(convolutions[:18], numbers, file)
-        print(f"{file}: loaded its first 18 convolutions, the backbone")
-        return 18
-    return load_darknet_weights(model, file)
+    ends = np.cumsum([sum(tensor.numel() for tensor in tensors) for tensors in convolutions]).tolist()
+    bias, kernel = convolutions[-1]
+    per_output = kernel.shape[1] + 1  # weights and bias of one output: 1025, in a detector as in a classifier
+    published, _, _ = KNOWN_DETECTORS.get(len(bias), (classes, (), 0))  # other files: taken as trained on `classes`
+    same_classes = classes is None or list(classes) == list(published)
+    if numbers.size <= ends[17] or (numbers.size == ends[22] and same_classes):
+        return load_darknet_weights(model, file)
+    count = 22 if numbers.size >= ends[21] else 18
+    if (numbers.size - ends[count - 1]) % per_output:
+        advice = f"those of a YOLOv2 or Darknet-19; {OTHER_READERS}"
+        raise ValueError(f"{file}: {numbers.size:,} numbers are not {advice}")
+    copy_convolutions(convolutions[:count], numbers, file)
+    print(f"{file}: loaded its first {count} of 23 convolutions{contents[count]}")
+    return count
 
 
 def read_detector(file: str | os.PathLike) -> tuple[YOLOv2, dict]:
@@ -231,15 +260,15 @@ def darknet_detector(file: str | os.PathLike, classes, anchors) -> tuple[list[st
     size_of_others = sum(tensor.numel() for tensors in convolutions for tensor in tensors)
     outputs, rest = divmod(numbers.size - size_of_others, kernel.shape[1] + 1)  # weights and bias of one output: 1025
     if outputs <= 0 or rest:
-        advice = "a backbone is for train.py's PRETRAINED"
+        advice = f"a backbone is for train.py's PRETRAINED, and {OTHER_READERS}"
         raise ValueError(f"{file}: {numbers.size:,} numbers are not those of a YOLOv2 detector; {advice}")
     known_classes, known_anchors, image_size = KNOWN_DETECTORS.get(outputs, ((), (), 416))
     classes, anchors = classes or known_classes, anchors or known_anchors
-    classes = utils.read_classes(classes) if classes else []
+    classes = read_classes(classes) if classes else []
     anchors = read_anchors(anchors, largest_size=1664) if anchors else []  # 52 cells; the file does not tell its size
     if len(anchors) * (5 + len(classes)) != outputs:
         counts = f"{len(anchors)} anchors x (5 + {len(classes)} classes)"
-        advice = "set CLASSES (names, or a .names file) and ANCHORS to those of its training"
+        advice = "set CLASSES and ANCHORS to those of its training (its .names and .cfg file)"
         raise ValueError(f"{file}: has {outputs} outputs per cell, not {counts}; {advice}")
     return classes, anchors, image_size
 
@@ -258,7 +287,7 @@ def load_detector(
         model, state = read_detector(file)
         own_classes, own_anchors, image_size = list(state["classes"]), state["anchors"], state["image_size"]
         advice = "because a checkpoint contains its own"
-        if classes and (given := utils.read_classes(classes)) != own_classes:
+        if classes and (given := read_classes(classes)) != own_classes:
             if sorted(given) == sorted(own_classes):
                 advice = "and set DATA_CLASSES if the labels number their classes in that order"
             raise ValueError(f"{file}: has other classes than CLASSES; leave CLASSES empty, {advice}")

@@ -26,16 +26,16 @@ from dataset import VOCDataset, print_doubts, read_image
 from model import load_detector
 
 # data
-DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv, .txt or .json lists
-IMAGE_SETS = [("2007", "tiny")]  # the sample's training images; VOC: [("2007", "test")]; COCO: ["val.json"]
+DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, lists, or folders of images
+IMAGE_SETS = [("2007", "tiny")]  # the sample's training images; VOC: [("2007", "test")]; COCO: "val.json"; "val/images"
 TOLERATE = []  # "other classes": skip objects of classes the model lacks; "missing labels": unlabelled is background
-DATA_CLASSES = []  # names or a .names file, if YOLO labels number their classes in another order than the model
+DATA_CLASSES = []  # names, or a .names or data.yaml file, if YOLO labels number the classes in another order
 NUM_WORKERS = 2  # processes that load images
 BATCH_SIZE = 8  # images per forward pass
 # model
 CHECKPOINT = "runs/yolov2.pt"  # from train.py (its best epoch is yolov2_best.pt), or a Darknet file
-CLASSES = []  # only for a Darknet file: names or a .names file; [] for yolov2-voc.weights, or yolov2.weights of COCO
-ANCHORS = []  # likewise: those of its cfg file
+CLASSES = []  # only for a Darknet file: names or its .names file; [] for yolov2-voc.weights, or yolov2.weights of COCO
+ANCHORS = []  # likewise: numbers or its cfg file
 INPUT_SIZES = []  # pixels; the paper's Table 3 has [288, 352, 416, 480, 544]; [] for the checkpoint's own
 # detection
 CONFIDENCE_THRESHOLD = 0.005  # lowest confidence on the curves; validate_detector in Darknet's examples/detector.c

@@ -32,10 +32,10 @@ from dataset import (
 from loss import YoloLoss
 
 # data
-DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, or .csv, .txt or .json lists
-IMAGE_SETS = [("2007", "tiny")]  # VOC 07+12: [("2007", "trainval"), ("2012", "trainval")]; ["a.csv"]; COCO ["a.json"]
+DATA_DIR = "data_samples/voc"  # holds VOC2007/ or VOCdevkit/VOC2007/, lists, or folders of images
+IMAGE_SETS = [("2007", "tiny")]  # VOC 07+12: [("2007", "trainval"), ("2012", "trainval")]; "train/images"
 VAL_IMAGE_SETS = []  # none: the sample is too small to be split; VOC: [("2007", "test")]
-CLASSES = yolov2_model.VOC_CLASSES  # any names, or a Darknet .names file; saved in the checkpoint
+CLASSES = yolov2_model.VOC_CLASSES  # any names, "voc", "coco", or a .names or data.yaml file; saved in the checkpoint
 TOLERATE = []  # "other classes": skip objects that CLASSES does not name; "missing labels": unlabelled is background
 AUGMENT = False  # crop, flip and colour jitter; True for anything larger than the sample
 REPEAT = 5  # repeats of each image per epoch; 1 for a real data set
@@ -44,7 +44,7 @@ BROKEN_IMAGES = "stop"  # or "skip": use the next image instead of an unreadable
 # model
 IMAGE_SIZE = 160  # pixels, a multiple of 32; 416 in yolov2-voc.cfg
 MULTI_SCALE = []  # image sizes, a new one every 10 steps; paper: multiples of 32, 320 to 608; [] for IMAGE_SIZE only
-ANCHORS = yolov2_model.ANCHORS  # width, height in cells of 32 pixels, for 416 px; python dataset.py computes others
+ANCHORS = yolov2_model.ANCHORS  # width, height in cells of 32 pixels (dataset.py prints others for your data); or a cfg
 PRETRAINED = ""  # a checkpoint of darknet_train*.py or train.py, or Darknet file (.conv.23, .weights); "" from scratch
 # loss
 EQUATION = "darknet"  # yolov2-voc.cfg; or "yolov1", the YOLOv1 paper's (its lambdas: 5, 1, .5, 1), worse here
@@ -64,12 +64,12 @@ CLIP_NORM = 10.0  # largest norm of the gradient (ours); 0 for none, as in Darkn
 # schedule
 EPOCHS = 12  # 160 in the paper
 LR_SCHEDULE = "cosine"  # "constant", "steps", "polynomial" or "cosine"
-LR_DROPS = [60, 90]  # for "steps": divide the rate by 10 in the last step of these epochs; YOLO9000 sec. 3
+LR_DROPS = [60, 90]  # for "steps": epochs after which the rate falls tenfold; YOLO9000 sec. 3
 LR_POWER = 4.0  # of "polynomial"
 BURN_IN = 10  # optimiser steps with a rising rate; 1000 in yolov2-voc.cfg
 # run
 EVAL_EVERY = 4  # epochs between two evaluations
-EVAL_THRESHOLD = 0.4  # lowest confidence of the detections in an evaluation; test.py's .005 gives a higher mAP
+EVAL_THRESHOLD = 0.005  # lowest confidence of the detections in an evaluation, as in test.py; .4 gives a lower mAP
 EVAL_TRAIN_IMAGES = 100  # number of training images, the first of the list, for train_map
 CHECKPOINT = "runs/yolov2.pt"
 RESUME = False  # continue from CHECKPOINT
@@ -104,6 +104,8 @@ def read_data_sets(anchors, broken_list):
     if VAL_IMAGE_SETS:
         eval_sets["val_map"] = VOCDataset(DATA_DIR, VAL_IMAGE_SETS, **common)
     check_training_sets(train_set, eval_sets)
+    if len(train_set) > 100 and (not AUGMENT or REPEAT > 1):
+        print(f"AUGMENT=True REPEAT=1 suit {len(train_set)} images; the defaults are for the sample of 16")
     if min(BATCH_SIZE // SUBDIVISIONS, len(train_set) * REPEAT) == 1 and min(MULTI_SCALE or [IMAGE_SIZE]) == 32:
         raise ValueError("batch norm needs two values per channel: set IMAGE_SIZE=64, or two images or more per batch")
     if broken_list:
@@ -172,7 +174,7 @@ def main():
 
     # the run's position, one row of metrics per finished epoch, and this epoch's sums of the loss terms
     state = {"epoch": 0, "step": 0, "images_seen": 0, "best": -1.0, "metrics": []}
-    state["sums"] = torch.zeros(len(LOSS_TERMS), dtype=torch.float64, device=device)
+    state["sums"] = torch.zeros(len(LOSS_TERMS), dtype=torch.float64)
     settings = utils.script_settings(globals()) | {"PRECISION": str(dtype), "CLASSES": classes, "ANCHORS": anchors}
     settings["training images"] = utils.fingerprint(train_set.samples)
     metadata = {"classes": classes, "anchors": anchors, "image_size": IMAGE_SIZE, "settings": settings}
@@ -187,7 +189,8 @@ def main():
         optimizing = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         utils.save_checkpoint(CHECKPOINT, model=model.state_dict(), **optimizing, **state, **metadata)
 
-    print(f"{len(train_set)} images, {EPOCHS} x {steps} steps, {MULTI_SCALE or IMAGE_SIZE} px, {device}, {dtype}")
+    device_text = utils.device_text(device)
+    print(f"{len(train_set)} images, {EPOCHS} x {steps} steps, {MULTI_SCALE or IMAGE_SIZE} px, {device_text}, {dtype}")
     loading = {"num_workers": NUM_WORKERS, "pin_memory": device.type == "cuda", "worker_init_fn": utils.ignore_signals}
     data = iter(DataLoader(train_set, batch_sampler=batches_from(state["step"]), **loading))
     bar = tqdm(total=total_steps, initial=state["step"], unit="step", disable=None)
@@ -205,7 +208,7 @@ def main():
                 group["lr"] = rate
             utils.warm_batch_norm(network, state["step"] * SUBDIVISIONS)  # a larger momentum at first, then .01
 
-            step_sums = torch.zeros_like(state["sums"])
+            step_sums = torch.zeros(len(LOSS_TERMS), device=device)
             for part in range(SUBDIVISIONS):  # gradient accumulation
                 images, targets = next(data)
                 images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
@@ -221,15 +224,16 @@ def main():
             norm = get_total_norm([parameter.grad for parameter in model.parameters()])
             if CLIP_NORM > 0:
                 clip_grads_with_norm_(model.parameters(), CLIP_NORM, norm)
-            if problem := utils.problem_of_step(LOSS_TERMS, step_sums, norm, scaler):
+            values = torch.cat([step_sums, norm[None]]).cpu().double()  # the step's only transfer from the device
+            if problem := utils.problem_of_step(LOSS_TERMS, values, scaler):
                 files = files_of_step(train_set.samples, batches_from(state["step"]), SUBDIVISIONS)
                 raise ValueError(utils.divergence_message(problem, state, files, CHECKPOINT))
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            state["sums"] += step_sums
+            state["sums"] += values[:-1]
             state["step"] += 1
-            utils.advance(bar, state["images_seen"] - images_before, epoch_start, step_sums[-1] / SUBDIVISIONS)
+            utils.advance(bar, state["images_seen"] - images_before, epoch_start, values[-2] / SUBDIVISIONS)
             if time.monotonic() - last_save >= 60 * SAVE_EVERY_MINUTES:
                 save()
                 last_save = time.monotonic()

@@ -330,8 +330,8 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(f"cuda:{name}" if str(name).isdigit() else name)
     except RuntimeError:
         device = torch.device("meta")  # refused below
-    if device.type not in ("cpu", "cuda"):  # mps has no float64, which the sums need
-        raise ValueError(f'DEVICE={name}: not a device that works here; use "auto", "cpu", "cuda" or "cuda:1"')
+    if device.type not in ("cpu", "cuda", "mps") or (device.type == "mps" and not torch.backends.mps.is_available()):
+        raise ValueError(f'DEVICE={name}: not a device that works here; use "auto", "cpu", "cuda", "cuda:1" or "mps"')
     if device.type == "cuda":
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= gpus:
@@ -340,6 +340,15 @@ def pick_device(name: str = "auto") -> torch.device:
             torch.cuda.set_device(device)  # for functions that ask for the current device
     torch.backends.cudnn.benchmark = True  # chooses the fastest convolutions for each image size
     return device
+
+
+def device_text(device: torch.device) -> str:
+    """The device for the first line of a training, with the reason why it is not a GPU."""
+    if device.type != "cpu" or torch.cuda.is_available():
+        return str(device)
+    if torch.backends.mps.is_available():
+        return "cpu (DEVICE=mps uses the Mac's GPU)"
+    return "cpu (no GPU found)" if torch.version.cuda or torch.version.hip else "cpu (this PyTorch has no CUDA)"
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -449,14 +458,14 @@ def report_stop(bar, stop: types.SimpleNamespace, state: dict, checkpoint: str) 
     print(f"stopped by {stop.reason} {where}; RESUME=True continues from {checkpoint}", flush=True)
 
 
-def problem_of_step(names: tuple[str, ...], losses: Tensor, norm: Tensor, scaler) -> str:
+def problem_of_step(names: tuple[str, ...], values: Tensor, scaler) -> str:
     """What is not finite before an optimiser step: "" (nothing), "the loss (coord, total)" or "the gradient".
 
-    losses: the terms called `names`, summed over the gradient accumulation; norm: of the gradient, not used in
-    fp16: there, the scaler skips steps with infinite gradients and halves its scale, and a scale below 1 means that
-    the gradient has diverged.
+    values: the terms called `names`, summed over the gradient accumulation, and last the norm of the gradient, which
+    is not used in fp16: there, the scaler skips steps with infinite gradients and halves its scale, and a scale below 1
+    means that the gradient has diverged.
     """
-    finite = torch.isfinite(torch.cat([losses, norm[None].to(losses.device)])).tolist()
+    finite = torch.isfinite(values).tolist()
     if bad := [name for name, fine in zip(names, finite, strict=False) if not fine]:
         return f"the loss ({', '.join(bad)})"
     gradient_is_finite = scaler.get_scale() >= 1 if scaler.is_enabled() else finite[-1]
@@ -538,16 +547,6 @@ def file_name(text: str) -> str:
     return re.sub(r"[ /\\]", "_", text)
 
 
-def read_classes(classes) -> list[str]:
-    """Class names from a list or a Darknet `.names` file (one per line). Raises FileNotFoundError, or ValueError for
-    names that check_classes refuses."""
-    if not isinstance(classes, str):
-        return check_classes("CLASSES", list(classes))
-    with reading(classes, "file of class names", "CLASSES is a list of names or a .names file"):
-        lines = read_text(classes).splitlines()
-    return check_classes(classes, [line.strip() for line in lines if line.strip()])
-
-
 def check_classes(source: str, classes: list[str]) -> list[str]:
     """Returns the class names; raises ValueError, naming their source, if one cannot be part of a file name or two
     would clash."""
@@ -603,14 +602,14 @@ def write_picture(file: str | os.PathLike, save: Callable, **options) -> None:
     write_file(file, stream.getvalue())
 
 
-def check_writable(file: str | os.PathLike, is_folder: bool = False) -> None:
+def check_writable(file: str | os.PathLike) -> None:
     """Raises OSError or ValueError, naming the file, if atomic_write would fail: better before training than after an
-    epoch. is_folder: `file` is the folder of the files that will be written."""
-    if not (file if is_folder else os.path.basename(file)):
-        raise ValueError(f"{os.fspath(file)!r} is no file or folder name; set CHECKPOINT, OUTPUT or OUTPUT_DIR")
-    folder = os.path.realpath(file) if is_folder else os.path.dirname(os.path.realpath(file))
+    epoch."""
+    if not os.path.basename(file):
+        raise ValueError(f"{os.fspath(file)!r} is no file name; set CHECKPOINT or OUTPUT")
+    folder = os.path.dirname(os.path.realpath(file))
     try:
-        if os.path.exists(file) and not is_folder and not os.path.isfile(file):
+        if os.path.exists(file) and not os.path.isfile(file):
             raise FileExistsError("it is a folder, a device or a pipe")
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -742,7 +741,6 @@ def resume(file: str | os.PathLike, model: nn.Module, optimizer, scaler, setting
         if saved["scaler"]:  # empty unless the run is in fp16
             scaler.load_state_dict(saved["scaler"])
         state = {name: saved[name] for name in position}
-        state["sums"] = state["sums"].to(parameters[0].device)
     if SCORE_SETTINGS & set(changed):
         state["best"] = -1.0  # no longer comparable
     print(f"resuming {file} after epoch {state['epoch']}, step {state['step']}", flush=True)
@@ -973,8 +971,8 @@ def override_globals(script_globals: dict, words: list[str]) -> None:
         if isinstance(value, str):
             value = os.path.expanduser(value)  # CHECKPOINT=~/x.pt: zsh and sh leave it as it is
         fits = type(value) is type(default) or (default is None and type(value) is int)
-        if isinstance(default, (list, tuple)):  # also takes the name of a file that holds the list
-            fits |= isinstance(value, (list, tuple)) or str(value).endswith((".csv", ".txt", ".json", ".names"))
+        if isinstance(default, (list, tuple)):  # data, classes and anchors may also be the name of a file or folder
+            fits |= isinstance(value, (list, tuple)) or (isinstance(value, str) and name not in LISTS)
         if not fits:
             kind = "an int or None" if default is None else f"{type(default).__name__}, like its default {default!r}"
             sys.exit(f"{script}: {name} must be {kind}, not {text[:80]!r}")

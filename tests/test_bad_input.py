@@ -220,10 +220,26 @@ def test_darknet_lists_and_names_are_read(tmp_path):
     data = dataset.VOCDataset(tmp_path, ["train.txt"], ANCHORS, 64, str(tmp_path / "obj.names"))
     assert data.classes == ["bolt", "nut"] and data.samples[0].labels.tolist() == [[1, 0, 0.25, 0.25, 0.75, 0.75]]
     with pytest.raises(FileNotFoundError, match=r"none\.names: "):
-        utils.read_classes(str(tmp_path / "none.names"))
+        model.read_classes(str(tmp_path / "none.names"))
     settings = dict(vars(train))
-    utils.override_globals(settings, ["CLASSES=x/obj.names", "IMAGE_SETS=train.csv"])
-    assert (settings["CLASSES"], settings["IMAGE_SETS"]) == ("x/obj.names", "train.csv")
+    utils.override_globals(settings, ["CLASSES=x/obj.names", "IMAGE_SETS=train/images", "ANCHORS=x.cfg"])
+    assert [settings[name] for name in ("CLASSES", "IMAGE_SETS", "ANCHORS")] == ["x/obj.names", "train/images", "x.cfg"]
+
+
+@pytest.mark.parametrize(
+    "names", ["[bolt, 'small nut']", "\n  0: bolt\n  1: small nut", "[bolt]", "{1: bolt, 2: nut}", "[yes, no]", ""]
+)
+def test_class_names_come_from_a_data_yaml_or_a_word(tmp_path, names):
+    (tmp_path / "data.yaml").write_text(f"train: ../train/images\nnc: 2\nnames: {names}\n")
+    if "small nut" in names:
+        assert model.read_classes(str(tmp_path / "data.yaml")) == ["bolt", "small nut"]
+    elif names == "[bolt]":
+        assert model.read_classes(str(tmp_path / "data.yaml")) == ["bolt"]
+    else:
+        with pytest.raises(ValueError, match=r"data\.yaml: "):
+            model.read_classes(str(tmp_path / "data.yaml"))
+    assert model.read_classes("voc") == list(model.VOC_CLASSES)
+    assert model.read_classes("coco") == list(model.COCO_CLASSES)
 
 
 def test_names_with_unicode_spaces_or_backslashes_are_read_from_a_csv_list(tmp_path):
@@ -282,7 +298,7 @@ def test_hidden_class_folders_are_skipped_other_files_counted_and_names_that_cla
 )
 def test_class_names_that_would_break_files_are_refused(tmp_path, names):
     with pytest.raises(ValueError, match="CLASSES"):
-        utils.read_classes(names)
+        model.read_classes(names)
     utils.save_checkpoint(tmp_path / "odd.pt", model={}, classes=names, anchors=ANCHORS, image_size=64)
     with pytest.raises(ValueError, match=r"odd\.pt"):
         utils.load_checkpoint(tmp_path / "odd.pt")
@@ -376,14 +392,15 @@ def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path, checkpoint):
         utils.load_checkpoint(checkpoint)
 
 
-def test_only_the_backbone_is_loaded_if_the_classes_or_their_order_differ(tmp_path, capsys):
+def test_all_but_the_last_convolution_is_loaded_if_the_classes_or_their_order_differ(tmp_path, capsys):
     donor = YOLOv2(2)
     state = {"model": donor.state_dict(), "anchors": ANCHORS, "image_size": 64}
     utils.save_checkpoint(tmp_path / "two.pt", classes=["nut", "bolt"], **state)
     own = YOLOv2(2)
-    assert model.load_pretrained_backbone(own, tmp_path / "two.pt", ["bolt", "nut"]) == 18
-    assert "18 of 23 convolutions" in (out := capsys.readouterr().out) and "in another order" in out
-    assert not torch.equal(own.output.weight, donor.output.weight)
+    assert model.load_pretrained_backbone(own, tmp_path / "two.pt", ["bolt", "nut"]) == 22
+    assert "22 of 23 convolutions" in capsys.readouterr().out
+    same = {name for name, tensor in donor.state_dict().items() if torch.equal(own.state_dict()[name], tensor)}
+    assert donor.state_dict().keys() - same == {"output.weight"}  # and the bias, which starts as 0
     assert model.load_pretrained_backbone(own, tmp_path / "two.pt", ["nut", "bolt"]) == 23
     assert torch.equal(own.output.weight, donor.output.weight)
     classifier = darknet_model.Darknet19(3).state_dict()

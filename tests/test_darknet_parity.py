@@ -421,7 +421,8 @@ def test_a_missing_file_or_one_of_another_network_is_refused(golden_file, tmp_pa
 
 
 @pytest.mark.parametrize("source", ["darknet19.weights", "conv.23", "yolov2-voc.weights", "darknet.pt", "yolov2.pt"])
-def test_a_backbone_is_loaded_from_every_kind_of_file(narrow, tmp_path, source):
+def test_what_fits_is_loaded_from_every_kind_of_file(narrow, tmp_path, source):
+    """From a detector of other classes all but the last convolution, otherwise the backbone."""
     file, classifier, detector = tmp_path / source, Darknet19(num_classes=7), YOLOv2(num_classes=20)
     donor = detector if source.startswith("yolov2") else classifier
     randomise_batch_norm(donor)
@@ -430,26 +431,26 @@ def test_a_backbone_is_loaded_from_every_kind_of_file(narrow, tmp_path, source):
     else:
         save_darknet_weights(torch.nn.Sequential(donor.features) if source == "conv.23" else donor, file)
     model = YOLOv2(num_classes=2)
-    assert load_pretrained_backbone(model, file) == 18
-    assert torch.equal(numbers_of(model.features), numbers_of(donor.features))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    kept = ("output.",) if donor is detector else ("head.", "passthrough.", "merge.", "output.")
+    assert load_pretrained_backbone(model, file) == (22 if donor is detector else 18)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name] if name.startswith(kept) else donor.state_dict()[name]), name
 
 
-def test_a_backbone_is_loaded_from_the_start_of_any_longer_darknet_file(narrow, tmp_path, capsys):
-    """Other networks begin with the same 18 convolutions, for example YOLOv2 for COCO with its 80 classes."""
+def test_files_of_other_networks_are_refused_and_the_published_ones_named(narrow, tmp_path):
     model, file = YOLOv2(num_classes=2), tmp_path / "other.weights"
-    backbone, detector = numbers_of(model.features).numel(), numbers_of(model).numel()
-    for count in (backbone + 1, detector - 1, detector + 1):
-        before = {name: value.clone() for name, value in model.state_dict().items() if not name.startswith("features.")}
-        write_numbers(file, count)
-        assert load_pretrained_backbone(model, file) == 18
-        assert "other.weights: loaded its first 18 convolutions" in capsys.readouterr().out
-        assert torch.equal(numbers_of(model.features), torch.from_numpy(np.fromfile(file, "<f4", backbone, offset=20)))
-        assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
-
     before = numbers_of(model).clone()
-    write_numbers(file, backbone - 1)  # a shorter file is damaged
-    with pytest.raises(ValueError, match="other.weights"):
-        load_pretrained_backbone(model, file)
+    backbone, detector = numbers_of(model.features).numel(), numbers_of(model).numel()
+    for count in (backbone - 1, backbone + 1, detector - 1, detector + 1):
+        write_numbers(file, count)
+        with pytest.raises(ValueError, match="other.weights: .*OpenCV"):
+            load_pretrained_backbone(model, file)
+    with open(file, "r+b") as stream:
+        stream.truncate(44_948_600)
+    for load in (load_pretrained_backbone, load_darknet_weights):
+        with pytest.raises(ValueError, match="other.weights: is yolov2-tiny, .*OpenCV"):
+            load(model, file)
     assert torch.equal(numbers_of(model), before)
 
 
@@ -504,14 +505,20 @@ def test_a_darknet_file_of_own_classes_needs_classes_and_anchors(narrow, tmp_pat
     donor = YOLOv2(3)
     save_darknet_weights(donor, file)
     (tmp_path / "bolts.names").write_text("bolt\nnut\nsmall screw\n")
-    fits = r"bolts\.weights: .*40 outputs.* {} anchors .* {} classes.*CLASSES .* and ANCHORS"
+    fits = r"bolts\.weights: .*40 outputs.* {} anchors .* {} classes.*CLASSES and ANCHORS"
     wrong = {(0, 0): (), (5, 0): ([], anchors), (0, 3): (["a", "b", "c"],), (5, 2): (["a", "b"], anchors)}
     for counts, arguments in wrong.items():
         with pytest.raises(ValueError, match=fits.format(*counts)):
             load_darknet(file, *arguments)
     names, own_anchors, size = load_darknet(file, str(tmp_path / "bolts.names"), anchors)
     assert (names, size) == (["bolt", "nut", "small screw"], 416) and np.allclose(own_anchors, anchors)
-    assert load_pretrained_backbone(YOLOv2(2), file) == 18
+    (tmp_path / "bolts.cfg").write_text(darknet_cfg(3, anchors, 416))
+    files = (str(tmp_path / "bolts.names"), str(tmp_path / "bolts.cfg"))
+    assert yolov2_model.darknet_detector(file, *files) == (names, own_anchors, 416)
+    assert load_pretrained_backbone(YOLOv2(2), file) == 22
+    (tmp_path / "bolts.cfg").write_text("[yolo]\nanchors = 10,13, 16,30\n")
+    with pytest.raises(ValueError, match=r"bolts\.cfg: .*\[region\]"):
+        yolov2_model.darknet_detector(file, *files)
 
 
 @pytest.mark.parametrize(
@@ -526,7 +533,7 @@ def test_the_published_detectors_are_known_by_their_size(count, names, anchors, 
     others = [f"class {number}" for number in range(count)]
     assert load_darknet(tmp_path / "known.weights", others)[0] == others  # another network with as many classes
     assert load_pretrained_backbone(YOLOv2(count), tmp_path / "known.weights", list(names)) == 23
-    assert load_pretrained_backbone(YOLOv2(count), tmp_path / "known.weights", others) == 18
+    assert load_pretrained_backbone(YOLOv2(count), tmp_path / "known.weights", others) == 22
 
 
 def test_the_published_sizes_are_those_of_the_full_network():
@@ -535,6 +542,18 @@ def test_the_published_sizes_are_those_of_the_full_network():
         numbers = [numbers_of(YOLOv2(count)).numel() for count in (20, 80)]
     # bytes of COCO's yolov2.weights
     assert numbers == [YOLOV2_NUMBERS, 50_983_561] and 4 * numbers[1] + 16 == 203_934_260
+
+
+def test_a_file_of_the_size_of_darknet19_448_weights_starts_a_detector(tmp_path):
+    """With 1000 classes, header 0.1 and random numbers; the first 18 convolutions are the backbone."""
+    file = tmp_path / "darknet19_448.weights"
+    write_numbers(file, 20_856_776, header=(0, 1, 0), wide=False)
+    assert file.stat().st_size == 83_427_120
+    model = YOLOv2()
+    assert load_pretrained_backbone(model, file, list(yolov2_model.VOC_CLASSES)) == 18
+    backbone = torch.from_numpy(np.fromfile(file, "<f4", 19_831_776, offset=16))
+    assert torch.equal(numbers_of(model.features), backbone)
+    assert load_darknet_weights(Darknet19(), file) == 19
 
 
 def test_a_checkpoint_refuses_other_classes_and_anchors_than_its_own(narrow, tmp_path):

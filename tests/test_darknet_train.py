@@ -3,6 +3,7 @@
 import ast
 import difflib
 import functools
+import os
 import random
 import re
 import shlex
@@ -16,6 +17,9 @@ import torch
 from conftest import set_globals
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 import darknet_model
 import darknet_train
@@ -154,6 +158,63 @@ def test_training_and_evaluation_compute_in_the_precision_of_the_setting(
     assert seen == {(True, dtype), (False, dtype)} and optimisers == [fused]
 
 
+class NoFloat64(TorchDispatchMode):
+    """Stands in for Apple's GPU (mps): refuses float64 in operations on `tensors` and on what is computed from them."""
+
+    tensors = WeakTensorKeyDictionary()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        inputs, outputs = ([t for t in tree_leaves(x) if torch.is_tensor(t)] for x in ((args, kwargs), results))
+        if any(tensor in self.tensors for tensor in inputs):
+            if torch.float64 in {tensor.dtype for tensor in inputs + outputs}:
+                raise TypeError(f"{function} on mps: no float64")
+            self.tensors.update((tensor, True) for tensor in outputs)
+        return results
+
+
+@pytest.mark.parametrize("script", [train, darknet_train])
+def test_a_device_without_float64_trains_and_evaluates(script, tmp_path, monkeypatch, no_charts):
+    device = NoFloat64()
+
+    def to(module, *args, original=torch.nn.Module.to, **kwargs):
+        module = original(module, *args, **kwargs)
+        device.tensors.update((tensor, True) for tensor in [*module.parameters(), *module.buffers()])
+        return module
+
+    def cpu(tensor):
+        copied = tensor.clone()
+        device.tensors.pop(copied, None)
+        return copied
+
+    set_run(monkeypatch, script, tmp_path)
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    with device:
+        script.main()
+        with pytest.raises(TypeError, match="float64"):
+            torch.nn.Conv2d(1, 1, 1).to("cpu").weight.double()
+    assert utils.load_checkpoint(tmp_path / "darknet19.pt")["sums"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_epochs_only_validate_the_given_weights(script, tmp_path, monkeypatch, capsys, no_charts):
+    set_small(monkeypatch, darknet_train, tmp_path / "trained")
+    darknet_train.main()
+    weights = tmp_path / "trained" / "darknet19.pt"
+    row = utils.load_checkpoint(weights)["metrics"][-1]
+    set_small(monkeypatch, script, tmp_path / "new", EPOCHS=0, RESUME_WEIGHTS=str(weights))
+    script.main()
+    names = ("val_loss", "val_top1", "val_top5")
+    assert capsys.readouterr().out.split()[-8:] == [
+        *(word for name in names for word in (name, f"{row[name]:.4g}")), "val_images", "5"
+    ]  # fmt: skip
+    assert os.listdir(tmp_path / "new") == []  # no run has begun
+    monkeypatch.setattr(script, "RESUME_WEIGHTS", "")
+    with pytest.raises(ValueError, match="EPOCHS=0 .*RESUME_WEIGHTS"):
+        script.main()
+
+
 @pytest.mark.parametrize("script", [train, darknet_train])
 def test_the_rate_falls_over_all_steps_of_all_epochs(script, tmp_path, monkeypatch, no_charts):
     schedule = {"EPOCHS": 2, "LEARNING_RATE": 0.04, "LR_SCHEDULE": "polynomial", "LR_POWER": 2.0}
@@ -231,7 +292,7 @@ def test_fp16_scales_its_gradients_and_skips_steps_that_overflow(tmp_path, monke
 def count_validation_images(rank, folder):
     """One of three processes; writes the number of validation images that it counted, and the total, to a file."""
     run_narrow.narrow()
-    script, counts = darknet_train_multigpu_distr, []
+    script, counts, totals = darknet_train_multigpu_distr, [], []
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=3)
     values = {"DATA_DIR": str(SAMPLE), "IMAGE_SIZE": 32, "EPOCHS": 1, "NUM_WORKERS": 0, "PRECISION": "fp32"}
     vars(script).update(values | {"CHECKPOINT": f"{folder}/d.pt"})
@@ -239,12 +300,16 @@ def count_validation_images(rank, folder):
     def validate(*arguments, original=script.validate):
         sums = original(*arguments)
         counts.append(int(sums[3]))
-        script.all_sums = sums  # main() adds the other processes' sums in place
         return sums
 
-    script.validate = validate
+    def all_reduce(tensor, *arguments, original=torch.distributed.all_reduce):
+        original(tensor, *arguments)
+        if len(counts) > len(totals):  # the first sum after the validation
+            totals.append(int(tensor[3]))
+
+    script.validate, torch.distributed.all_reduce = validate, all_reduce
     script.main()
-    Path(folder, f"{rank}.txt").write_text(f"{counts[0]} {int(script.all_sums[3])}")
+    Path(folder, f"{rank}.txt").write_text(f"{counts[0]} {totals[0]}")
     torch.distributed.destroy_process_group()
 
 

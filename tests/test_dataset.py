@@ -927,3 +927,39 @@ def test_the_check_names_every_problem_and_fails(monkeypatch, tmp_path, capsys):
     for text in ("broken.xml:", "cut.jpg:", "twice.jpg:", "wide.xml: boxes cut off", "gone.jpg:", "unlabelled.xml:"):
         assert sum(text in line for line in problems) == 1, text
     assert len(problems) == 6 and not (tmp_path / "sheet.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        ("train/images", "train/labels"),  # Roboflow, Ultralytics
+        ("images/train2017", "labels/train2017"),  # coco128
+        ("obj_train_data", "obj_train_data"),  # CVAT's YOLO 1.1
+        ("images", "labels"),
+    ],
+)
+def test_a_folder_of_images_has_its_labels_where_tools_put_them(tmp_path, images, labels):
+    for folder in {images, labels}:
+        (tmp_path / folder / "deeper").mkdir(parents=True)
+    for name in ("b.jpg", "deeper/a.png"):
+        Image.new("RGB", (40, 30)).save(tmp_path / images / name)
+        (tmp_path / labels / name).with_suffix(".txt").write_text("1 .5 .5 .5 .5\n")
+    (tmp_path / images / "notes.md").write_text("no image")
+    data = VOCDataset(tmp_path, images, ANCHORS, 64, ["bolt", "nut"])
+    assert [sample.image_id for sample in data.samples] == ["b", "a"]
+    assert all(sample.labels.tolist() == [[1, 0, 0.25, 0.25, 0.75, 0.75]] for sample in data.samples)
+    (tmp_path / labels / "b.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"b\.txt: .*TOLERATE"):
+        VOCDataset(tmp_path, images, ANCHORS, 64, ["bolt", "nut"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty"):
+        VOCDataset(tmp_path, "empty", ANCHORS, 64, ["bolt"])
+
+
+def test_a_polygon_is_read_as_its_bounding_box(tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg")
+    data = open_yolo(tmp_path, "0 .2 .1 .6 .5 .4 .9\n1 .1 .2 .3 .2 .3 .4 .1 .4\n", "a.jpg", classes=["bolt", "nut"])
+    assert data.samples[0].labels.tolist() == [[0, 0, 0.2, 0.1, 0.6, 0.9], [1, 0, 0.1, 0.2, 0.3, 0.4]]
+    for line in ("0 .2 .1 .6 .5 .4", "0 .2 .1 .6 .5 .4 .9 .1", "0 .2 .1 .6 .5 .4 1.2", "0 .5 .5"):
+        with pytest.raises(ValueError, match=r"a\.txt: .*line 1"):
+            open_yolo(tmp_path, line, "a.jpg", classes=["bolt"])

@@ -259,7 +259,7 @@ def test_the_best_network_has_no_training_state_to_resume_from(script, uninterru
 def test_a_changed_evaluation_setting_resets_the_best_score(uninterrupted, tmp_path, monkeypatch, capsys):
     utils.save_checkpoint(tmp_path / "run.pt", **uninterrupted[train][0] | {"best": 0.99})
     state = run(monkeypatch, train, tmp_path, RESUME=True, EPOCHS=3, EVAL_THRESHOLD=0.1)
-    assert "EVAL_THRESHOLD 0.4 -> 0.1" in capsys.readouterr().out
+    assert "EVAL_THRESHOLD 0.005 -> 0.1" in capsys.readouterr().out
     assert 0 <= state["best"] < 0.99 and (tmp_path / "run_best.pt").exists()
 
 
@@ -350,8 +350,8 @@ def test_a_loss_that_is_not_finite_in_any_part_stops_before_the_step(script, set
 
 
 def test_only_the_terms_of_the_loss_that_are_not_finite_are_named():
-    sums, scaler = torch.tensor([1.0, torch.nan, torch.inf]), torch.amp.GradScaler("cpu", enabled=False)
-    problem = utils.problem_of_step(("coord", "object", "total"), sums, torch.tensor(1.0), scaler)
+    values, scaler = torch.tensor([1.0, torch.nan, torch.inf, 1.0]), torch.amp.GradScaler("cpu", enabled=False)
+    problem = utils.problem_of_step(("coord", "object", "total"), values, scaler)
     assert "(object, total)" in problem
 
 

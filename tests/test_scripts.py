@@ -331,6 +331,11 @@ def test_no_sheet_is_drawn_without_errors(trained, tmp_path, monkeypatch, capsys
 # ---------------------------------------------------------------- detect.py
 
 
+def drawings(folder):
+    """The names of what detect.py wrote to a folder, beside its table."""
+    return [name for name in os.listdir(folder) if os.fsencode(name) != b"detections.csv"]
+
+
 def test_detect_reads_images_of_every_mode_and_videos_and_counts_broken_files(trained, tmp_path, monkeypatch, capsys):
     source, photo, turned = tmp_path / "source", Image.open(PHOTO), Image.Exif()
     own = {"SOURCE": str(source), "CHECKPOINT": str(trained / "yolov2.pt"), "OUTPUT_DIR": str(tmp_path / "out")}
@@ -349,7 +354,7 @@ def test_detect_reads_images_of_every_mode_and_videos_and_counts_broken_files(tr
     out = capsys.readouterr().out
     assert re.search("skipped 1 .*notes.txt", out) and len(re.findall(r"in \d+ ms", out)) == 3
     assert len(re.findall("error: .*a_broken.mp4: ", out)) == len(re.findall("error: .*a_truncated.jpg", out)) == 1
-    assert sorted(os.listdir(tmp_path / "out")) == ["b_clip.mp4", "grey.jpg", "rgba.jpg", "rotated.jpg"]
+    assert sorted(drawings(tmp_path / "out")) == ["b_clip.mp4", "grey.jpg", "rgba.jpg", "rotated.jpg"]
     assert len(read_clip(tmp_path / "out" / "b_clip.mp4")[0]) == 3
     assert Image.open(tmp_path / "out" / "rotated.jpg").size == (200, 300)
 
@@ -456,7 +461,15 @@ def test_a_video_keeps_size_and_rate_and_gets_a_box_in_each_frame(name, codec, r
     assert {frame.shape for frame in frames} == {(48, 64, 3)}
     check_boxes(frames)
     assert re.search(rf"{name}: 12 b in 12 frames and \d+\.\d s -> .*clip\.mp4", capsys.readouterr().out)
-    assert os.listdir(tmp_path / "out") == ["clip.mp4"]
+    assert drawings(tmp_path / "out") == ["clip.mp4"]
+    rows = read_rows(tmp_path / "out" / "detections.csv")
+    assert [(row["file"], row["frame"], row["class"]) for row in rows] == [
+        (str(tmp_path / name), str(number), "b") for number in range(1, 13)
+    ]
+    for index, row in enumerate(rows):  # the network sees 64 x 64 pixels: a row of the frame is 4/3 of them
+        found = [float(row[side]) for side in ("x1", "y1", "x2", "y2")]
+        assert found == pytest.approx([*square_in_frame(index)], abs=2), index
+        assert 0.9 < float(row["confidence"]) <= 1
 
 
 def test_a_video_that_ends_early_and_a_file_of_several_pages_say_what_is_missing(squares, tmp_path, capsys):
@@ -492,7 +505,7 @@ def test_a_video_without_a_frame_is_one_sentence_that_names_it(squares, tmp_path
             squares(tmp_path / name)
         assert re.fullmatch(rf"error: .*{name}: .*", stop.value.code)
     assert capfd.readouterr() == ("", "")  # nor any message of FFmpeg
-    assert os.listdir(tmp_path / "out") == []
+    assert drawings(tmp_path / "out") == []
 
 
 def test_detect_never_replaces_a_source(squares, tmp_path, monkeypatch):
@@ -518,7 +531,7 @@ def test_ctrl_c_keeps_the_frames_so_far_and_ends_the_run(squares, tmp_path, caps
     squares.network.error = KeyboardInterrupt()
     squares(source)  # no SystemExit: status 0
     assert f"stopped by Ctrl-C: {tmp_path / 'out' / 'a.mp4'} contains the frames so far" in capsys.readouterr().out
-    assert os.listdir(tmp_path / "out") == ["a.mp4"]
+    assert drawings(tmp_path / "out") == ["a.mp4"]
     frames, rate = read_clip(tmp_path / "out" / "a.mp4")
     assert len(frames) == 4 and rate == pytest.approx(12.5)
     check_boxes(frames)
@@ -531,7 +544,7 @@ def test_an_error_in_the_middle_of_a_video_leaves_the_older_file(squares, tmp_pa
     squares.network.error = RuntimeError("out of memory")
     with pytest.raises(RuntimeError, match="out of memory"):
         squares(tmp_path / "clip.mp4")
-    assert os.listdir(tmp_path / "out") == ["clip.mp4"]
+    assert drawings(tmp_path / "out") == ["clip.mp4"]
     assert (tmp_path / "out" / "clip.mp4").read_bytes() == b"older"
 
 
@@ -539,10 +552,10 @@ def test_a_video_or_folder_that_cannot_be_written_is_an_error_that_names_it(squa
     write_clip(tmp_path / "wide.avi", frames=2, size=(8200, 48), codec="MJPG")  # MPEG-4 has at most 8191 columns
     with pytest.raises(ValueError, match=r"wide\.avi: .*8200 x 48 pixels"):
         squares(tmp_path / "wide.avi")
-    assert os.listdir(tmp_path / "out") == []
+    assert drawings(tmp_path / "out") == []
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(detect, "OUTPUT_DIR", str(tmp_path / "file"))
-    with pytest.raises(OSError, match=re.escape(f"{tmp_path / 'file'}: ")):
+    with pytest.raises(OSError, match=re.escape(f"{tmp_path / 'file'}/")):
         squares(tmp_path / "wide.avi")
     assert squares.network.calls <= 2  # found before detecting
 
@@ -560,7 +573,7 @@ def test_a_video_that_does_not_fit_on_the_disk_is_an_error(squares, tmp_path, mo
     monkeypatch.setattr(cv2, "VideoWriter", open_writer)
     with pytest.raises(OSError, match=r"clip\.mp4: .*0 of 3 frames"):
         squares(tmp_path / "clip.mp4")
-    assert os.listdir(tmp_path / "out") == []
+    assert drawings(tmp_path / "out") == []
 
 
 def test_a_folder_of_digits_is_no_camera(tmp_path, monkeypatch):
@@ -586,7 +599,7 @@ def test_a_camera_number_opens_that_camera_and_a_wrong_frame_rate_becomes_25(rat
     monkeypatch.setattr(cv2, "VideoCapture", open_capture)
     squares("3")  # SOURCE=3 on the command line
     assert opened[0] == 3
-    (name,) = os.listdir(tmp_path / "out")
+    (name,) = drawings(tmp_path / "out")
     assert re.fullmatch(r"recording_\d{8}_\d{6}\.mp4", name)
     frames, written_rate = read_clip(tmp_path / "out" / name)
     assert len(frames) == 3 and written_rate == pytest.approx(25)
@@ -603,7 +616,7 @@ def test_file_names_may_hold_colons_percent_signs_and_bytes_that_are_not_utf8(sq
         shutil.copy(tmp_path / original, os.fsencode(tmp_path / "source") + b"/" + name)
     monkeypatch.chdir(tmp_path / "source")
     squares(".")
-    assert sorted(os.listdir(os.fsencode(tmp_path / "out"))) == sorted(names)
+    assert sorted(drawings(os.fsencode(tmp_path / "out"))) == sorted(names)
     out = capsys.readouterr().out
     assert all(name in out for name in (r"caf\udce9.mp4", r"photo \udce9.jpg", "z.jpg"))
 
@@ -635,7 +648,7 @@ def run_here(script, *words):
         (("test.py", "CHECKPOINT=/nowhere/yolov2.pt"), "/nowhere/yolov2.pt"),
         (("test.py", "OUTPUT=runs/"), "OUTPUT .*'runs/'"),
         (("detect.py", "SOURCE=/nowhere/street.jpg"), "/nowhere/street.jpg"),
-        (("detect_txt.py", "OUTPUT_DIR="), "'' .*OUTPUT_DIR"),
+        (("dataset.py", "IMAGE_SETS=[('2007','train'"), "2007.* IMAGE_SETS"),
         (("dataset.py", "IMAGE_SETS=[('2007','nothing')]"), "nothing.txt"),
         (("model.py", "OUTPUT=runs/yolov2.weights"), "OUTPUT .*CHECKPOINT"),
         (("model.py", "CHECKPOINT=/nowhere/yolov2.pt"), "/nowhere/yolov2.pt"),
@@ -733,7 +746,7 @@ def test_scripts_run_from_the_command_line(processes):
     values = r"learning_rate \S+  coord \S+  object \S+  no_object \S+  class \S+  prior \S+  total \S+  "
     assert re.match(f"epoch 1  {values}", trained.stdout.strip().splitlines()[-1])
     assert detected.returncode == 0, detected.stderr
-    assert os.listdir(processes["folder"] / "d") == ["000005.jpg"]
+    assert sorted(os.listdir(processes["folder"] / "d")) == ["000005.jpg", "detections.csv"]
 
 
 def test_importing_the_scripts_does_not_use_the_network(processes):
@@ -783,14 +796,10 @@ def test_the_files_of_detect_txt_give_the_average_precisions_of_test(trained, tm
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_detect_txt_marks_difficult_objects_if_asked(trained, tmp_path, monkeypatch):
-    """Image 000014 of the sample has difficult objects."""
-    own = {"CHECKPOINT": str(trained / "yolov2.pt"), "OUTPUT_DIR": str(tmp_path), "MARK_DIFFICULT": True}
-    set_globals(monkeypatch, detect_txt, **DATA, **own, CONFIDENCE_THRESHOLD=1.0)
+def test_detect_txt_refuses_files_that_another_run_left(trained, tmp_path, monkeypatch):
+    own = {"CHECKPOINT": str(trained / "yolov2.pt"), "OUTPUT_DIR": str(tmp_path), "CONFIDENCE_THRESHOLD": 1.0}
+    set_globals(monkeypatch, detect_txt, **DATA, **own)
     detect_txt.main()
-    lines = [line for file in (tmp_path / "groundtruths").iterdir() for line in file.read_text().splitlines()]
-    marked = [line for line in lines if line.endswith(" difficult")]
-    assert marked and all(len(line.split()) == (6 if line in marked else 5) for line in lines)
     assert all(file.read_text() == "" for file in (tmp_path / "detections").iterdir())  # none is above 1
 
     detect_txt.main()  # the same images again

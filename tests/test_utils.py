@@ -32,7 +32,7 @@ DATA_DIR = "data"  # a folder, or EPOCHS = 4
 IMAGE_SETS = [
     ("2007", "train"),  # on lines of its own
 ]
-SIZES = (320, 352)
+MULTI_SCALE = (320, 352)
 # run
 EPOCHS = 10
 LEARNING_RATE = 0.1  # the paper's
@@ -47,7 +47,7 @@ def helper():
 
 LATER = 1
 '''
-NAMES = ["DATA_DIR", "IMAGE_SETS", "SIZES", "EPOCHS", "LEARNING_RATE", "RESUME", "WIDTH"]
+NAMES = ["DATA_DIR", "IMAGE_SETS", "MULTI_SCALE", "EPOCHS", "LEARNING_RATE", "RESUME", "WIDTH"]
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def settings(tmp_path) -> dict:
         (["WIDTH=None"], {"WIDTH": None}),
         (["IMAGE_SETS=[('2007','val'),('2012','val')]"], {"IMAGE_SETS": [("2007", "val"), ("2012", "val")]}),
         (["IMAGE_SETS=mine.csv"], {"IMAGE_SETS": "mine.csv"}),  # a list's file
-        (["SIZES=[416]"], {"SIZES": [416]}),  # a list is accepted for a tuple
+        (["MULTI_SCALE=[416]"], {"MULTI_SCALE": [416]}),  # a list is accepted for a tuple
     ],
 )
 def test_command_line_arguments_set_globals(words, changed, settings):
@@ -89,7 +89,7 @@ def test_command_line_arguments_set_globals(words, changed, settings):
     "word",
     [
         "EPOCHS=1.5", "EPOCHS=many", "EPOCHS=True", "EPOCHS=None", "DATA_DIR=None", "IMAGE_SETS=None", "WIDTH=abc",
-        "WIDTH=1.5", "LEARNING_RATE=fast", "RESUME=1", "RESUME=yes", "IMAGE_SETS=train", "IMAGE_SETS=[('2007','train'",
+        "WIDTH=1.5", "LEARNING_RATE=fast", "RESUME=1", "RESUME=yes", "MULTI_SCALE=320", "MULTI_SCALE=[320",
         "EPOCHS", "--epochs", "EPOCH=3", "epochs=3", "_HIDDEN=3", "LATER=3", "helper=3", "__file__=3", "os=3",
     ],
 )  # fmt: skip

@@ -1109,3 +1109,39 @@ def draw_samples(
             ImageDraw.Draw(picture).rectangle(box.tolist(), outline="white")
         sheet.paste(picture, (index % columns * width, index // columns * height))
     write_picture(file, sheet.save, format="JPEG", quality=90)
+
+
+# ---------------------------------------------------------------- python utils.py: worked examples
+
+
+def print_examples() -> None:
+    """Prints NMS of three boxes, and the average precision of five detections, step by step, and what the functions
+    above give."""
+    a, b, c = (0.1, 0.1, 0.5, 0.5), (0.2, 0.1, 0.5, 0.5), (0.4, 0.4, 0.9, 0.9)  # x1, y1, x2, y2; b is inside a
+    print("NMS at IoU .45 of three boxes of one class, the most confident one first")
+    print(f"  a {a}, confidence .9: kept, because there is none before it")
+    print(f"  b {b}, confidence .8: IoU with a = .3 * .4 / (.16 + .12 - .12) = .75 > .45: dropped")
+    print(f"  c {c}, confidence .7: IoU with a = .1 * .1 / (.16 + .25 - .01) = .025; b does not count: kept")
+    kept = batched_nms(torch.tensor([a, b, c]), torch.tensor([0.9, 0.8, 0.7]), torch.zeros(3), 0.45)
+    print(f"  batched_nms keeps {', '.join('abc'[index] for index in kept)}\n")
+
+    print("average precision of five detections; the image has four objects of the class, 0 to 3, and 3 is missed")
+    found = [(0.9, 0), (0.8, None), (0.7, 1), (0.6, 0), (0.5, 2)]  # confidence, object with the largest IoU
+    truths = [[0, 0, 0, 20 * k + 1, 1, 20 * k + 10, 10] for k in range(4)]  # as in average_precision
+    elsewhere, detections, taken, hits = [1, 91, 10, 100], [], set(), 0
+    for rank, (confidence, truth) in enumerate(found, start=1):
+        verdict = "nothing there" if truth is None else f"object {truth} is {'taken' if truth in taken else 'free'}"
+        hits += truth is not None and truth not in taken
+        taken.add(truth)
+        detections.append([0, 0, confidence, *(elsewhere if truth is None else truths[truth][3:])])
+        precision, recall = f"{hits}/{rank} = {hits / rank:.3f}", f"{hits}/4 = {hits / 4}"
+        print(f"  {confidence}: {verdict:17s} precision {precision}, recall {recall}")
+    print("  largest precision at each recall or above: 1 up to .25, .667 up to .5, .6 up to .75, then 0")
+    all_points, voc2007 = 0.25 * 1 + 0.25 * 2 / 3 + 0.25 * 0.6, (3 * 1 + 3 * 2 / 3 + 2 * 0.6 + 3 * 0) / 11
+    both = [average_precision(detections, truths, 1, metric=metric).item() for metric in ("all_points", "voc2007")]
+    print(f"  all points: .25 * 1 + .25 * .667 + .25 * .6 = {all_points:.4f}; average_precision: {both[0]:.4f}")
+    print(f"  11 points:  (3 * 1 + 3 * .667 + 2 * .6 + 3 * 0) / 11 = {voc2007:.4f}; average_precision: {both[1]:.4f}")
+
+
+if __name__ == "__main__":
+    print_examples()

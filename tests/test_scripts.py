@@ -943,3 +943,32 @@ def test_the_walkthrough_draws_what_the_network_says(trained, tmp_path, monkeypa
     outputs = model(data[index][0][None])
     for overlap, text in zip((1.0, 0.45), [text for text in texts if " boxes. " in text], strict=True):
         assert text.startswith(f"{len(utils.postprocess(outputs, ANCHORS, 0.0, overlap)[0])} boxes. ")
+
+
+# ---------------------------------------------------------------- README.md
+
+
+def test_the_readme_names_existing_files_and_settings():
+    text = (ROOT / "README.md").read_text()
+    links = re.findall(r"\]\(([^)#:]+)\)", text)
+    for name in [*links, *re.findall(r"`(\w+\.py)`", text)]:
+        assert name == "voc_label.py" or (ROOT / name).exists(), name  # Darknet's
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) > 5
+    for block in blocks:
+        settings = "".join(utils.settings_block({"__file__": ROOT / name}) for name in re.findall(r"\w+\.py", block))
+        known = set(re.findall("^([A-Z_]+) = ", settings, re.MULTILINE))
+        used = set(re.findall(r"""[\s"(]([A-Z][A-Z_]+)=""", block))
+        assert used <= known, used - known
+
+
+def test_the_python_of_the_readme_detects_on_an_array(trained, tmp_path, monkeypatch, capsys):
+    (tmp_path / "data_samples").symlink_to(ROOT / "data_samples")
+    (tmp_path / "runs").symlink_to(trained)
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    found = {}
+    exec(code.replace("0.4, 0.45", "0.0001, 0.45"), found)  # the network is trained for a few steps only
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("PRECISION")]
+    assert lines and all(re.match(r"[a-z]+ 0\.\d+(e-\d+)? \[", line) for line in lines)
+    assert found["image"].shape == (375, 500, 3)

@@ -534,3 +534,12 @@ def test_the_progress_bar_shows_images_per_second_and_the_loss(monkeypatch):
     bar = tqdm(total=4, file=(screen := io.StringIO()), mininterval=0)
     utils.advance(bar, 25, 10.0, torch.tensor(1.25))
     assert "25%" in (shown := screen.getvalue()) and "2.5 images/s, loss 1.25" in shown
+
+
+def test_the_worked_examples_give_the_values_of_the_functions(capsys):
+    utils.print_examples()
+    out = capsys.readouterr().out
+    assert "keeps a, c" in out
+    assert [line.split(" = ")[-1] for line in out.splitlines()[-2:]] == [
+        "0.5667; average_precision: 0.5667", "0.5636; average_precision: 0.5636"
+    ]  # fmt: skip

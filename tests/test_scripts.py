@@ -956,7 +956,8 @@ def test_the_readme_names_existing_files_and_settings():
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     assert len(blocks) > 5
     for block in blocks:
-        settings = "".join(utils.settings_block({"__file__": ROOT / name}) for name in re.findall(r"\w+\.py", block))
+        scripts = re.findall(r"(?<![/\w])\w+\.py", block)
+        settings = "".join(utils.settings_block({"__file__": ROOT / name}) for name in scripts)
         known = set(re.findall("^([A-Z_]+) = ", settings, re.MULTILINE))
         used = set(re.findall(r"""[\s"(]([A-Z][A-Z_]+)=""", block))
         assert used <= known, used - known

@@ -721,7 +721,7 @@ def read_sample(image_file: str, label_file: str, classes: list[str], tolerate=(
             if "missing labels" in tolerate:
                 return sample._replace(label_file="")
             advice = "make one, or set TOLERATE=['missing labels'] if such images have no objects"
-            raise FileNotFoundError(f"{label_file}: no such label file, but a list names it; {advice}")
+            raise FileNotFoundError(f"{label_file}: no such label file; {advice}")
         if label_file.lower().endswith(".xml"):
             with utils.reading(label_file, "VOC annotation", "export the labels as Pascal VOC XML, in UTF-8"):
                 objects, declared = read_voc_xml(label_file)
@@ -772,7 +772,7 @@ def read_yolo_txt(file: str) -> Iterator[tuple]:
         in_range = all(-slack <= value <= 1 + slack for value in numbers)
         if not label.is_integer() or not in_range or not (is_polygon or len(numbers) == 4):
             raise ValueError(f"line {number}: {utils.printable(line.strip()[:80])!r}")
-        points = np.clip(numbers, 0, 1).reshape(-1, 2)  # (2, 2) centre and size, or the corners of the polygon
+        points = np.reshape(numbers, (-1, 2))  # (2, 2) centre and size, or the corners of the polygon
         if is_polygon:
             box = (*points.min(axis=0), *points.max(axis=0))
         else:

@@ -499,6 +499,14 @@ def test_colours_are_distorted_as_in_darknet(shift, saturation, exposure):
     assert np.mean(error > 10 / 255) < (0.03 if saturation > 1 else 0.005)
 
 
+def test_a_hue_shifted_below_red_comes_round_on_the_other_side():
+    """-.1 of the circle are -26 of its 256 steps: 230 steps, in the last sixth of the circle .39 of the way to red."""
+    red = np.uint8([[[255, 0, 0]]])
+    shifted = dataset.DarknetColour(0.1, 1.5, 1.5).apply(red, shift=-0.1, factors=(1.0, 1.0))
+    # OpenCV's way back to RGB divides the circle into 255 steps
+    assert shifted[0, 0].tolist() == pytest.approx([255, 0, 255 * (1 - 0.39)], abs=7)
+
+
 @pytest.mark.parametrize(("kind", "limit"), [("detector", 1.5), ("classifier", 1 / 0.75)])
 def test_colour_shifts_and_factors_fill_the_ranges_of_the_cfg_files(kind, limit):
     transforms = {64: dataset.train_transform(64)}

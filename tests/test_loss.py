@@ -31,8 +31,8 @@ def one_thread():
 
 
 def region_loss(**settings):
-    """The constants of yolov2-voc.cfg."""
-    return YoloLoss(ANCHORS, lambda_coord=1, lambda_object=5, lambda_no_object=1, lambda_class=1, **settings)
+    """The defaults are the constants of yolov2-voc.cfg."""
+    return YoloLoss(ANCHORS, **settings)
 
 
 @pytest.mark.parametrize("file", sorted((TESTS / "golden").glob("region_*.npz")), ids=lambda file: file.stem)

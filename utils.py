@@ -991,6 +991,9 @@ def print_long_burn_in(burn_in: int, total_steps: int) -> None:
         print(f"BURN_IN {burn_in} exceeds the {total_steps} steps of the run: the rate never reaches LEARNING_RATE")
 
 
+TOO_MANY_FILES = "too many open files; set NUM_WORKERS=0, or raise the limit (ulimit -n 65536)"
+
+
 @contextlib.contextmanager
 def plain_errors():
     """Around a script's main(): bad input ends with a one-line message and exit status 1 instead of a traceback."""
@@ -1006,6 +1009,9 @@ def plain_errors():
         sys.exit("error: the program that reads the output has ended")
     except (OSError, ValueError) as error:  # a DataLoader worker's error contains its traceback: keep the last line
         last = (str(error).strip().splitlines() or [""])[-1]
+        if "Too many open files" in last:
+            sys.unraisablehook = lambda unraisable: None  # of a DataLoader that is only half made
+            last = TOO_MANY_FILES
         sys.exit(f"error: {printable(re.sub(r'^[A-Za-z]+Error: ', '', last))}")
     except (MemoryError, RuntimeError) as error:
         text = str(error)
@@ -1013,7 +1019,7 @@ def plain_errors():
         if device == "GPU" or isinstance(error, MemoryError) or "can't allocate memory" in text:
             sys.exit(f"error: the {device} ran out of memory; lower BATCH_SIZE or image size, or double SUBDIVISIONS")
         if "Too many open files" in text:
-            sys.exit("error: too many open files; set NUM_WORKERS=0, or raise the limit (ulimit -n 65536)")
+            sys.exit(f"error: {TOO_MANY_FILES}")
         signs = ("killed by signal", "No space left on device", "shared memory", "unable to mmap")
         if lines := [line for line in text.splitlines() if any(sign in line for sign in signs)]:
             advice = "set NUM_WORKERS=0, or enlarge /dev/shm (docker run --shm-size=8g)"

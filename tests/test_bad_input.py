@@ -721,6 +721,7 @@ def test_a_closed_terminal_stops_a_run_unless_nohup_ignores_it(before):
         ("MemoryError()", "BATCH_SIZE"),
         ('RuntimeError("DefaultCPUAllocator: can\'t allocate memory")', "BATCH_SIZE"),
         ("RuntimeError('Too many open files. Communication with the workers')", "NUM_WORKERS"),
+        ("OSError(24, 'Too many open files')", "NUM_WORKERS"),
         ("BrokenPipeError()", "output"),
     ],
 )

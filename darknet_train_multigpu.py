@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import darknet_model
 import utils
-from dataset import files_of_step, imagenet_dataset, steps_per_epoch, training_batches
+from dataset import collate, files_of_step, imagenet_dataset, steps_per_epoch, training_batches
 
 # data
 DATA_DIR = "data_samples/imagenet"  # holds train/<wnid>/ and val/<wnid>/
@@ -122,8 +122,8 @@ def main():
     classes = train_set.classes
     val_set = imagenet_dataset(DATA_DIR, "val", IMAGE_SIZE, augment=False, train_set=train_set)
     train_set.broken_list = val_set.broken_list = f"{stem}_broken.txt" if BROKEN_IMAGES == "skip" else ""
-    loading = {"num_workers": NUM_WORKERS, "pin_memory": device.type == "cuda", "worker_init_fn": utils.ignore_signals}
-    val_loader = DataLoader(val_set, BATCH_SIZE // SUBDIVISIONS, **loading)
+    loading = utils.loader_options(NUM_WORKERS, device) | {"collate_fn": collate}
+    val_loader = DataLoader(val_set, BATCH_SIZE, **loading)
     steps = steps_per_epoch(len(train_set), BATCH_SIZE, SUBDIVISIONS)
     total_steps = EPOCHS * steps
     utils.print_long_burn_in(BURN_IN, total_steps)

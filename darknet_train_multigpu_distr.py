@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import darknet_model
 import utils
-from dataset import files_of_step, imagenet_dataset, steps_per_epoch, training_batches
+from dataset import collate, files_of_step, imagenet_dataset, steps_per_epoch, training_batches
 
 # data
 DATA_DIR = "data_samples/imagenet"  # holds train/<wnid>/ and val/<wnid>/
@@ -65,7 +65,7 @@ DEVICE = "auto"  # or "cuda", "cpu"
 PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device computes it faster
 COMPILE = False  # torch.compile: faster on a GPU, after minutes of start-up
 # DDP: batch norm sees each process's share of the batch only; SyncBatchNorm works on GPUs
-SYNC_BATCH_NORM = False  # True: batch norm over the images of all processes
+SYNC_BATCH_NORM = False  # True: batch norm over the images of all processes, which wait for each other in every layer
 
 
 def check_settings():
@@ -79,6 +79,9 @@ def check_settings():
         raise ValueError(f"BATCH_SIZE {BATCH_SIZE} must be a multiple of SUBDIVISIONS {SUBDIVISIONS}")
     if BATCH_SIZE == SUBDIVISIONS and IMAGE_SIZE < 64:
         raise ValueError("batch norm needs two values per channel: set IMAGE_SIZE=64, or a larger BATCH_SIZE")
+    # DDP: torch.compile would break the graph at each exchange of statistics
+    if SYNC_BATCH_NORM and COMPILE:
+        raise ValueError("SYNC_BATCH_NORM does not work with COMPILE; set one of them to False")
     utils.check_writable(CHECKPOINT)
 
 
@@ -172,9 +175,9 @@ def main():
     classes = train_set.classes
     val_set = imagenet_dataset(DATA_DIR, "val", IMAGE_SIZE, augment=False, train_set=train_set)
     train_set.broken_list = val_set.broken_list = f"{stem}_broken.txt" if BROKEN_IMAGES == "skip" else ""
-    loading = {"num_workers": NUM_WORKERS, "pin_memory": device.type == "cuda", "worker_init_fn": utils.ignore_signals}
+    loading = utils.loader_options(NUM_WORKERS, device) | {"collate_fn": collate}
     # DDP: each process validates every world-th image, so each image is counted once
-    val_loader = DataLoader(Subset(val_set, range(rank, len(val_set), world)), chunk // world, **loading)
+    val_loader = DataLoader(Subset(val_set, range(rank, len(val_set), world)), BATCH_SIZE // world, **loading)
     # DDP: like gradient accumulation, several processes need full batches
     steps = steps_per_epoch(len(train_set), BATCH_SIZE, SUBDIVISIONS * world)
     total_steps = EPOCHS * steps

@@ -23,6 +23,7 @@ import utils
 from dataset import (
     VOCDataset,
     check_training_sets,
+    collate,
     drop_broken_images,
     files_of_step,
     read_image,
@@ -128,7 +129,7 @@ def make_optimizer(model, dtype):
 def evaluate(model, eval_set, device, dtype, stop):
     """mAP at IoU .5 (all points) of detections with confidence >= EVAL_THRESHOLD; incomplete if a stop was requested
     meanwhile. Draws the first eight images; val_map is computed last, so its picture is the one that stays."""
-    settings = (BATCH_SIZE // SUBDIVISIONS, NUM_WORKERS, EVAL_THRESHOLD)
+    settings = (BATCH_SIZE, NUM_WORKERS, EVAL_THRESHOLD)
     asked = functools.partial(utils.should_stop, stop)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         # found (D, 7), truths (G, 7), as in utils.average_precision
@@ -191,7 +192,7 @@ def main():
 
     device_text = utils.device_text(device)
     print(f"{len(train_set)} images, {EPOCHS} x {steps} steps, {MULTI_SCALE or IMAGE_SIZE} px, {device_text}, {dtype}")
-    loading = {"num_workers": NUM_WORKERS, "pin_memory": device.type == "cuda", "worker_init_fn": utils.ignore_signals}
+    loading = utils.loader_options(NUM_WORKERS, device) | {"collate_fn": collate}
     data = iter(DataLoader(train_set, batch_sampler=batches_from(state["step"]), **loading))
     bar = tqdm(total=total_steps, initial=state["step"], unit="step", disable=None)
     schedule = (total_steps, LEARNING_RATE, LR_SCHEDULE, BURN_IN, LR_POWER, [drop * steps for drop in LR_DROPS])

@@ -126,7 +126,7 @@ def detect_dataset(
     true, returns what there is so far.
     """
     parameter = next(model.parameters())
-    loading = {"num_workers": num_workers, "pin_memory": parameter.is_cuda, "worker_init_fn": ignore_signals}
+    loading = loader_options(num_workers, parameter.device)
     loader = DataLoader(range(len(dataset)), batch_size, collate_fn=dataset.images, **loading)  # workers read by index
     seconds = {"loading": 0.0, "network": 0.0, "post-processing": 0.0}
     detections, ground_truths, index = [np.empty((0, 7))], [np.empty((0, 7))], 0
@@ -478,6 +478,15 @@ def divergence_message(problem: str, state: dict, files: list[str], checkpoint: 
     where = f"in epoch {state['epoch'] + 1}, step {state['step'] + 1}, images {', '.join(files)}"
     advice = "Lower LEARNING_RATE, lengthen BURN_IN or try PRECISION=fp32"
     return f"{problem} is not finite {where}; {kept}. {advice}"
+
+
+def loader_options(num_workers: int, device: torch.device) -> dict:
+    """Options of a DataLoader. Workers are forked where that works: they need this process's memory settings and
+    signal handlers, which Python 3.14 would not give them."""
+    is_free = sys.platform == "linux" and multiprocessing.get_start_method(allow_none=True) is None
+    fork = "fork" if num_workers > 0 and is_free else None
+    options = {"num_workers": num_workers, "pin_memory": device.type == "cuda", "worker_init_fn": ignore_signals}
+    return options | {"multiprocessing_context": fork}
 
 
 def ignore_signals(worker: int) -> None:

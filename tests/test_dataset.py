@@ -849,6 +849,41 @@ def test_images_of_every_mode_are_read_as_rgb(tmp_path, picture, name, expected)
 ORIENTATIONS = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
 
 
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        *(("RGB", {"subsampling": kind}) for kind in ("4:4:4", "4:2:2", "4:2:0")),
+        ("RGB", {"progressive": True}),
+        ("RGB", {"qtables": "web_low", "optimize": True}),
+        ("L", {}),
+        ("CMYK", {}),
+    ],
+)
+def test_a_jpeg_has_the_pixels_that_pillow_reads_and_must_be_complete(tmp_path, mode, options):
+    """Pillow's decoder is left out for speed; sides that are no multiples of 8 or 16."""
+    photo = Image.open(SAMPLE / "VOC2007/JPEGImages/000005.jpg").crop((0, 0, 333, 251)).convert(mode)
+    photo.save(tmp_path / "a.jpg", quality=85, **options)
+    image = dataset.read_image(tmp_path / "a.jpg")
+    assert image.flags.writeable and image.flags.c_contiguous
+    assert np.array_equal(image, np.array(Image.open(tmp_path / "a.jpg").convert("RGB")))
+    content = (tmp_path / "a.jpg").read_bytes()
+    for size in (len(content) - 2, len(content) // 2, 300):
+        (tmp_path / "a.jpg").write_bytes(content[:size])
+        with pytest.raises(ValueError, match=r"a\.jpg: not a readable image \(.*\); convert"):
+            dataset.read_image(tmp_path / "a.jpg")
+
+
+def test_a_batch_is_in_channels_last_order(tmp_path):
+    data = VOCDataset(SAMPLE, [("2007", "tiny")], ANCHORS, 64)
+    items = [data[index] for index in range(3)]
+    images, targets = dataset.collate(items)
+    assert images.shape == (3, 3, 64, 64) and images.is_contiguous(memory_format=torch.channels_last)
+    for index, (image, target) in enumerate(items):
+        assert torch.equal(images[index], image) and torch.equal(targets[index], target)
+    batch = data.images([0, 1, 2])
+    assert torch.equal(batch, images) and batch.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 @pytest.mark.parametrize("name", ["rotated.jpg", "rotated.tif"])
 def test_exif_orientation_is_applied(tmp_path, name, orientation):

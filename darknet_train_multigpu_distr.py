@@ -116,6 +116,9 @@ def validate(model, loader, device, dtype, stop):
 def join_processes() -> torch.device:
     """Joins the processes started by torchrun, or forms a group of one -> the device of this process."""
     device = utils.pick_device(DEVICE)
+    restarts, machines = (int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_MAX_RESTARTS", "GROUP_WORLD_SIZE"))
+    if restarts > 0 and machines > 1:  # their torchruns count restarts apart, and the processes would not meet
+        raise ValueError("--max-restarts works on one machine; on several, start again with RESUME=True after a crash")
     if device.index is not None and "LOCAL_RANK" in os.environ:
         raise ValueError(f"DEVICE={DEVICE}: torchrun assigns the GPUs; choose them with CUDA_VISIBLE_DEVICES")
     if device.type == "cuda":

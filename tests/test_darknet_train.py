@@ -289,6 +289,22 @@ def test_fp16_scales_its_gradients_and_skips_steps_that_overflow(tmp_path, monke
     assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
 
 
+@pytest.mark.parametrize("script", [train, darknet_train, darknet_train_multigpu_distr])
+def test_compiled_steps_move_the_weights_as_plain_ones(script, tmp_path, monkeypatch, no_charts):
+    """With gradient accumulation; the backend "eager" runs the compiled graphs without code generation. Running
+    statistics differ, because a compiled model keeps momentum .01 (utils.warm_batch_norm)."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    weights = []
+    for compiled in (False, True):
+        folder = tmp_path / str(compiled)
+        set_run(monkeypatch, script, folder, COMPILE=compiled, BATCH_SIZE=6, SUBDIVISIONS=2)
+        script.main()
+        weights.append(utils.load_checkpoint(folder / "darknet19.pt")["model"])
+    for name, weight in weights[0].items():
+        if "running" not in name:
+            torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def count_validation_images(rank, folder):
     """One of three processes; writes the number of validation images that it counted, and the total, to a file."""
     run_narrow.narrow()
@@ -387,6 +403,14 @@ def test_image_sizes_need_not_be_multiples_of_32_and_huge_rates_are_refused(tmp_
     set_small(monkeypatch, script, tmp_path, LEARNING_RATE=1e13)
     with pytest.raises(ValueError, match="^LEARNING_RATE .*1"):
         script.main()
+
+
+def test_restarts_over_several_machines_are_refused(monkeypatch):
+    """Their torchruns count restarts apart: the processes would wait for each other."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--max-restarts .*RESUME"):
+        darknet_train_multigpu_distr.join_processes()
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

@@ -162,12 +162,14 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def read_anchors(anchors, largest_size: int = 416) -> list[list[float]]:
-    """anchors: pairs of width and height in grid cells, the flat list of a cfg file, or the name of a cfg file with a
-    [region] section -> a list of pairs.
+    """anchors: pairs of width and height in grid cells, the flat list of a cfg file, "voc", "coco" or the name of a cfg
+    file with a [region] section -> a list of pairs.
 
     largest_size: of the input, in pixels. Raises ValueError for other forms, and for sides above its number of cells
     (13 if that is smaller), which are probably in pixels.
     """
+    if isinstance(anchors, str):
+        anchors = {"voc": ANCHORS, "coco": COCO_ANCHORS}.get(anchors, anchors)
     if isinstance(anchors, str):
         with utils.reading(anchors, "cfg file of a YOLOv2", "ANCHORS is a list of pairs, or a file with [region]"):
             region = utils.read_text(anchors).partition("[region]")[2].partition("[")[0]

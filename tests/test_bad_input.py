@@ -240,6 +240,7 @@ def test_class_names_come_from_a_data_yaml_or_a_word(tmp_path, names):
             model.read_classes(str(tmp_path / "data.yaml"))
     assert model.read_classes("voc") == list(model.VOC_CLASSES)
     assert model.read_classes("coco") == list(model.COCO_CLASSES)
+    assert model.read_anchors("coco") == [list(pair) for pair in model.COCO_ANCHORS]
 
 
 def test_names_with_unicode_spaces_or_backslashes_are_read_from_a_csv_list(tmp_path):

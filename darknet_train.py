@@ -51,7 +51,7 @@ SAVE_EVERY_MINUTES = 30.0  # minutes between saves within an epoch; 0 saves afte
 MAX_HOURS = 0.0  # save and stop after this time, for queues with a time limit; 0 for no limit
 RESUME_WEIGHTS = ""  # start a new run from the weights of this checkpoint or Darknet file, as for the 448 px stage
 SEED = 0
-DEVICE = "auto"  # or "cuda", "cuda:1", "cpu"
+DEVICE = "auto"  # or "cuda", "cuda:1", "cpu", "mps"
 PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device computes it faster
 COMPILE = False  # torch.compile: faster on a GPU, after minutes of start-up
 
@@ -135,6 +135,8 @@ def main():
         val_loss, val_top1, val_top5 = (val_sums[:3] / val_sums[3]).tolist()
         scores = {"val_loss": val_loss, "val_top1": val_top1, "val_top5": val_top5, "val_images": int(val_sums[3])}
         utils.print_epoch(scores, "")
+        if stop.reason:
+            sys.exit(f"stopped by {stop.reason} before all images were validated")
         return
 
     # the run's position, one row of metrics per finished epoch, and this epoch's sums: loss, top-1 hits, images
@@ -186,7 +188,7 @@ def main():
                 step_sums += torch.stack([loss.detach() * len(images), correct, torch.full_like(correct, len(images))])
 
             norm = get_total_norm([parameter.grad for parameter in model.parameters()])
-            values = torch.cat([step_sums, norm[None]]).cpu().double()  # the step's only transfer from the device
+            values = torch.cat([step_sums, norm[None]]).cpu().double()  # one transfer for all of them
             if problem := utils.problem_of_step(("cross-entropy",), values[[0, -1]], scaler):
                 files = files_of_step(train_set.samples, batches_from(state["step"]), SUBDIVISIONS)
                 raise ValueError(utils.divergence_message(problem, state, files, CHECKPOINT))

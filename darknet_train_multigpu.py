@@ -152,6 +152,8 @@ def main():
         val_loss, val_top1, val_top5 = (val_sums[:3] / val_sums[3]).tolist()
         scores = {"val_loss": val_loss, "val_top1": val_top1, "val_top5": val_top5, "val_images": int(val_sums[3])}
         utils.print_epoch(scores, "")
+        if stop.reason:
+            sys.exit(f"stopped by {stop.reason} before all images were validated")
         return
 
     # the run's position, one row of metrics per finished epoch, and this epoch's sums: loss, top-1 hits, images
@@ -203,7 +205,7 @@ def main():
                 step_sums += torch.stack([loss.detach() * len(images), correct, torch.full_like(correct, len(images))])
 
             norm = get_total_norm([parameter.grad for parameter in model.parameters()])
-            values = torch.cat([step_sums, norm[None]]).cpu().double()  # the step's only transfer from the device
+            values = torch.cat([step_sums, norm[None]]).cpu().double()  # one transfer for all of them
             if problem := utils.problem_of_step(("cross-entropy",), values[[0, -1]], scaler):
                 files = files_of_step(train_set.samples, batches_from(state["step"]), SUBDIVISIONS)
                 raise ValueError(utils.divergence_message(problem, state, files, CHECKPOINT))

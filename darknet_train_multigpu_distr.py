@@ -116,6 +116,8 @@ def validate(model, loader, device, dtype, stop):
 def join_processes() -> torch.device:
     """Joins the processes started by torchrun, or forms a group of one -> the device of this process."""
     device = utils.pick_device(DEVICE)
+    if device.type == "mps":
+        raise ValueError("DEVICE=mps works in darknet_train.py only, because DDP has no backend for it")
     restarts, machines = (int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_MAX_RESTARTS", "GROUP_WORLD_SIZE"))
     if restarts > 0 and machines > 1:  # their torchruns count restarts apart, and the processes would not meet
         raise ValueError("--max-restarts works on one machine; on several, start again with RESUME=True after a crash")
@@ -214,6 +216,8 @@ def main():
         val_loss, val_top1, val_top5 = (val_sums[:3] / val_sums[3]).tolist()
         scores = {"val_loss": val_loss, "val_top1": val_top1, "val_top5": val_top5, "val_images": int(val_sums[3])}
         utils.print_epoch(scores, "")
+        if stop.reason:
+            sys.exit(f"stopped by {stop.reason} before all images were validated")
         return
 
     # the run's position, one row of metrics per finished epoch, and this epoch's sums: loss, top-1 hits, images
@@ -283,7 +287,7 @@ def main():
             step_sums = F.pad(step_sums, (0, 1), value=float(utils.should_stop(stop)))
             dist.all_reduce(step_sums)
             norm = get_total_norm([parameter.grad for parameter in model.parameters()])
-            values = torch.cat([step_sums, norm[None]]).cpu().double()  # the step's only transfer from the device
+            values = torch.cat([step_sums, norm[None]]).cpu().double()  # one transfer for all of them
             if problem := utils.problem_of_step(("cross-entropy",), values[[0, -1]], scaler):
                 files = files_of_step(train_set.samples, batches_from(state["step"]), SUBDIVISIONS)
                 raise ValueError(utils.divergence_message(problem, state, files, CHECKPOINT))

@@ -574,7 +574,7 @@ def list_samples(
             raise ValueError(f"{image_set!r} is not a list or folder of images in {root}; {advice}")
         samples += [read_sample(image, label, classes, tolerate, problems) for image, label in pairs]
     if not samples:
-        raise ValueError(f"{root}: the lists {image_sets} name no image")
+        raise ValueError(f"{root}: there are no images in {image_sets}; set IMAGE_SETS (VAL_IMAGE_SETS)")
     return samples
 
 
@@ -624,10 +624,10 @@ def read_darknet_list(file: str) -> list[tuple[str, str]]:
 
 def darknet_label(image: str) -> str:
     """The label file of an image by Darknet's rule: `images` or `JPEGImages` in its path becomes `labels` (ours: only
-    the last such folder), the suffix .txt."""
+    the last such folder), the suffix .txt. Without such a folder or file: beside the image."""
     label = re.sub(r"(^|.*[\\/])(JPEGImages|images)([\\/])", r"\1labels\3", image, count=1)
     folder, name = os.path.split(os.path.splitext(label)[0] + ".txt")
-    return find_file([folder], name)
+    return find_file([folder, os.path.dirname(image)], name)
 
 
 def read_lines(file: str | os.PathLike) -> list[str]:
@@ -742,7 +742,7 @@ def read_sample(image_file: str, label_file: str, classes: list[str], tolerate=(
                 objects, declared = read_voc_xml(label_file)
             sample = judge(sample, objects, declared, None, classes, tolerate)
         else:
-            with utils.reading(label_file, "YOLO label file", "its lines are `class x y w h` in fractions"):
+            with utils.reading(label_file, "YOLO label file", "its lines are `class x y w h`, or a polygon"):
                 objects = list(read_yolo_txt(label_file))
             sample = judge(sample, objects, (0, 0), (1, 1), classes, tolerate)
     return sample

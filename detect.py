@@ -8,8 +8,8 @@
 
 Writes each image (.jpg) and each video (.mp4, without sound) with its boxes, class names and confidences to
 `runs/detections/`, and prints what was found and how long it took. A camera or stream becomes
-`recording_<date>_<time>.mp4`. `detections.csv` has one row per box: file, frame (of a video, from 1), class,
-confidence, x1, y1, x2, y2 in pixels. Ctrl-C ends the run; the video keeps the frames written so far.
+`recording_<date>_<time>.mp4`. `detections.csv` has one row per box of this run: file, frame (of a video, from 1),
+class, confidence, x1, y1, x2, y2 in pixels from 0. Ctrl-C ends the run; the video keeps the frames written so far.
 """
 
 import csv
@@ -45,7 +45,7 @@ CONFIDENCE_THRESHOLD = 0.4  # lowest confidence (objectness x class probability)
 NMS_IOU_THRESHOLD = 0.45  # NMS drops a box that overlaps a more confident one of its class by more than this IoU
 # run
 OUTPUT_DIR = "runs/detections"
-DEVICE = "auto"  # or "cuda", "cuda:1", "cpu"
+DEVICE = "auto"  # or "cuda", "cuda:1", "cpu", "mps"
 PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device computes it faster
 COMPILE = False  # torch.compile with frozen weights; pays off after a few thousand images
 

@@ -38,7 +38,7 @@ CONFIDENCE_THRESHOLD = 0.005  # lowest confidence in the files; validate_detecto
 NMS_IOU_THRESHOLD = 0.45  # from the same function
 # run
 OUTPUT_DIR = "runs/detect_txt"
-DEVICE = "auto"  # or "cuda", "cuda:1", "cpu"
+DEVICE = "auto"  # or "cuda", "cuda:1", "cpu", "mps"
 PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device computes it faster
 COMPILE = False  # torch.compile with frozen weights; pays off after a few thousand images
 

@@ -85,8 +85,10 @@ def read_classes(classes) -> list[str]:
         text = utils.read_text(classes)
         names = [line.strip() for line in text.splitlines() if line.strip()]
         if classes.lower().endswith((".yaml", ".yml")):
-            names = yaml.safe_load(text)["names"]  # a list, or a dictionary of 0: name, 1: name, ...
-            names = [names[index] for index in range(len(names))]
+            names = yaml.load(text, yaml.BaseLoader)["names"]  # a list, or a dictionary of 0: name, 1: name, ...
+            names = [names[str(index)] for index in range(len(names))] if isinstance(names, dict) else names
+        if isinstance(names, str) or classes.lower().endswith(".data"):
+            raise ValueError("it contains no list of names; Darknet's .data file names the file that does")
     return utils.check_classes(classes, names)
 
 
@@ -173,7 +175,10 @@ def read_anchors(anchors, largest_size: int = 416) -> list[list[float]]:
     if isinstance(anchors, str):
         with utils.reading(anchors, "cfg file of a YOLOv2", "ANCHORS is a list of pairs, or a file with [region]"):
             region = utils.read_text(anchors).partition("[region]")[2].partition("[")[0]
-            anchors = [float(side) for side in re.findall(r"^anchors *=(.*)$", region, re.MULTILINE)[0].split(",")]
+            found = re.search(r"^anchors *=(.*)$", region, re.MULTILINE)
+            if found is None:
+                raise ValueError("it has no [region] section with anchors")
+            anchors = [float(side) for side in found[1].split(",")]
     try:
         table = torch.tensor(anchors, dtype=torch.float64)
         pairs = table.reshape(-1, 2).tolist() if table.ndim == 1 or table.shape[1:] == (2,) else []
@@ -184,7 +189,8 @@ def read_anchors(anchors, largest_size: int = 416) -> list[list[float]]:
     grid = max(416, largest_size) // STRIDE
     if wrong := [side for pair in pairs for side in pair if not 0 < side <= grid]:
         limits = f"above 0 and at most {grid}, not {wrong[0]}"
-        raise ValueError(f"ANCHORS must be in grid cells, {limits}; divide pixels by {STRIDE}")
+        advice = f"divide pixels by {STRIDE}, or set the IMAGE_SIZE for which they were made"
+        raise ValueError(f"ANCHORS must be in grid cells, {limits}; {advice}")
     return pairs
 
 
@@ -197,7 +203,7 @@ def load_pretrained_backbone(model: YOLOv2, file: str | os.PathLike, classes: li
     125 outputs are taken for VOC's classes, 425 for COCO's. Raises FileNotFoundError or ValueError, naming the file;
     the model is then unchanged.
     """
-    contents = {23: "", 22: "; the last one has other classes or anchors", 18: ", the backbone"}
+    contents = {23: "", 22: ", all but the last: for other classes, or another number of anchors", 18: ", the backbone"}
     if utils.is_torch_file(file):
         checkpoint = utils.load_checkpoint(file)
         state, own = checkpoint.get("model", {}), model.state_dict()

@@ -43,7 +43,7 @@ NMS_IOU_THRESHOLD = 0.45  # from the same function
 FIXED_THRESHOLD = 0.4  # confidence for precision, recall, F1 and errors, as in detect.py
 # run
 OUTPUT = "runs/test"  # prefix of the three files
-DEVICE = "auto"  # or "cuda", "cuda:1", "cpu"
+DEVICE = "auto"  # or "cuda", "cuda:1", "cpu", "mps"
 PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device computes it faster
 COMPILE = False  # torch.compile with frozen weights; pays off after a few thousand images
 

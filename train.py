@@ -45,7 +45,7 @@ BROKEN_IMAGES = "stop"  # or "skip": use the next image instead of an unreadable
 # model
 IMAGE_SIZE = 160  # pixels, a multiple of 32; 416 in yolov2-voc.cfg
 MULTI_SCALE = []  # image sizes, a new one every 10 steps; paper: multiples of 32, 320 to 608; [] for IMAGE_SIZE only
-ANCHORS = yolov2_model.ANCHORS  # width, height in cells of 32 pixels (dataset.py prints others for your data); or a cfg
+ANCHORS = yolov2_model.ANCHORS  # width, height in cells of 32 pixels (dataset.py prints others); "voc", "coco", a cfg
 PRETRAINED = ""  # a checkpoint of darknet_train*.py or train.py, or Darknet file (.conv.23, .weights); "" from scratch
 # loss
 EQUATION = "darknet"  # yolov2-voc.cfg; or "yolov1", the YOLOv1 paper's (its lambdas: 5, 1, .5, 1), worse here
@@ -77,7 +77,7 @@ RESUME = False  # continue from CHECKPOINT
 SAVE_EVERY_MINUTES = 30.0  # minutes between saves within an epoch; 0 saves after every step
 MAX_HOURS = 0.0  # save and stop after this time, for queues with a time limit; 0 for no limit
 SEED = 0
-DEVICE = "auto"  # or "cuda", "cuda:1", "cpu"
+DEVICE = "auto"  # or "cuda", "cuda:1", "cpu", "mps"
 PRECISION = "auto"  # "fp32", "bf16" or "fp16"; "auto": half precision if the device computes it faster
 COMPILE = False  # torch.compile: faster on a GPU, after minutes of start-up
 
@@ -225,7 +225,7 @@ def main():
             norm = get_total_norm([parameter.grad for parameter in model.parameters()])
             if CLIP_NORM > 0:
                 clip_grads_with_norm_(model.parameters(), CLIP_NORM, norm)
-            values = torch.cat([step_sums, norm[None]]).cpu().double()  # the step's only transfer from the device
+            values = torch.cat([step_sums, norm[None]]).cpu().double()  # one transfer for all of them
             if problem := utils.problem_of_step(LOSS_TERMS, values, scaler):
                 files = files_of_step(train_set.samples, batches_from(state["step"]), SUBDIVISIONS)
                 raise ValueError(utils.divergence_message(problem, state, files, CHECKPOINT))

@@ -323,7 +323,7 @@ def learning_rate_at(
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device for "auto" (the first GPU, or the CPU if there is none), a GPU number or a PyTorch device name."""
+    """The device for "auto" (the first CUDA GPU, otherwise the CPU), a GPU number or a PyTorch device name."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -860,13 +860,12 @@ def draw_charts(rows: list[dict], chart_file: str | os.PathLike) -> None:
     plt.close(figure)
 
 
-def advance(bar, images: int, start: float, loss: Tensor) -> None:
+def advance(bar, images: int, start: float, loss: float) -> None:
     """Moves the progress bar by one step and shows the images per second since `start` (time.monotonic()) and the
     step's loss."""
     if not bar.disable:
-        if time.time() - bar.last_print_t >= bar.mininterval:  # reading the loss waits for the GPU
-            speed = images / (time.monotonic() - start)
-            bar.set_postfix_str(f"{speed:.1f} images/s, loss {float(loss):.3g}", refresh=False)
+        speed = images / (time.monotonic() - start)
+        bar.set_postfix_str(f"{speed:.1f} images/s, loss {loss:.3g}", refresh=False)
         bar.update()
 
 
@@ -909,6 +908,7 @@ LIMITS = {  # least, most, and the number of which it must be a multiple (0: any
     "LR_DROPS": (1, 10**12, 0),
     "SHEET_IMAGES": (1, 500, 1),
 }
+NAMED_LISTS = {"IMAGE_SETS", "VAL_IMAGE_SETS", "CLASSES", "DATA_CLASSES", "ANCHORS"}  # or a file's name
 LISTS = {"TOLERATE", "CROP_SCALE", "MULTI_SCALE", "INPUT_SIZES", "LR_DROPS"}  # hold any number of such values
 RANGES = {name: limits for names, limits in LIMITS.items() for name in names.split()}
 
@@ -954,8 +954,8 @@ def override_globals(script_globals: dict, words: list[str]) -> None:
     exits.
 
     Values are Python literals; text needs no quotes. A value must have the type of its default, except that an int is
-    accepted for a float; where the default is None, it must be an int or None. Other values end the script with a
-    one-line message."""
+    accepted for a float, and text for NAMED_LISTS; where the default is None, it must be an int or None. Other values
+    end the script with a one-line message."""
     known = script_settings(script_globals)
     script = os.path.basename(script_globals["__file__"])
     if "--help" in words or "-h" in words:
@@ -980,8 +980,9 @@ def override_globals(script_globals: dict, words: list[str]) -> None:
         if isinstance(value, str):
             value = os.path.expanduser(value)  # CHECKPOINT=~/x.pt: zsh and sh leave it as it is
         fits = type(value) is type(default) or (default is None and type(value) is int)
-        if isinstance(default, (list, tuple)):  # data, classes and anchors may also be the name of a file or folder
-            fits |= isinstance(value, (list, tuple)) or (isinstance(value, str) and name not in LISTS)
+        if isinstance(default, (list, tuple)):
+            is_name = name in NAMED_LISTS and isinstance(value, str) and text[:1] not in ("", "[", "(")
+            fits |= isinstance(value, (list, tuple)) or is_name
         if not fits:
             kind = "an int or None" if default is None else f"{type(default).__name__}, like its default {default!r}"
             sys.exit(f"{script}: {name} must be {kind}, not {text[:80]!r}")
@@ -990,13 +991,13 @@ def override_globals(script_globals: dict, words: list[str]) -> None:
 
 def check_schedule(schedule: str, drops: list, epochs: int) -> None:
     """Raises ValueError if LR_SCHEDULE="steps" would never drop the rate."""
-    if schedule == "steps" and drops and min(drops) > epochs:
+    if schedule == "steps" and drops and min(drops) > epochs > 0:
         raise ValueError(f"LR_DROPS {drops} are all above EPOCHS {epochs}, so the rate would never drop")
 
 
 def print_long_burn_in(burn_in: int, total_steps: int) -> None:
     """Prints a hint if a run is too short for its burn-in."""
-    if burn_in > total_steps:
+    if burn_in > total_steps > 0:
         print(f"BURN_IN {burn_in} exceeds the {total_steps} steps of the run: the rate never reaches LEARNING_RATE")
 
 
@@ -1024,8 +1025,9 @@ def plain_errors():
         sys.exit(f"error: {printable(re.sub(r'^[A-Za-z]+Error: ', '', last))}")
     except (MemoryError, RuntimeError) as error:
         text = str(error)
-        device = "GPU" if isinstance(error, torch.OutOfMemoryError) else "CPU"
-        if device == "GPU" or isinstance(error, MemoryError) or "can't allocate memory" in text:
+        is_cpu = isinstance(error, MemoryError) or "can't allocate memory" in text
+        if is_cpu or "out of memory" in text:
+            device = "CPU" if is_cpu else "GPU"
             sys.exit(f"error: the {device} ran out of memory; lower BATCH_SIZE or image size, or double SUBDIVISIONS")
         if "Too many open files" in text:
             sys.exit(f"error: {TOO_MANY_FILES}")

@@ -227,7 +227,7 @@ def test_darknet_lists_and_names_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names", ["[bolt, 'small nut']", "\n  0: bolt\n  1: small nut", "[bolt]", "{1: bolt, 2: nut}", "[yes, no]", ""]
+    "names", ["[bolt, 'small nut']", "\n  0: bolt\n  1: small nut", "[bolt]", "{1: bolt, 2: nut}", "bolt", ""]
 )
 def test_class_names_come_from_a_data_yaml_or_a_word(tmp_path, names):
     (tmp_path / "data.yaml").write_text(f"train: ../train/images\nnc: 2\nnames: {names}\n")

@@ -648,7 +648,7 @@ def run_here(script, *words):
         (("test.py", "CHECKPOINT=/nowhere/yolov2.pt"), "/nowhere/yolov2.pt"),
         (("test.py", "OUTPUT=runs/"), "OUTPUT .*'runs/'"),
         (("detect.py", "SOURCE=/nowhere/street.jpg"), "/nowhere/street.jpg"),
-        (("dataset.py", "IMAGE_SETS=[('2007','train'"), "2007.* IMAGE_SETS"),
+        (("dataset.py", "IMAGE_SETS=[('2007','train'"), "IMAGE_SETS must be"),
         (("dataset.py", "IMAGE_SETS=[('2007','nothing')]"), "nothing.txt"),
         (("model.py", "OUTPUT=runs/yolov2.weights"), "OUTPUT .*CHECKPOINT"),
         (("model.py", "CHECKPOINT=/nowhere/yolov2.pt"), "/nowhere/yolov2.pt"),

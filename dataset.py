@@ -297,9 +297,10 @@ def training_batches(
                 yield [(int(index), size, int(augmentation_seed)) for index, augmentation_seed in keys]
 
 
-def files_of_step(samples: list[tuple], batches: Iterator, subdivisions: int) -> list[str]:
+def files_of_step(samples: list[tuple] | np.ndarray, batches: Iterator, subdivisions: int) -> list[str]:
     """The image files of the next optimiser step; `batches` comes from training_batches."""
-    return [samples[index][0] for batch in itertools.islice(batches, subdivisions) for index, _, _ in batch]
+    keys = [key for batch in itertools.islice(batches, subdivisions) for key in batch]
+    return [os.fsdecode(samples[index][0]) for index, _, _ in keys]
 
 
 # ---------------------------------------------------------------- ImageNet
@@ -344,6 +345,11 @@ class ImageNetFolder(ImageFolder):
     def __init__(self, folder: str, image_size: int, augment: bool, crop_scale: tuple[float, float]):
         self.skipped = []
         super().__init__(folder, is_valid_file=self.is_image)
+        # one array (file, label) instead of a million Python objects: each worker that reads those copies them
+        samples = [(os.fsencode(file), label) for file, label in self.samples]
+        longest = max(len(file) for file, _ in samples)
+        self.samples = np.array(samples, dtype=[("file", f"S{longest}"), ("label", np.int32)])
+        del self.imgs, self.targets  # torchvision's lists of the same
         self.image_size, self.augment, self.crop_scale, self.transforms = image_size, augment, crop_scale, {}
         self.broken_list = ""  # see read_or_next
 
@@ -355,7 +361,7 @@ class ImageNetFolder(ImageFolder):
 
     def is_image(self, file: str) -> bool:
         # .ipynb_checkpoints in a class folder, ._name.jpg of macOS
-        is_hidden = any(part.startswith(".") for part in Path(file).relative_to(self.root).parts)
+        is_hidden = f"{os.sep}." in file[len(self.root) :]
         if not is_hidden and os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES:
             return True
         self.skipped.append(file)
@@ -376,7 +382,7 @@ class ImageNetFolder(ImageFolder):
             self.transforms[size].set_random_state(np.random.default_rng(seed), random.Random(seed))
         image, read_index = read_or_next(self.samples, index, self.broken_list)
         # validation counts no image twice
-        label = self.samples[read_index][1] if self.augment or read_index == index else -100
+        label = int(self.samples[read_index][1]) if self.augment or read_index == index else -100
         return to_tensor(self.transforms[size](image=image)["image"]), label
 
 
@@ -415,11 +421,13 @@ def imagenet_dataset(
     if dataset.classes != train_set.classes:
         unshared = sorted(set(dataset.classes) ^ set(train_set.classes))
         raise ValueError(f"{root}: these class folders are only in train/ or only in val/: {', '.join(unshared[:5])}")
-    of_val = {file[len(dataset.root) :]: file for file, _ in dataset.samples}  # by class folder and name
-    of_both = {file: of_val.get(file[len(train_set.root) :]) for file, _ in train_set.samples}
-    shared = [file for file, twin in of_both.items() if twin and os.path.getsize(file) == os.path.getsize(twin)]
+    val_root, train_root = len(os.fsencode(dataset.root)), len(os.fsencode(train_set.root))
+    of_val = {file[val_root:]: file for file, _ in dataset.samples}  # by class folder and name
+    twins = ((file, of_val.get(file[train_root:])) for file, _ in train_set.samples)
+    shared = [file for file, twin in twins if twin and os.path.getsize(file) == os.path.getsize(twin)]
     if shared:
-        print(f"images in both training and validation set: {len(shared)} (first: {utils.printable(shared[0])})")
+        first = utils.printable(os.fsdecode(shared[0]))
+        print(f"images in both training and validation set: {len(shared)} (first: {first})")
     return dataset
 
 
@@ -516,13 +524,13 @@ def read_image_size(file: str | os.PathLike) -> tuple[int, int]:
         return image.size[::-1] if exif_turn(image) in SIDEWAYS.values() else image.size
 
 
-def read_or_next(samples: list[tuple], index: int, broken_list: str) -> tuple[np.ndarray, int]:
+def read_or_next(samples: list[tuple] | np.ndarray, index: int, broken_list: str) -> tuple[np.ndarray, int]:
     """The image of samples[index] and its index. Raises FileNotFoundError or ValueError for an unreadable image; but if
     broken_list names a file, lists the image there and returns the next readable one: one bad file does not end a
     run."""
     for _ in range(len(samples)):
         try:
-            return read_image(samples[index][0]), index
+            return read_image(os.fsdecode(samples[index][0])), index
         except (OSError, ValueError) as error:
             if not broken_list:
                 raise

@@ -708,9 +708,9 @@ RUN_SETTINGS |= {"SAVE_EVERY_MINUTES", "MAX_HOURS", "DEVICE", "EVAL_EVERY"}
 SCORE_SETTINGS = {"VAL_IMAGE_SETS", "EVAL_THRESHOLD", "EVAL_TRAIN_IMAGES"}  # a change of these resets the best score
 
 
-def fingerprint(samples: list[tuple]) -> str:
+def fingerprint(samples: list[tuple] | np.ndarray) -> str:
     """The number of samples (file, ...) and a checksum of their file names, as readable text."""
-    names = "\n".join(os.path.basename(sample[0]) for sample in samples).encode(errors="surrogateescape")
+    names = b"\n".join(os.fsencode(os.path.basename(sample[0])) for sample in samples)
     return f"{len(samples)} images with the checksum {zlib.crc32(names):08x} of their names"
 
 

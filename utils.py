@@ -935,7 +935,7 @@ def settings_block(script_globals: dict) -> str:
     """The lines of a script's file that assign its settings, with their comments: from the first one to the first
     function."""
     text = Path(script_globals["__file__"]).read_text("utf-8")
-    above = re.split(r"^(?:def|class|@)", text, maxsplit=1, flags=re.MULTILINE)[0]
+    above = re.split(r"^(?:def \w+\(|class \w+[(:]|@)", text, maxsplit=1, flags=re.MULTILINE)[0]
     found = re.search(r"^(# \w+\n)?[A-Z][A-Z_]+ = ", above, re.MULTILINE)
     return above[found.start() :].rstrip() if found else ""
 

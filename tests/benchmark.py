@@ -14,12 +14,14 @@ import contextlib
 import datetime
 import io
 import itertools
+import json
 import math
 import multiprocessing
 import os
 import platform
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -40,15 +42,17 @@ import dataset
 import train
 import utils
 from loss import YoloLoss
-from model import ANCHORS, YOLOv2, darknet_cfg, load_detector
+from model import ANCHORS, COCO_CLASSES, YOLOv2, darknet_cfg, load_detector
 
 # what to measure
-PARTS = ["inference", "training", "loss", "data", "postprocessing", "ap", "memory", "growth"]
+PARTS = ["inference", "training", "loss", "data", "postprocessing", "ap", "memory", "growth"]  # not "scale": 10 minutes
 IMAGE_SIZE = 416  # pixels
 BATCHES = [1, 8]  # images, for inference
 TRAINING_BATCHES = [2, 8]  # images
 GROWTH_SIZES = list(range(288, 609, 64))  # pixels, at batch 1
 GROWTH_BATCHES = [1, 2, 4, 8, 16]  # images, at IMAGE_SIZE
+SCALE_FOLDER = "/tmp/scale"  # for "scale": data sets of full size, made once
+SCALE_STEPS = 2000  # steps after which the memory of the loader's workers is read
 CHECKPOINT = "runs/yolov2.pt"  # a trained detector, whose outputs are post-processed
 # how
 ROUNDS = 7  # timed steps of each variant
@@ -610,6 +614,120 @@ def growth(weights):
     print(f"wrote {FIGURE}")
 
 
+# ---------------------------------------------------------------- scale: data sets of full size
+
+# Runs a script until its optimiser has made N steps, and prints the seconds to the first one, those of a save, and the
+# memory of this process and of its workers. Arguments: N, script, settings.
+RUN_STEPS = """
+import os, sys, time
+start, (steps, script) = time.time(), sys.argv[1:3]
+sys.path[:0] = [os.path.dirname(script), os.path.dirname(script) + "/tests"]
+import multiprocessing, runpy, run_narrow, torch, utils
+if int(steps) > 1:
+    run_narrow.narrow()  # many steps are for the loader's memory, a single one for the times of the whole network
+state, save = {"steps": 0}, utils.save_checkpoint
+
+def private(pid):
+    lines = open(f"/proc/{pid}/smaps_rollup").read().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) // 1024
+
+def peak(pid):
+    lines = open(f"/proc/{pid}/status").read().splitlines()
+    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM"))
+
+def timed_save(*arguments, **values):
+    began = time.time()
+    save(*arguments, **values)
+    state["save"] = time.time() - began
+
+def after_step(optimizer, *_):
+    state["steps"] += 1
+    state.setdefault("first", time.time() - start)
+    if state["steps"] == int(steps):
+        workers = [private(child.pid) for child in multiprocessing.active_children()]
+        utils.should_stop = lambda stop: stop.__setattr__("reason", "the benchmark") or True
+        state["line"] = f"main process {peak(os.getpid())} MB at its peak, workers {workers} MB of their own"
+
+utils.save_checkpoint = timed_save
+torch.optim.optimizer.register_optimizer_step_post_hook(after_step)
+sys.argv = [script, *sys.argv[3:]]
+utils.draw_charts = lambda rows, file: None
+runpy.run_path(script, run_name="__main__")
+print(f"RESULT first step after {state['first']:.1f} s, save {state['save']:.1f} s; {state['line']}")
+"""
+
+
+def link(sources, names):
+    """Hard links to the sources in turn: a file has at most 65,000 links."""
+    for source, name in zip(itertools.cycle(sources), names):  # noqa: B905 - the names end
+        os.link(source, name)
+
+
+def make_trees(root):
+    """ImageNet (1.28 million and 50,000 images), VOC 07+12 and COCO's train2017, of the images of data_samples/."""
+    sample = Path(__file__).parents[1] / "data_samples"
+    shutil.copytree(sample, root / "sample")  # links need one file system
+    photos = sorted((root / "sample/imagenet").rglob("*.JPEG"))
+    for part, count in (("train", 1281), ("val", 50)):
+        names = (root / f"imagenet/{part}/n{c:08d}/n{c:08d}_{i}.JPEG" for c in range(1000) for i in range(count))
+        for c in range(1000):
+            (root / f"imagenet/{part}/n{c:08d}").mkdir(parents=True)
+        link(photos, names)
+    voc = root / "sample/voc/VOC2007"
+    ids = (voc / "ImageSets/Main/train.txt").read_text().split()
+    for year, part, count in (("2007", "trainval", 5011), ("2007", "test", 4952), ("2012", "trainval", 11540)):
+        names = [f"{part}_{number:06d}" for number in range(count)]
+        for folder, suffix in (("JPEGImages", ".jpg"), ("Annotations", ".xml")):
+            (root / f"voc/VOC{year}/{folder}").mkdir(parents=True, exist_ok=True)
+            sources = [voc / folder / f"{image_id}{suffix}" for image_id in ids]
+            link(sources, [root / f"voc/VOC{year}/{folder}/{name}{suffix}" for name in names])
+        (root / f"voc/VOC{year}/ImageSets/Main").mkdir(parents=True, exist_ok=True)
+        (root / f"voc/VOC{year}/ImageSets/Main/{part}.txt").write_text("\n".join(names))
+    sources = [voc / f"JPEGImages/{image_id}.jpg" for image_id in ids]
+    sizes = [Image.open(source).size for source in sources]
+    (root / "coco/train2017").mkdir(parents=True)
+    (root / "coco/annotations").mkdir()
+    link(sources, [root / f"coco/train2017/{number:012d}.jpg" for number in range(118_000)])
+    images = [
+        {"id": n, "file_name": f"{n:012d}.jpg", "width": sizes[n % len(ids)][0], "height": sizes[n % len(ids)][1]}
+        for n in range(118_000)
+    ]
+    rng, rows = np.random.default_rng(0), []
+    for n in range(860_000):
+        image = images[int(rng.integers(118_000))]
+        x, y, w, h = (rng.uniform(0.05, 0.5, 4) * np.tile([image["width"], image["height"]], 2)).round(2).tolist()
+        row = {"id": n, "image_id": image["id"], "category_id": int(rng.integers(1, 81)), "bbox": [x, y, w, h]}
+        rows.append(row | {"area": w * h, "iscrowd": 0})
+    categories = [{"id": n, "name": name} for n, name in enumerate(COCO_CLASSES, start=1)]
+    content = {"images": images, "annotations": rows, "categories": categories}
+    (root / "coco/annotations/instances_train2017.json").write_text(json.dumps(content))
+
+
+def scale(weights):
+    """Start, memory, save and resume of the scripts on data sets of full size, in SCALE_FOLDER (3 GB, 10 minutes)."""
+    root = Path(SCALE_FOLDER)
+    if not root.exists():
+        start = time.perf_counter()
+        make_trees(root)
+        print(f"made the trees in {time.perf_counter() - start:.0f} s")
+    tiny = ["IMAGE_SIZE=32", "NUM_WORKERS=4", "PRECISION=fp32", "EPOCHS=100", f"CHECKPOINT={root}/run.pt"]
+    tiny += ["SAVE_EVERY_MINUTES=1000", "BATCH_SIZE=16"]
+    voc = ["DATA_DIR=voc", "IMAGE_SETS=[('2007','trainval'),('2012','trainval')]", "VAL_IMAGE_SETS=[('2007','test')]"]
+    coco = ["DATA_DIR=coco", "IMAGE_SETS=annotations/instances_train2017.json", "CLASSES=coco"]
+    jobs = [("darknet_train.py", ["DATA_DIR=imagenet"]), ("train.py", voc), ("train.py", coco)]
+    for script, data in jobs:
+        own = (
+            [*data, "AUGMENT=True", "REPEAT=1", "OPTIMIZER=sgd", "LEARNING_RATE=1e-6"] if script == "train.py" else data
+        )
+        for steps, resume in ((1, "RESUME=False"), (1, "RESUME=True"), (SCALE_STEPS, "RESUME=False")):
+            words = [str(steps), str(Path(__file__).parents[1] / script), *own, *tiny, resume]
+            done = subprocess.run([sys.executable, "-c", RUN_STEPS, *words], cwd=root, capture_output=True, text=True)
+            lines = [
+                line for line in done.stdout.splitlines() if line.startswith("RESULT")
+            ] or done.stderr.splitlines()[-1:]
+            print(f"{script} {data[0]} {resume}, {steps} steps: {lines[0].removeprefix('RESULT ')}", flush=True)
+
+
 def machine():
     """The machine in a line."""
     name = platform.processor() or platform.machine()
@@ -627,7 +745,9 @@ def machine():
 
 
 def main():
-    parts = {part.__name__: part for part in (inference, training, loss, data, postprocessing, ap, memory, growth)}
+    parts = {
+        part.__name__: part for part in (inference, training, loss, data, postprocessing, ap, memory, growth, scale)
+    }
     if unknown := [name for name in PARTS if name not in parts]:
         raise ValueError(f"unknown PARTS: {', '.join(unknown)}; choose from {', '.join(parts)}")
     print(machine())

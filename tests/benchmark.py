@@ -622,7 +622,8 @@ RUN_STEPS = """
 import os, sys, time
 start, (steps, script) = time.time(), sys.argv[1:3]
 sys.path[:0] = [os.path.dirname(script), os.path.dirname(script) + "/tests"]
-import multiprocessing, runpy, run_narrow, torch, utils
+import multiprocessing, runpy, run_narrow, utils
+from torch.optim.optimizer import register_optimizer_step_post_hook
 if int(steps) > 1:
     run_narrow.narrow()  # many steps are for the loader's memory, a single one for the times of the whole network
 state, save = {"steps": 0}, utils.save_checkpoint
@@ -649,7 +650,7 @@ def after_step(optimizer, *_):
         state["line"] = f"main process {peak(os.getpid())} MB at its peak, workers {workers} MB of their own"
 
 utils.save_checkpoint = timed_save
-torch.optim.optimizer.register_optimizer_step_post_hook(after_step)
+register_optimizer_step_post_hook(after_step)
 sys.argv = [script, *sys.argv[3:]]
 utils.draw_charts = lambda rows, file: None
 runpy.run_path(script, run_name="__main__")

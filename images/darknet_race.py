@@ -1,5 +1,5 @@
-"""Draws darknet_race.png from darknet_race.csv, both next to this script: the loss of a whole training run in Darknet and
-in train.py.
+"""Draws darknet_race.png from darknet_race.csv, both next to this script: the loss of a whole training run in Darknet
+and in train.py.
 
 The table was measured on Darknet b61bcf54 (January 2017, with the batch norm and the region layer's gradient of its GPU
 build) and on train.py: total loss per step of the same narrow detector (a quarter of the channels) from the same

@@ -1109,9 +1109,9 @@ def draw_boxes(image: np.ndarray, boxes, labels: list[str], class_indices) -> Im
 def draw_samples(
     images: list[np.ndarray], classes: list[str], detections, ground_truths, file: str | os.PathLike
 ) -> None:
-    """Draws the first images of a data set (H, W, 3) as a sheet: the six most confident detections of each,
-    (D, 7), in the colours of their classes, and all ground truths (G, 7) as thin white boxes on top; both
-    as in average_precision."""
+    """Draws the first images of a data set (H, W, 3) as a sheet: the six most confident detections of each, (D, 7), in
+    the colours of their classes, without those below a quarter of the best, and all ground truths (G, 7) as thin white
+    boxes on top; both as in average_precision."""
     width, height, columns = 400, 300, 4  # pixels of a picture
     sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height))
     for index, image in enumerate(images):
@@ -1120,6 +1120,7 @@ def draw_samples(
         small = Image.fromarray(image).resize(small_size)
         found = detections[detections[:, 0] == index]
         found = found[np.argsort(-found[:, 2])[:6]]
+        found = found[found[:, 2] >= found[:, 2].max(initial=0) / 4]
         labels = [f"{classes[int(label)]} {confidence:.2f}" for label, confidence in found[:, 1:3]]
         picture = draw_boxes(np.asarray(small), (found[:, 3:] - 1) * scale, labels, found[:, 1])
         for box in (ground_truths[ground_truths[:, 0] == index, 3:] - 1) * scale:

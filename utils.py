@@ -860,9 +860,9 @@ def draw_charts(rows: list[dict], chart_file: str | os.PathLike) -> None:
     plt.close(figure)
 
 
-def advance(bar, images: int, start: float, loss: float) -> None:
+def advance(bar, images: int, start: float, loss: Tensor) -> None:
     """Moves the progress bar by one step and shows the images per second since `start` (time.monotonic()) and the
-    step's loss."""
+    step's loss, a scalar on the CPU."""
     if not bar.disable:
         speed = images / (time.monotonic() - start)
         bar.set_postfix_str(f"{speed:.1f} images/s, loss {loss:.3g}", refresh=False)
@@ -1001,9 +1001,6 @@ def print_long_burn_in(burn_in: int, total_steps: int) -> None:
         print(f"BURN_IN {burn_in} exceeds the {total_steps} steps of the run: the rate never reaches LEARNING_RATE")
 
 
-TOO_MANY_FILES = "too many open files; set NUM_WORKERS=0, or raise the limit (ulimit -n 65536)"
-
-
 @contextlib.contextmanager
 def plain_errors():
     """Around a script's main(): bad input ends with a one-line message and exit status 1 instead of a traceback."""
@@ -1017,20 +1014,18 @@ def plain_errors():
     except BrokenPipeError:  # train.py | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python still flushes at its end
         sys.exit("error: the program that reads the output has ended")
-    except (OSError, ValueError) as error:  # a DataLoader worker's error contains its traceback: keep the last line
-        last = (str(error).strip().splitlines() or [""])[-1]
-        if "Too many open files" in last:
-            sys.unraisablehook = lambda unraisable: None  # of a DataLoader that is only half made
-            last = TOO_MANY_FILES
-        sys.exit(f"error: {printable(re.sub(r'^[A-Za-z]+Error: ', '', last))}")
-    except (MemoryError, RuntimeError) as error:
+    except (OSError, ValueError, MemoryError, RuntimeError) as error:
         text = str(error)
+        if "Too many open files" in text:
+            sys.unraisablehook = lambda unraisable: None  # of a DataLoader that is only half made
+            sys.exit("error: too many open files; set NUM_WORKERS=0, or raise the limit (ulimit -n 65536)")
+        if isinstance(error, (OSError, ValueError)):  # a DataLoader worker's error contains its traceback
+            last = (text.strip().splitlines() or [""])[-1]
+            sys.exit(f"error: {printable(re.sub(r'^[A-Za-z]+Error: ', '', last))}")
         is_cpu = isinstance(error, MemoryError) or "can't allocate memory" in text
         if is_cpu or "out of memory" in text:
             device = "CPU" if is_cpu else "GPU"
             sys.exit(f"error: the {device} ran out of memory; lower BATCH_SIZE or image size, or double SUBDIVISIONS")
-        if "Too many open files" in text:
-            sys.exit(f"error: {TOO_MANY_FILES}")
         signs = ("killed by signal", "No space left on device", "shared memory", "unable to mmap")
         if lines := [line for line in text.splitlines() if any(sign in line for sign in signs)]:
             advice = "set NUM_WORKERS=0, or enlarge /dev/shm (docker run --shm-size=8g)"

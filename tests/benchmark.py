@@ -157,7 +157,8 @@ def our_training(batch, size, device, precision):
     device = torch.device(device)
     dtype = utils.pick_precision(precision, device)
     model = YOLOv2().to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(utils.parameter_groups(model, 5e-4), 1e-4, momentum=0.9, fused=dtype != torch.float16)
+    fused = None if dtype == torch.float16 else True  # as in train.make_optimizer
+    optimizer = torch.optim.SGD(utils.parameter_groups(model, 5e-4), 1e-4, momentum=0.9, fused=fused)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     loss_function = YoloLoss(ANCHORS).to(device)
     batch_images, batch_targets = some_images(batch, size), some_targets(batch, size)

@@ -254,12 +254,9 @@ def load_classifier(model: Darknet19, file: str | os.PathLike, names: list[str] 
     state = checkpoint["model"]
     if state.keys() != model.state_dict().keys():
         raise ValueError(f"{file}: not a checkpoint of Darknet-19; make one with darknet_train.py")
-    found, count, expected = "", len(state["classifier.bias"]), len(model.classifier.bias)
-    if count != expected:
-        found = f"{count} classes, not {expected}"
-    elif names and checkpoint.get("classes", names) != names:
-        found = "other classes, or in another order"
-    if found:
+    count, expected = len(state["classifier.bias"]), len(model.classifier.bias)
+    if count != expected or (names and checkpoint.get("classes", names) != names):
+        found = f"{count} classes, not {expected}" if count != expected else "other classes, or in another order"
         raise ValueError(
             f"{file}: was trained on {found}. To use only its backbone, write that to a Darknet file and start with "
             f'RESUME_WEIGHTS=backbone.conv.23: python darknet_model.py "CHECKPOINT={file}" OUTPUT=backbone.conv.23'

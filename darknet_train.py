@@ -62,9 +62,6 @@ def check_settings():
     utils.check_settings(globals(), IMAGE_SIZE=(32, 9984, 1), EPOCHS=(0, 10**12, 1))
     if EPOCHS == 0 and (RESUME or not RESUME_WEIGHTS):
         raise ValueError("EPOCHS=0 only validates the weights in RESUME_WEIGHTS; set these, and RESUME=False")
-    utils.check_schedule(LR_SCHEDULE, LR_DROPS, EPOCHS)
-    if BATCH_SIZE % SUBDIVISIONS:
-        raise ValueError(f"BATCH_SIZE {BATCH_SIZE} must be a multiple of SUBDIVISIONS {SUBDIVISIONS}")
     if BATCH_SIZE == SUBDIVISIONS and IMAGE_SIZE < 64:
         raise ValueError("batch norm needs two values per channel: set IMAGE_SIZE=64, or a larger BATCH_SIZE")
     utils.check_writable(CHECKPOINT)
@@ -132,11 +129,7 @@ def main():
 
     if EPOCHS == 0:  # no training, only the scores of RESUME_WEIGHTS
         val_sums = validate(model, val_loader, device, dtype, stop)
-        val_loss, val_top1, val_top5 = (val_sums[:3] / val_sums[3]).tolist()
-        scores = {"val_loss": val_loss, "val_top1": val_top1, "val_top5": val_top5, "val_images": int(val_sums[3])}
-        utils.print_epoch(scores, "")
-        if stop.reason:
-            sys.exit(f"stopped by {stop.reason} before all images were validated")
+        utils.print_scores(val_sums, stop)
         return
 
     # the run's position, one row of metrics per finished epoch, and this epoch's sums: loss, top-1 hits, images

@@ -101,8 +101,7 @@ class DarknetColour(albumentations.ImageOnlyTransform):
         hue += np.uint8(round(shift * 256) % 256)
         image = cv2.cvtColor(cv2.merge([hue, saturation, value]), cv2.COLOR_HSV2RGB_FULL)
         # Each channel is V (1 - S u), where u depends on the hue alone. The factors s of S and v of V make it
-        # v V (1 - s S u), which is v s times the channel plus v (1 - s) V: no second conversion, and only the result
-        # is clipped, as in Darknet.
+        # v V (1 - s S u): v s times the channel plus v (1 - s) V. As in Darknet, only the result is clipped.
         s, v = factors
         return cv2.addWeighted(image, v * s, cv2.merge([value, value, value]), v * (1 - s), 0)
 
@@ -132,8 +131,7 @@ def plain_transform(image_size: int) -> albumentations.Compose:
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
-    """(H, W, 3) -> (3, H, W), both uint8: a quarter of float32's bytes on the way to the device; the network divides by
-    255."""
+    """(H, W, 3) -> (3, H, W), both uint8: a quarter of float32's bytes to copy; the network divides by 255."""
     return torch.from_numpy(image).permute(2, 0, 1)
 
 
@@ -163,8 +161,7 @@ def encode_targets(boxes, class_indices, anchors, grid_height: int, grid_width: 
 
 
 def shape_iou(sizes, anchors) -> Tensor:
-    """IoU of shapes alone, all boxes at the same centre: sizes (M, 2), anchors (A, 2) of the same unit -> (M, A)
-    float64."""
+    """IoU of boxes with the same centre: sizes (M, 2), anchors (A, 2) of the same unit -> (M, A) float64."""
     boxes = F.pad(torch.as_tensor(sizes, dtype=torch.float64), (2, 0))  # (M, 4) cxcywh with centres at 0
     anchor_boxes = F.pad(torch.as_tensor(anchors, dtype=torch.float64), (2, 0))  # (A, 4)
     return utils.box_iou(boxes[:, None], anchor_boxes)
@@ -183,8 +180,6 @@ class VOCDataset(Dataset):
     def __init__(
         self, root, image_sets, anchors, image_size=416, classes=VOC_CLASSES, augment=False, tolerate=(), problems=None
     ):
-        if image_size % 32 or image_size < 32:
-            raise ValueError(f"IMAGE_SIZE must be a multiple of 32 pixels, not {image_size}")
         self.anchors, self.image_size, self.augment = anchors, image_size, augment
         self.classes = read_classes(classes)
         self.samples = list_samples(root, image_sets, self.classes, tolerate, problems)
@@ -192,8 +187,7 @@ class VOCDataset(Dataset):
         self.broken_list = ""  # see read_or_next
 
     def changed(self, **attributes) -> "VOCDataset":
-        """A data set of the same records with other attributes, such as augment=False, image_size=544 or fewer
-        samples."""
+        """A data set of the same records with other attributes, such as augment=False or image_size=544."""
         other = copy.copy(self)
         vars(other).update(attributes, transforms={})
         return other
@@ -216,14 +210,12 @@ class VOCDataset(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         """key: an index, or (index, image size, seed of the augmentation) -> image (3, H, W) uint8, targets
-        (A, S_h, S_w, 6). Size and seed are part of the key because a worker process does not see later changes of the
-        data set."""
+        (A, S_h, S_w, 6). Size and seed are part of the key: workers do not see later changes of the data set."""
         index, size, seed = key if isinstance(key, tuple) else (key, self.image_size, None)
         if size not in self.transforms:
             self.transforms[size] = train_transform(size) if self.augment else plain_transform(size)
         if self.augment and seed is not None:
-            # one generator for all: set_random_seed would give each transform the same numbers, and correlate flip and
-            # hue
+            # one generator for all: set_random_seed would give all the same numbers: flip and hue would be correlated
             self.transforms[size].set_random_state(np.random.default_rng(seed), random.Random(seed))
         image, index = read_or_next(self.samples, index, self.broken_list)
         labels = self.samples[index].labels
@@ -252,8 +244,7 @@ class VOCDataset(Dataset):
 
 
 def collate(items: list[tuple]) -> tuple[Tensor, Tensor]:
-    """The images and targets (or labels) of a batch; images (N, 3, H, W) in channels_last order, in which they are
-    copied and computed fastest."""
+    """The images and targets (or labels) of a batch; images (N, 3, H, W) are channels_last, the fastest order."""
     images, targets = zip(*items, strict=True)
     return default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2), default_collate(targets)
 
@@ -267,13 +258,7 @@ def steps_per_epoch(count: int, batch_size: int, subdivisions: int = 1) -> int:
 
 
 def training_batches(
-    count: int,
-    batch_size: int,
-    subdivisions: int,
-    image_sizes: list[int],
-    seed: int,
-    first_step: int = 0,
-    repeat: int = 1,
+    count: int, batch_size: int, subdivisions: int, image_sizes: list[int], seed: int, first_step=0, repeat=1
 ) -> Iterator[list[tuple[int, int, int]]]:
     """Yields endlessly, from optimiser step first_step on, lists of batch_size / subdivisions VOCDataset keys: the
     images of one forward pass. `subdivisions` of these lists make one step (gradient accumulation).
@@ -435,20 +420,17 @@ def imagenet_dataset(
 
 
 def average_best_iou(box_sizes, anchors) -> float:
-    """Mean IoU of shapes between each box and its best anchor (YOLO9000 Table 1); sizes and anchors in the same
-    unit."""
+    """Mean IoU of shapes of each box and its best anchor (YOLO9000 Table 1); sizes and anchors in the same unit."""
     return float(shape_iou(box_sizes, anchors).amax(dim=1).mean())
 
 
 def kmeans_anchors(box_sizes, k: int, seeds: int = 5) -> Tensor:
     """k-means with the distance 1 - IoU (YOLO9000 sec. 2, dimension clusters), the best of `seeds` starts. box_sizes:
-    (B, 2) widths and heights -> anchors (k, 2) in the same unit, by rising area. Raises ValueError if B < k.
+    (B, 2) widths and heights -> anchors (k, 2) in the same unit, by rising area.
 
     Ours: medians instead of means, because they fit better (tests/MEASUREMENTS.md, Anchors).
     """
     box_sizes = torch.as_tensor(np.asarray(box_sizes), dtype=torch.float64)
-    if len(box_sizes) < k:
-        raise ValueError(f"{len(box_sizes)} boxes are too few for {k} anchors")
     best, best_iou = None, -1.0
     for seed in range(seeds):
         anchors = box_sizes[np.random.default_rng(seed).choice(len(box_sizes), k, replace=False)]
@@ -468,14 +450,12 @@ def kmeans_anchors(box_sizes, k: int, seeds: int = 5) -> Tensor:
 # ---------------------------------------------------------------- reading images
 
 Image.preinit()  # JPEG and PNG first: Image.open tries the formats in the order in which they were loaded
-# every format that Pillow reads, without MPEG videos; .mpo (two JPEGs in one file) is missing because Pillow opens it
-# as JPEG
+# every format that Pillow reads, without MPEG videos; .mpo (two JPEGs) is missing, because it is opened as JPEG
 IMAGE_SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 IMAGE_SUFFIXES = IMAGE_SUFFIXES - {".mpg", ".mpeg"} | {".mpo"}
 
 SIDEWAYS = {5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
 TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM} | SIDEWAYS
-
 
 IMAGE_ADVICE = "convert it to JPEG or PNG, replace it, or take it off the list"
 
@@ -526,8 +506,7 @@ def read_image_size(file: str | os.PathLike) -> tuple[int, int]:
 
 def read_or_next(samples: list[tuple] | np.ndarray, index: int, broken_list: str) -> tuple[np.ndarray, int]:
     """The image of samples[index] and its index. Raises FileNotFoundError or ValueError for an unreadable image; but if
-    broken_list names a file, lists the image there and returns the next readable one: one bad file does not end a
-    run."""
+    broken_list names a file, lists the image there and returns the next readable one."""
     for _ in range(len(samples)):
         try:
             return read_image(os.fsdecode(samples[index][0])), index
@@ -624,8 +603,7 @@ def read_csv_list(file: str) -> list[tuple[str, str]]:
 
 
 def read_darknet_list(file: str) -> list[tuple[str, str]]:
-    """Darknet's list, one image per line, relative to the list or else to the working directory -> (image file, label
-    file) pairs."""
+    """Darknet's list, an image per line, relative to the list or else to the working directory -> (image, label)."""
     images = [find_file([os.path.dirname(file), ""], line) for line in read_lines(file)]
     return [(image, darknet_label(image)) for image in images]
 
@@ -646,8 +624,7 @@ def read_lines(file: str | os.PathLike) -> list[str]:
 
 def find_file(folders: list[str], name: str) -> str:
     """The path of a file that a list names: in the first folder that holds it, otherwise in the first of all. A list
-    made on Windows may separate folders by backslashes and ignore the case of a suffix, and macOS may have decomposed
-    the name."""
+    made on Windows may have backslashes and another case of the suffix, and one made on macOS decomposed names."""
     slashes = name.replace("\\", "/")
     stem, suffix = os.path.splitext(slashes)
     names = (name, slashes, utils.composed(slashes), unicodedata.normalize("NFD", slashes), stem + suffix.upper())
@@ -670,8 +647,7 @@ def judge(sample: Sample, objects: Iterable[tuple], declared, frame, classes: li
     declared: width and height of the image according to the label file, or zeros; frame: its width and height in the
     unit of the boxes, None for the size in pixels. Boxes are clipped to the image, and those with nothing left are
     dropped. Both are doubts, as are another declared size, the same box twice, and fractions in a format of pixels.
-    Raises ValueError, naming file and object, for an unknown class, a number that is not finite, or a right side left
-    of the left one."""
+    Raises ValueError, naming file and object, for an unknown class or flag, or a box with x2 < x1, y2 < y1 or NaN."""
     size, doubts, rows = sample.size, list(sample.doubts), []
     if all(declared) and all(size) and declared != size:
         cause = "labelled without its EXIF rotation" if declared == size[::-1] else "resized after labelling"
@@ -758,8 +734,7 @@ def read_sample(image_file: str, label_file: str, classes: list[str], tolerate=(
 
 def read_voc_xml(file: str) -> tuple[list[tuple], tuple[int, int]]:
     """The objects of a VOC annotation, boxes in pixels from 0, and the width and height that it declares, or zeros. As
-    in Darknet's voc_label.py, all four numbers are devkit pixels minus 1: x2 - x1 is one pixel less than the devkit's
-    width."""
+    in Darknet's voc_label.py, all four numbers are devkit pixels minus 1: x2 - x1 is one less than its width."""
     root = ElementTree.parse(file).getroot()
     if root.tag.startswith("{") or root.find("object") is None:  # a namespace, or perhaps <Object>
         for element in root.iter():

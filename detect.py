@@ -108,25 +108,15 @@ def draw_detections(image: np.ndarray, model, classes: list[str], anchors, trans
 
     height, width = image.shape[:2]
     boxes = found[:, :4] * torch.tensor([width, height, width, height])  # pixels
-    numbers = torch.column_stack([found[:, 4], boxes]).tolist()
+    numbers = torch.column_stack([found[:, 4], boxes]).double().round(decimals=4).tolist()
     rows = [(classes[int(index)], *row) for index, row in zip(found[:, 5], numbers, strict=True)]
     labels = [f"{name} {confidence:.2f}" for name, confidence, *_ in rows]
     return utils.draw_boxes(image, boxes, labels, found[:, 5]), rows, milliseconds
 
 
-def append_rows(table: str, source: str, frame: int | str, rows: list[tuple]) -> None:
-    """Appends the rows of draw_detections to the file `table`. Raises OSError, naming it."""
-    lines = [(source, frame, name, f"{score:.4f}", *(f"{side:.2f}" for side in box)) for name, score, *box in rows]
-    try:
-        with open(table, "a", newline="", encoding="utf-8", errors="surrogateescape") as stream:
-            csv.writer(stream).writerows(lines)
-    except OSError as error:
-        raise OSError(f"{table}: could not be written ({utils.first_line(error)}); free some space") from error
-
-
-def draw_video(source: str, output: str, detector: tuple, table: str) -> tuple[int, int, Counter, bool]:
+def draw_video(source: str, output: str, detector: tuple, table) -> tuple[int, int, Counter, bool]:
     """Writes a video file, camera or stream with its detections as MPEG-4. detector: draw_detections' arguments after
-    the image; table: as in append_rows.
+    the image; table: the csv writer of detections.csv.
 
     Returns the number of frames, the number that the file declares (0: none), the boxes per class over all frames, and
     whether Ctrl-C ended the video early. Raises ValueError, naming the source, if it cannot be read or stored as
@@ -158,7 +148,7 @@ def draw_video(source: str, output: str, detector: tuple, table: str) -> tuple[i
                 picture, rows, _ = draw_detections(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), *detector)
                 writer.write(cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGB2BGR))
                 frames += 1
-                append_rows(table, source, frames, rows)
+                table.writerows((source, frames, *row) for row in rows)
                 boxes.update(name for name, *_ in rows)
                 bar.update()
                 more, frame = video.read()
@@ -172,6 +162,42 @@ def draw_video(source: str, output: str, detector: tuple, table: str) -> tuple[i
         if written < frames:  # the writer itself does not report a full disk
             raise OSError(f"{written:.0f} of {frames} frames")
     return frames, max(0, round(expected)), boxes, stopped
+
+
+def draw_files(files: list[str], outputs: list[str], detector: tuple, table) -> None:
+    """Draws all files, and prints a line for each; arguments as in draw_video. Exits with 1 if one is incomplete."""
+    incomplete, stopped = 0, False
+    for file, output in zip(files, outputs, strict=True):
+        start = time.perf_counter()
+        try:
+            if output.endswith(".mp4"):
+                frames, expected, names, stopped = draw_video(file, output, detector, table)
+                is_exact = file.lower().endswith((".mp4", ".mov", ".avi"))  # of others, OpenCV estimates the number
+                is_short = not stopped and frames < expected * (1 if is_exact else 0.9)
+                incomplete += is_short and is_exact
+                counted = f"{frames} of {expected} frames" if is_short else f"{frames} frames"
+                duration = f"{counted} and {time.perf_counter() - start:.1f} s"
+            else:
+                picture, rows, milliseconds = draw_detections(read_image(file), *detector)
+                utils.write_picture(output, picture.save, format="JPEG", quality=92)
+                table.writerows((file, "", *row) for row in rows)
+                names = Counter(name for name, *_ in rows)
+                with Image.open(file) as image:  # .mpo: the other images are previews
+                    pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+                duration = f"{milliseconds:.0f} ms" + (f", the first of {pages} frames" if pages > 1 else "")
+        except (FileNotFoundError, ValueError) as error:  # an output that cannot be written (OSError) ends the run
+            if len(files) == 1:
+                raise
+            print(utils.printable(f"error: {error}"))
+            incomplete += 1
+            continue
+        summary = ", ".join(f"{count} {name}" for name, count in names.items()) or "nothing"
+        print(utils.printable(f"{file}: {summary} in {duration} -> {output}"))
+        if stopped:
+            print(utils.printable(f"stopped by Ctrl-C: {output} contains the frames so far"))
+            break
+    if incomplete:
+        sys.exit(f"{incomplete} of {len(files)} files could not be read, or only in part")
 
 
 def main():
@@ -192,39 +218,9 @@ def main():
         source = identities[0][min(overwritten)]
         raise ValueError(f"{source}: a drawing would replace this source; set another OUTPUT_DIR")
     table = os.path.join(OUTPUT_DIR, "detections.csv")
-    utils.write_file(table, b"file,frame,class,confidence,x1,y1,x2,y2\r\n")
-    incomplete, stopped = 0, False
-    for file, output in zip(files, outputs, strict=True):
-        start = time.perf_counter()
-        try:
-            if output.endswith(".mp4"):
-                frames, expected, names, stopped = draw_video(file, output, detector, table)
-                is_exact = file.lower().endswith((".mp4", ".mov", ".avi"))  # of others, OpenCV estimates the number
-                is_short = not stopped and frames < expected * (1 if is_exact else 0.9)
-                incomplete += is_short and is_exact
-                counted = f"{frames} of {expected} frames" if is_short else f"{frames} frames"
-                duration = f"{counted} and {time.perf_counter() - start:.1f} s"
-            else:
-                picture, rows, milliseconds = draw_detections(read_image(file), *detector)
-                utils.write_picture(output, picture.save, format="JPEG", quality=92)
-                append_rows(table, file, "", rows)
-                names = Counter(name for name, *_ in rows)
-                with Image.open(file) as image:  # .mpo: the other images are previews
-                    pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-                duration = f"{milliseconds:.0f} ms" + (f", the first of {pages} frames" if pages > 1 else "")
-        except (FileNotFoundError, ValueError) as error:  # an output that cannot be written (OSError) ends the run
-            if len(files) == 1:
-                raise
-            print(utils.printable(f"error: {error}"))
-            incomplete += 1
-            continue
-        summary = ", ".join(f"{count} {name}" for name, count in names.items()) or "nothing"
-        print(utils.printable(f"{file}: {summary} in {duration} -> {output}"))
-        if stopped:
-            print(utils.printable(f"stopped by Ctrl-C: {output} contains the frames so far"))
-            break
-    if incomplete:
-        sys.exit(f"{incomplete} of {len(files)} files could not be read, or only in part")
+    with open(table, "w", buffering=1, newline="", encoding="utf-8", errors="surrogateescape") as stream:
+        csv.writer(stream).writerow(("file", "frame", "class", "confidence", "x1", "y1", "x2", "y2"))
+        draw_files(files, outputs, detector, csv.writer(stream))
 
 
 if __name__ == "__main__":

@@ -140,8 +140,8 @@ class YoloLoss(nn.Module):
 # ---------------------------------------------------------------- python loss.py: a worked example
 
 
-def print_example(equation: str) -> None:
-    """Prints each term of the loss for one image in plain arithmetic, beside the value of YoloLoss.
+def print_example() -> None:
+    """Prints each term of Darknet's loss for one image in plain arithmetic, beside the value of YoloLoss.
 
     The image has 2 x 2 cells, 2 anchors and 3 classes. Its only object, of class 1, is assigned to anchor 1, row 1,
     column 0.
@@ -155,11 +155,7 @@ def print_example(equation: str) -> None:
     predictions[0, 0, 1, 0] = torch.tensor([0.8, -0.4, 0.1, -0.2, 0.5, 0.0, 0.0, 0.0])
     targets = torch.zeros(1, 2, 2, 2, 6)
     targets[0, 1, 1, 0] = torch.tensor([1, x, y, w, h, 1])
-    is_darknet = equation == "darknet"
-    lambdas = (1.0, 5.0, 1.0, 1.0) if is_darknet else (5.0, 1.0, 0.5, 1.0)  # yolov2-voc.cfg; YOLOv1 sec. 2.2
-    lambda_coord, lambda_object, lambda_no_object, lambda_class = lambdas
-    half, half_text = (0.5, "1/2 * ") if is_darknet else (1.0, "")
-    terms = YoloLoss(anchors, *lambdas, equation=equation)(predictions, targets, images_seen=0)
+    terms = YoloLoss(anchors)(predictions, targets, images_seen=0)  # lambda_object is 5, the others are 1
 
     def sigma(value):
         return 1 / (1 + math.exp(-value))
@@ -175,25 +171,17 @@ def print_example(equation: str) -> None:
     sigma_x, sigma_y, sigma_o = sigma(t_x), sigma(t_y), sigma(t_o)
     iou = iou_with_object(0 + sigma_x, 1 + sigma_y, b_w, b_h)
     sizes = f"b_w = {p_w} e^{t_w} = {b_w:.4f}, b_h = {p_h} e^{t_h} = {b_h:.4f}"
-    print(f'\nequation="{equation}", lambdas of coord, object, no_object, class: {lambdas}; units are grid cells')
+    print("Darknet's loss of one object, with the lambdas of yolov2-voc.cfg; units are grid cells")
     print(f"  object       anchor 1 ({p_w} x {p_h}), row 1, column 0: x {x}, y {y}, w {w}, h {h}, class 1")
     print(f"  prediction   t_x {t_x}, t_y {t_y}, t_w {t_w}, t_h {t_h}, t_o {t_o}, class logits {logits}")
     print(f"  box          {sizes}, IoU with the object {iou:.4f}")
 
     error_xy = (sigma_x - x) ** 2 + (sigma_y - y) ** 2
     text_xy = f"({sigma_x:.4f} - {x})^2 + ({sigma_y:.4f} - {y})^2"
-    if is_darknet:
-        error_wh = (t_w - math.log(w / p_w)) ** 2 + (t_h - math.log(h / p_h)) ** 2
-        error = (2 - w * h / 4) * (error_xy + error_wh)
-        text = f"(2 - {w} * {h} / 4) * [{text_xy} + ({t_w} - ln {w}/{p_w})^2 + ({t_h} - ln {h}/{p_h})^2]"
-    else:
-        error_wh = (math.sqrt(b_w) - math.sqrt(w)) ** 2 + (math.sqrt(b_h) - math.sqrt(h)) ** 2
-        error = error_xy + error_wh
-        text = f"[{text_xy} + (sqrt {b_w:.4f} - sqrt {w})^2 + (sqrt {b_h:.4f} - sqrt {h})^2]"
-    show("coord", f"{half_text}{lambda_coord} * {text}", half * lambda_coord * error)
-
-    error = (sigma_o - iou) ** 2
-    show("object", f"{half_text}{lambda_object} * ({sigma_o:.4f} - {iou:.4f})^2", half * lambda_object * error)
+    error_wh = (t_w - math.log(w / p_w)) ** 2 + (t_h - math.log(h / p_h)) ** 2
+    text = f"(2 - {w} * {h} / 4) * [{text_xy} + ({t_w} - ln {w}/{p_w})^2 + ({t_h} - ln {h}/{p_h})^2]"
+    show("coord", f"1/2 * 1 * {text}", 0.5 * (2 - w * h / 4) * (error_xy + error_wh))
+    show("object", f"1/2 * 5 * ({sigma_o:.4f} - {iou:.4f})^2", 0.5 * 5 * (sigma_o - iou) ** 2)
 
     squares, texts, prior = 0.0, [], 0.0
     for a, row, column in itertools.product(range(2), repeat=3):
@@ -203,24 +191,19 @@ def print_example(equation: str) -> None:
         prior += 0.5 * PRIOR_WEIGHT * ((sigma(t_x) - 0.5) ** 2 + (sigma(t_y) - 0.5) ** 2 + t_w**2 + t_h**2)
         b_w, b_h = anchors[a][0] * math.exp(t_w), anchors[a][1] * math.exp(t_h)
         iou = iou_with_object(column + sigma(t_x), row + sigma(t_y), b_w, b_h)
-        if is_darknet and iou > 0.6:
+        if iou > 0.6:
             texts.append(f"[left out, IoU {iou:.2f} > 0.6]")
         else:
             squares += sigma(t_o) ** 2
             texts.append(f"{sigma(t_o):.3f}^2")
-    show("no_object", f"{half_text}{lambda_no_object} * ({' + '.join(texts)})", half * lambda_no_object * squares)
+    show("no_object", f"1/2 * 1 * ({' + '.join(texts)})", 0.5 * squares)
 
     p = [math.exp(logit) / sum(map(math.exp, logits)) for logit in logits]  # softmax
-    if is_darknet:
-        show("class", f"{lambda_class} * -ln {p[1]:.4f}", lambda_class * -math.log(p[1]))
-        text = "1/2 * 0.01 * sum of (sigma(t_x)-.5)^2 + (sigma(t_y)-.5)^2 + t_w^2 + t_h^2 in the 7 other slots"
-        show("prior", text, prior)
-    else:
-        text = f"({p[0]:.4f} - 0)^2 + ({p[1]:.4f} - 1)^2 + ({p[2]:.4f} - 0)^2"
-        show("class", f"{lambda_class} * [{text}]", lambda_class * (p[0] ** 2 + (p[1] - 1) ** 2 + p[2] ** 2))
+    show("class", f"1 * -ln {p[1]:.4f}", -math.log(p[1]))
+    text = "1/2 * 0.01 * sum of (sigma(t_x)-.5)^2 + (sigma(t_y)-.5)^2 + t_w^2 + t_h^2 in the 7 other slots"
+    show("prior", text, prior)
     print(f"  total     = {terms['total']:.6f}")
 
 
 if __name__ == "__main__":
-    print_example("darknet")
-    print_example("yolov1")
+    print_example()

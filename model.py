@@ -113,8 +113,7 @@ def reorg(maps: Tensor, stride: int = 2) -> Tensor:
 
 
 class YOLOv2(nn.Module):
-    """YOLOv2 as in yolov2-voc.cfg; its modules are registered in the order of the cfg file, which is that of a Darknet
-    file."""
+    """YOLOv2 as in yolov2-voc.cfg; its modules are registered in the order of the cfg, that of a Darknet file."""
 
     def __init__(self, num_classes: int = 20, num_anchors: int = 5):
         super().__init__()
@@ -248,6 +247,7 @@ def read_detector(file: str | os.PathLike) -> tuple[YOLOv2, dict]:
         advice = "pass it to train.py as PRETRAINED"
         raise ValueError(f"{file}: holds a classifier of darknet_train*.py, not a detector; {advice}")
     with utils.reading(file, "checkpoint of train.py", "use another one"):
+        utils.check_classes("its classes", list(state["classes"]))
         # not image_size: MULTI_SCALE may go beyond it
         state["anchors"] = read_anchors(state["anchors"], largest_size=LARGEST_SIZE)
         model = YOLOv2(len(state["classes"]), len(state["anchors"]))

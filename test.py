@@ -68,8 +68,7 @@ ERROR_COLUMNS = (*FALSE_POSITIVES, "missed", "confused_with", "confused_with_cou
 
 
 def measure(detections, truths, classes, fixed_threshold):
-    """-> a row (dict of COLUMNS) and a curve (precisions, recalls) per class; AP, recall and F1 are NaN for a class
-    without ground truth."""
+    """-> a row (dict of COLUMNS) and a curve (precisions, recalls) per class; NaN: AP, recall, F1 without truths."""
     steps = range(55, 100, 5)  # percent of IoU
     strict = {step: utils.average_precision(detections, truths, len(classes), step / 100).numpy() for step in steps}
     rows, curves = [], []
@@ -159,8 +158,7 @@ def print_errors(rows):
 
 def draw_worst(dataset, detections, truths, errors, file):
     """Draws up to 12 errors: the 4 largest missed objects and the 8 most confident false positives, or more of one
-    if there are fewer of the other. Coloured: the detection or the missed object; thin and white: all ground truths.
-    -> number of panels."""
+    if there are fewer of the other; ground truths are thin and white. -> number of panels."""
     kinds, confused_with, missed = errors
     false_positives = [k for k in np.argsort(-detections[:, 2], kind="stable") if kinds[k] in FALSE_POSITIVES]
     areas = (truths[:, 5:] - truths[:, 3:5] + 1).prod(axis=1)
@@ -200,8 +198,7 @@ def draw_worst(dataset, detections, truths, errors, file):
 
 
 def draw_curves(rows, curves, file):
-    """Precision over recall, one panel per class with its AP in the title; at most 20 classes, those with the lowest
-    AP."""
+    """Precision over recall, a panel per class with its AP in the title; at most the 20 of the lowest AP."""
     lowest = sorted(range(len(rows)), key=lambda c: (math.isnan(rows[c]["ap_all"]), rows[c]["ap_all"]))[:20]
     from matplotlib import pyplot as plt
 

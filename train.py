@@ -18,18 +18,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import dataset
 import model as yolov2_model
 import utils
-from dataset import (
-    VOCDataset,
-    check_training_sets,
-    collate,
-    drop_broken_images,
-    files_of_step,
-    read_image,
-    steps_per_epoch,
-    training_batches,
-)
 from loss import YoloLoss
 
 # data
@@ -85,9 +76,6 @@ COMPILE = False  # torch.compile: faster on a GPU, after minutes of start-up
 def check_settings():
     """Raises ValueError or OSError for an invalid setting."""
     utils.check_settings(globals())
-    utils.check_schedule(LR_SCHEDULE, LR_DROPS, EPOCHS)
-    if BATCH_SIZE % SUBDIVISIONS:
-        raise ValueError(f"BATCH_SIZE {BATCH_SIZE} must be a multiple of SUBDIVISIONS {SUBDIVISIONS}")
     utils.check_writable(CHECKPOINT)
 
 
@@ -100,11 +88,11 @@ LOSS_TERMS = ("coord", "object", "no_object", "class", "prior", "total")
 def read_data_sets(anchors, broken_list):
     """-> the training set, and the sets to evaluate: train_map (first training images, not augmented) and val_map."""
     common = {"anchors": anchors, "image_size": IMAGE_SIZE, "classes": CLASSES, "tolerate": TOLERATE}
-    train_set = VOCDataset(DATA_DIR, IMAGE_SETS, augment=AUGMENT, **common)
+    train_set = dataset.VOCDataset(DATA_DIR, IMAGE_SETS, augment=AUGMENT, **common)
     eval_sets = {"train_map": train_set.changed(augment=False, samples=train_set.samples[:EVAL_TRAIN_IMAGES])}
     if VAL_IMAGE_SETS:
-        eval_sets["val_map"] = VOCDataset(DATA_DIR, VAL_IMAGE_SETS, **common)
-    check_training_sets(train_set, eval_sets)
+        eval_sets["val_map"] = dataset.VOCDataset(DATA_DIR, VAL_IMAGE_SETS, **common)
+    dataset.check_training_sets(train_set, eval_sets)
     if len(train_set) > 100 and (not AUGMENT or REPEAT > 1):
         print(f"AUGMENT=True REPEAT=1 suit {len(train_set)} images; the defaults are for the sample of 16")
     if min(BATCH_SIZE // SUBDIVISIONS, len(train_set) * REPEAT) == 1 and min(MULTI_SCALE or [IMAGE_SIZE]) == 32:
@@ -112,7 +100,7 @@ def read_data_sets(anchors, broken_list):
     if broken_list:
         train_set.broken_list = broken_list
         for eval_set in eval_sets.values():
-            drop_broken_images(eval_set, broken_list)
+            dataset.drop_broken_images(eval_set, broken_list)
     return train_set, eval_sets
 
 
@@ -136,7 +124,7 @@ def evaluate(model, eval_set, device, dtype, stop):
         found, truths, _ = utils.detect_dataset(model.eval(), eval_set, *settings, should_stop=asked)
     mean = utils.mean_average_precision(utils.average_precision(found, truths, len(eval_set.classes)))
     if not stop.reason:
-        images = [read_image(sample.image_file) for sample in eval_set.samples[:8]]
+        images = [dataset.read_image(sample.image_file) for sample in eval_set.samples[:8]]
         utils.draw_samples(images, eval_set.classes, found, truths, f"{CHECKPOINT.removesuffix('.pt')}_samples.jpg")
         if mean == 0:  # distinguishes no detections from wrong ones
             tqdm.write(f"mAP is 0: {len(found)} detections at {EVAL_THRESHOLD} for {len(truths)} ground truths")
@@ -157,11 +145,11 @@ def main():
     broken_list = f"{stem}_broken.txt" if BROKEN_IMAGES == "skip" else ""
     train_set, eval_sets = read_data_sets(anchors, broken_list)
     classes = train_set.classes
-    steps = steps_per_epoch(len(train_set) * REPEAT, BATCH_SIZE, SUBDIVISIONS)
+    steps = dataset.steps_per_epoch(len(train_set) * REPEAT, BATCH_SIZE, SUBDIVISIONS)
     total_steps = EPOCHS * steps
     utils.print_long_burn_in(BURN_IN, total_steps)
     sampling = (len(train_set), BATCH_SIZE, SUBDIVISIONS, MULTI_SCALE or [IMAGE_SIZE], SEED)
-    batches_from = functools.partial(training_batches, *sampling, repeat=REPEAT)  # batches_from(first_step)
+    batches_from = functools.partial(dataset.training_batches, *sampling, repeat=REPEAT)  # batches_from(first_step)
 
     # model, loss, optimiser
     model = yolov2_model.YOLOv2(len(classes), len(anchors)).to(device, memory_format=torch.channels_last)
@@ -192,7 +180,7 @@ def main():
 
     device_text = utils.device_text(device)
     print(f"{len(train_set)} images, {EPOCHS} x {steps} steps, {MULTI_SCALE or IMAGE_SIZE} px, {device_text}, {dtype}")
-    loading = utils.loader_options(NUM_WORKERS, device) | {"collate_fn": collate}
+    loading = utils.loader_options(NUM_WORKERS, device) | {"collate_fn": dataset.collate}
     data = iter(DataLoader(train_set, batch_sampler=batches_from(state["step"]), **loading))
     bar = tqdm(total=total_steps, initial=state["step"], unit="step", disable=None)
     schedule = (total_steps, LEARNING_RATE, LR_SCHEDULE, BURN_IN, LR_POWER, [drop * steps for drop in LR_DROPS])
@@ -227,7 +215,7 @@ def main():
                 clip_grads_with_norm_(model.parameters(), CLIP_NORM, norm)
             values = torch.cat([step_sums, norm[None]]).cpu().double()  # one transfer for all of them
             if problem := utils.problem_of_step(LOSS_TERMS, values, scaler):
-                files = files_of_step(train_set.samples, batches_from(state["step"]), SUBDIVISIONS)
+                files = dataset.files_of_step(train_set.samples, batches_from(state["step"]), SUBDIVISIONS)
                 raise ValueError(utils.divergence_message(problem, state, files, CHECKPOINT))
             scaler.step(optimizer)
             scaler.update()

@@ -2,8 +2,7 @@
 
 Letters: N images, A anchors (5), S_h x S_w grid cells, C classes (20), M = A * S_h * S_w boxes per image, K kept
 detections, D detections and G ground truths in a whole data set. Boxes are xyxy (corners) or cxcywh (centre and size),
-in fractions of the image (0..1) or in pixels as in the VOC devkit (the first pixel is 1, both end pixels belong to the
-box)."""
+in fractions of the image (0..1) or in pixels of the VOC devkit (the first is 1, both end pixels belong to a box)."""
 
 import ast
 import atexit
@@ -154,9 +153,7 @@ def detect_dataset(
 # ---------------------------------------------------------------- average precision
 
 
-def largest_overlaps(
-    detections: np.ndarray, truths: np.ndarray, num_classes: int, any_class: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
+def largest_overlaps(detections, truths, num_classes: int, any_class=False) -> tuple[np.ndarray, np.ndarray]:
     """The largest IoU (D,) of each detection with the ground truths of its image and class (any_class: of its image),
     and the row (D,) of that ground truth: the first for ties, -1 without overlap. Tables as in average_precision."""
     # Ground truths sorted by key: those that a detection may match are a contiguous range, found by binary search.
@@ -187,9 +184,7 @@ def largest_overlaps(
     return best_iou, best_truth
 
 
-def assign_detections(
-    detections: np.ndarray, truths: np.ndarray, num_classes: int, iou_threshold: float = 0.5
-) -> tuple[np.ndarray, ...]:
+def assign_detections(detections, truths, num_classes: int, iou_threshold=0.5) -> tuple[np.ndarray, ...]:
     """Assigns each detection to a ground truth by the rules of the VOC devkit (VOCevaldet.m); tables as in
     average_precision.
 
@@ -211,9 +206,7 @@ def assign_detections(
     return best_iou, best_truth, is_true_positive, is_ignored
 
 
-def precision_recall(
-    detections, ground_truths, num_classes: int, iou_threshold: float = 0.5
-) -> list[tuple[np.ndarray, ...]]:
+def precision_recall(detections, ground_truths, num_classes: int, iou_threshold=0.5) -> list[tuple[np.ndarray, ...]]:
     """(confidences, precisions, recalls) of each class after each detection that is not ignored, by descending
     confidence; arguments as in average_precision. Recall is NaN for a class without ground truth."""
     detections = np.asarray(detections, dtype=np.float64).reshape(-1, 7)
@@ -234,9 +227,7 @@ def precision_recall(
     return curves
 
 
-def average_precision(
-    detections, ground_truths, num_classes: int, iou_threshold: float = 0.5, metric: str = "all_points"
-) -> Tensor:
+def average_precision(detections, ground_truths, num_classes: int, iou_threshold=0.5, metric="all_points") -> Tensor:
     """Average precision of each class by the rules of the VOC devkit (see assign_detections) -> (num_classes,) float64.
 
     detections: (D, 7) image index, class, confidence, x1, y1, x2, y2; ground_truths: (G, 7) image index, class,
@@ -326,6 +317,9 @@ def pick_device(name: str = "auto") -> torch.device:
     """The device for "auto" (the first CUDA GPU, otherwise the CPU), a GPU number or a PyTorch device name."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda" and is_too_old():
+            print("the GPU is too old for this PyTorch, so the CPU computes; an older PyTorch may support it")
+            name = "cpu"
     try:
         device = torch.device(f"cuda:{name}" if str(name).isdigit() else name)
     except RuntimeError:
@@ -340,6 +334,13 @@ def pick_device(name: str = "auto") -> torch.device:
             torch.cuda.set_device(device)  # for functions that ask for the current device
     torch.backends.cudnn.benchmark = True  # chooses the fastest convolutions for each image size
     return device
+
+
+def is_too_old() -> bool:
+    """Whether this PyTorch was built for newer GPUs than the first one."""
+    built_for = [int(name[3:].rstrip("af")) for name in torch.cuda.get_arch_list() if name.startswith("sm_")]
+    major, minor = torch.cuda.get_device_capability(0)
+    return 10 * major + minor < min(built_for, default=0)  # empty: ROCm
 
 
 def device_text(device: torch.device) -> str:
@@ -384,8 +385,7 @@ def pick_precision(name: str, device: torch.device, resumed: str = "") -> torch.
 
 @torch.no_grad()
 def time_convolution() -> list[float]:
-    """Milliseconds that a convolution of the backbone (256 to 512 channels at 26 x 26) takes on the CPU in float32 and
-    bfloat16."""
+    """Milliseconds of a convolution (256 to 512 channels at 26 x 26) on the CPU in float32 and bfloat16."""
     layers = []
     for dtype in (torch.float32, torch.bfloat16):  # ones: drawing random numbers would change the initial weights
         maps, kernel = torch.ones(1, 256, 26, 26, dtype=dtype), torch.ones(512, 256, 3, 3, dtype=dtype)
@@ -490,8 +490,7 @@ def loader_options(num_workers: int, device: torch.device) -> dict:
 
 
 def ignore_signals(worker: int) -> None:
-    """worker_init_fn of a DataLoader: signals reach all processes of a run, but only the main process reacts to
-    them."""
+    """worker_init_fn of a DataLoader: signals reach all processes of a run, but only the main process reacts."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -513,8 +512,7 @@ def first_line(error: Exception) -> str:
 
 
 def printable(text: str) -> str:
-    """Text with backslash escapes for undecodable bytes and for characters that cannot be seen, except the joiners of
-    Persian and Indian scripts."""
+    """Text with escapes for what cannot be decoded or seen, except the joiners of Persian and Indian scripts."""
     special = {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs")} - {"\u200c", "\u200d"}
     return "".join(c.encode("unicode_escape", "surrogatepass").decode() if c in special else c for c in text)
 
@@ -557,18 +555,15 @@ def file_name(text: str) -> str:
 
 
 def check_classes(source: str, classes: list[str]) -> list[str]:
-    """Returns the class names; raises ValueError, naming their source, if one cannot be part of a file name or two
-    would clash."""
+    """Returns the class names; raises ValueError, naming their source, if they cannot be parts of file names."""
     if not classes:
         raise ValueError(f"{source}: contains no class names")
     files = {}
     for name in classes:
-        if not isinstance(name, str) or not name or name != name.strip():
-            raise ValueError(f"{source}: {name!r} is not a class name; use text without spaces around it")
-        if any(c.isspace() and c != " " for c in name):
-            raise ValueError(f"{source}: {name!r} has an unusual space; use plain ones")
-        if printable(name) != name:
-            raise ValueError(f"{source}: {printable(name)!r} contains characters that cannot be seen; remove them")
+        plain = isinstance(name, str) and printable(name) == name and not re.search(r"^\s|[^\S ]|\s$|^$", name)
+        if not plain:
+            advice = "use text without spaces around it, unusual spaces or characters that cannot be seen"
+            raise ValueError(f"{source}: {printable(repr(name))} is not a class name; {advice}")
         file = file_name(composed(name))
         if file in files:
             raise ValueError(f"{source}: {files[file]!r} and {name!r} would share a file of detections; rename one")
@@ -612,8 +607,7 @@ def write_picture(file: str | os.PathLike, save: Callable, **options) -> None:
 
 
 def check_writable(file: str | os.PathLike) -> None:
-    """Raises OSError or ValueError, naming the file, if atomic_write would fail: better before training than after an
-    epoch."""
+    """Raises OSError or ValueError, naming the file, if atomic_write would fail: better now than after an epoch."""
     if not os.path.basename(file):
         raise ValueError(f"{os.fspath(file)!r} is no file name; set CHECKPOINT or OUTPUT")
     folder = os.path.dirname(os.path.realpath(file))
@@ -630,22 +624,15 @@ def check_writable(file: str | os.PathLike) -> None:
 
 
 def is_torch_file(file: str | os.PathLike) -> bool:
-    """Whether torch.save wrote a file, by its first bytes: a zip archive or a pickle. The suffix decides if the file is
-    missing, or damaged so that it is not a Darknet file either."""
-    suffix_fits = os.fspath(file).endswith((".pt", ".pth"))
-    if not os.path.isfile(file):
-        return suffix_fits
-    with open(file, "rb") as stream:
-        start = stream.read(8)
-    is_darknet = len(start) == 8 and start[2:4] == start[6:8] == b"\0\0"  # int32 major and minor version, small numbers
-    return start.startswith((b"PK", b"\x80")) or (suffix_fits and not is_darknet)
+    """Whether torch.save wrote a file: it has the suffix or is a zip archive. Others are taken for Darknet's."""
+    return os.fspath(file).endswith((".pt", ".pth", ".pth.tar")) or zipfile.is_zipfile(file)
 
 
 LARGEST_WEIGHT = 1e9  # far above any trained weight; abs() < it is false for NaN, infinity and most flipped exponents
 
 
 def check_weights(file: str | os.PathLike, weights: dict[str, Tensor]) -> None:
-    """Raises ValueError, naming the file, for damaged weights: not finite, a negative running variance, a kernel of
+    """Raises ValueError, naming the file, for weights that are not finite, a negative running variance, a kernel of
     zeros, or zeros at the end of the last kernel (an incomplete download)."""
     tensors = [tensor for tensor in weights.values() if isinstance(tensor, Tensor) and tensor.dtype != torch.bool]
     kernels = [tensor for tensor in tensors if tensor.ndim == 4]
@@ -695,10 +682,7 @@ def load_checkpoint(file: str | os.PathLike, device: str | torch.device = "cpu",
         if missing := [key for key in keys if key not in state.keys()]:  # noqa: SIM118 - only a dict has keys()
             raise ValueError(f"it has no {', '.join(missing)}")
         weights = dict(state.get("model", {}))
-        classes = list(state.get("classes", []))
     check_weights(file, weights)
-    if classes:
-        check_classes(os.fspath(file), classes)
     return state
 
 
@@ -726,11 +710,7 @@ def resume(file: str | os.PathLike, model: nn.Module, optimizer, scaler, setting
     if missing := [name for name in fixed if name not in old]:
         raise ValueError(f"{file}: a checkpoint of another script, without {', '.join(missing)}; resume it there")
     changed = [name for name in settings if name in old and json.dumps(old[name]) != json.dumps(settings[name])]
-
-    def shown(value):  # marked if cut: two long lists may differ only later
-        return repr(value) if len(repr(value)) <= 200 else f"{value!r:.200}... ({len(value)} in all)"
-
-    refused = [f"{name} was {shown(old[name])} and is {shown(settings[name])}" for name in changed if name in fixed]
+    refused = [f"{name} was {old[name]!r:.200} and is {settings[name]!r:.200}" for name in changed if name in fixed]
     if refused:
         advice = "set it back, or start a new run from its weights (RESUME_WEIGHTS, PRETRAINED)"
         raise ValueError(f"{file}: cannot resume with changed settings: {'; '.join(refused)}; {advice}")
@@ -739,10 +719,6 @@ def resume(file: str | os.PathLike, model: nn.Module, optimizer, scaler, setting
             print(f"changed since {file} was written: {name} {old[name]!r} -> {settings[name]!r}")
     with reading(file, "checkpoint of this model and optimiser", "start a new run"):
         model.load_state_dict(saved["model"])
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for index, buffers in saved["optimizer"]["state"].items():  # a fused step on other shapes would crash
-            if any(buffer.ndim and buffer.shape != parameters[index].shape for buffer in buffers.values()):
-                raise ValueError("the optimiser's buffers have other shapes than the weights")
         # of the groups, only the rate: all else is in this run's settings
         pairs = zip(optimizer.state_dict()["param_groups"], saved["optimizer"]["param_groups"], strict=True)
         groups = [own | {"lr": saved_group["lr"]} for own, saved_group in pairs]
@@ -760,8 +736,7 @@ def resume(file: str | os.PathLike, model: nn.Module, optimizer, scaler, setting
 
 def keep_earlier_run(checkpoint: str, start_file: str) -> None:
     """Renames checkpoint, best checkpoint and metrics of an earlier run to `<file>.old1`, or the next free number, and
-    says so. start_file: the weights that the new run starts from; it stays (and is copied), because a restart needs
-    it."""
+    says so. start_file: the weights that the new run starts from; it is copied, because a restart needs it."""
     stem, kept = checkpoint.removesuffix(".pt"), []
     files = (checkpoint, f"{stem}_best.pt", f"{stem}_metrics.csv")
     number = next(n for n in itertools.count(1) if not any(os.path.exists(f"{file}.old{n}") for file in files))
@@ -802,6 +777,14 @@ def print_epoch(row: dict, left: str) -> None:
     print("  ".join([*shown, left] if left else shown), flush=True)
 
 
+def print_scores(sums: Tensor, stop: types.SimpleNamespace) -> None:
+    """Prints a validation without training; sums: loss, top-1 hits, top-5 hits, images. Exits with 1 if stopped."""
+    loss, top1, top5 = (sums[:3] / sums[3]).tolist()
+    print_epoch({"val_loss": loss, "val_top1": top1, "val_top5": top5, "val_images": int(sums[3])}, "")
+    if stop.reason:
+        sys.exit(f"stopped by {stop.reason} before all images were validated")
+
+
 def write_metrics(stem: str, rows: list[dict]) -> None:
     """Writes the rows of a run's epochs, None where not evaluated, as `<stem>_metrics.csv` and `<stem>_charts.png`."""
     if not rows:
@@ -819,8 +802,7 @@ def write_metrics(stem: str, rows: list[dict]) -> None:
 
 
 def draw_charts(rows: list[dict], chart_file: str | os.PathLike) -> None:
-    """Draws the rows of write_metrics as a PNG: one panel per loss term, one for all scores, one for the learning
-    rate."""
+    """Draws the rows of write_metrics as a PNG: a panel per loss term, one for the scores, one for the rate."""
     from matplotlib import pyplot as plt  # here, because it takes a second to import
 
     scores = [name for name in rows[-1] if name.startswith(("train_", "val_")) and not name.endswith("loss")]
@@ -832,20 +814,17 @@ def draw_charts(rows: list[dict], chart_file: str | os.PathLike) -> None:
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (title, names) in zip(axes.flat, panels.items(), strict=False):
-        values = []
-        for name in names:
-            measured = [row for row in rows if row.get(name) is not None]
-            if measured:
-                epochs, values = [row["epoch"] for row in measured], [row[name] for row in measured]
-                axis.plot(epochs, values, marker="." if len(values) < 40 else None, label=name)
+        points = {name: [(row["epoch"], row[name]) for row in rows if row.get(name) is not None] for name in names}
+        for name, pairs in points.items():
+            if pairs:
+                axis.plot(*zip(*pairs, strict=True), marker="." if len(pairs) < 40 else None, label=name)
+        values = [value for pairs in points.values() for _, value in pairs]
         if title == "scores":
-            for name in ("val_map", "val_top1", "train_map"):  # the first one measured decides on the best checkpoint
-                scored = [row for row in rows if row.get(name) is not None and math.isfinite(row[name])]
-                measured = [(row[name], row["epoch"]) for row in scored]
-                if measured:
-                    value, epoch = max(measured)
-                    axis.plot([epoch], [value], "k*", markersize=10, label=f"best: {value:.3f} in epoch {epoch}")
-                    break
+            # the first score that was measured decides on the best checkpoint
+            decisive = next((points[name] for name in ("val_map", "val_top1", "train_map") if points.get(name)), [])
+            if scored := [(value, epoch) for epoch, value in decisive if math.isfinite(value)]:
+                value, epoch = max(scored)
+                axis.plot([epoch], [value], "k*", markersize=10, label=f"best: {value:.3f} in epoch {epoch}")
             axis.set_ylim(0, 1.02)
             if axis.lines:
                 axis.legend(loc="best", fontsize=8)
@@ -861,8 +840,7 @@ def draw_charts(rows: list[dict], chart_file: str | os.PathLike) -> None:
 
 
 def advance(bar, images: int, start: float, loss: Tensor) -> None:
-    """Moves the progress bar by one step and shows the images per second since `start` (time.monotonic()) and the
-    step's loss, a scalar on the CPU."""
+    """Moves the progress bar by a step; shows the images per second since `start` (time.monotonic()) and the loss."""
     if not bar.disable:
         speed = images / (time.monotonic() - start)
         bar.set_postfix_str(f"{speed:.1f} images/s, loss {loss:.3g}", refresh=False)
@@ -870,8 +848,7 @@ def advance(bar, images: int, start: float, loss: Tensor) -> None:
 
 
 def time_left(began: float, done: int, remaining: int) -> str:
-    """How long the remaining steps take at the pace of those done since `began` (time.monotonic()), evaluations
-    included."""
+    """The time for the remaining steps at the pace of those done since `began` (time.monotonic()), with evaluations."""
     if not remaining:
         return ""
     minutes = (time.monotonic() - began) / max(done, 1) * remaining / 60
@@ -888,7 +865,7 @@ def finish(bar, broken_list: str) -> None:
 
 # ---------------------------------------------------------------- settings of a script
 
-# What a setting may be on its own. The scripts' check_settings() add the rules between two settings.
+# What a setting may be on its own. The scripts' check_settings() add rules between two settings.
 WORDS = {
     "BROKEN_IMAGES": ("stop", "skip"),
     "EQUATION": ("darknet", "yolov1"),
@@ -915,8 +892,9 @@ RANGES = {name: limits for names, limits in LIMITS.items() for name in names.spl
 
 def check_settings(script_globals: dict, **ranges: tuple) -> None:
     """Raises ValueError for the first setting of a script that is outside of WORDS or RANGES; in a list, each entry
-    counts. ranges: NAME=(least, most, multiple) instead of that in RANGES."""
-    for name, value in script_settings(script_globals).items():
+    counts; then if LR_DROPS or SUBDIVISIONS do not fit. ranges: NAME=(least, most, multiple) instead of RANGES'."""
+    settings = script_settings(script_globals)
+    for name, value in settings.items():
         values = value if isinstance(value, (list, tuple)) else [value]
         if name in LISTS and values is not value:
             raise ValueError(f"{name} must be a list, not {value!r:.40}")
@@ -929,11 +907,14 @@ def check_settings(script_globals: dict, **ranges: tuple) -> None:
             if type(number) not in (int, float) or not least <= number <= most or (step and number % step):
                 kind = {0: "a number", 1: "a whole number"}.get(step, f"a multiple of {step}")
                 raise ValueError(f"{name} must be {kind} from {least} to {most:g}, not {number!r:.40}")
+    if settings.get("LR_SCHEDULE") == "steps" and min(settings["LR_DROPS"], default=0) > settings["EPOCHS"] > 0:
+        raise ValueError(f"LR_DROPS {settings['LR_DROPS']} are all above EPOCHS, so the rate would never drop")
+    if settings.get("BATCH_SIZE", 0) % (parts := settings.get("SUBDIVISIONS", 1)):
+        raise ValueError(f"BATCH_SIZE {settings['BATCH_SIZE']} must be a multiple of SUBDIVISIONS {parts}")
 
 
 def settings_block(script_globals: dict) -> str:
-    """The lines of a script's file that assign its settings, with their comments: from the first one to the first
-    function."""
+    """The lines of a script that assign its settings, with their comments: from the first one to the first function."""
     text = Path(script_globals["__file__"]).read_text("utf-8")
     above = re.split(r"^(?:def \w+\(|class \w+[(:]|@)", text, maxsplit=1, flags=re.MULTILINE)[0]
     found = re.search(r"^(# \w+\n)?[A-Z][A-Z_]+ = ", above, re.MULTILINE)
@@ -954,8 +935,7 @@ def override_globals(script_globals: dict, words: list[str]) -> None:
     exits.
 
     Values are Python literals; text needs no quotes. A value must have the type of its default, except that an int is
-    accepted for a float, and text for NAMED_LISTS; where the default is None, it must be an int or None. Other values
-    end the script with a one-line message."""
+    accepted for a float, text for NAMED_LISTS, and an int for None. Other values end the script with one line."""
     known = script_settings(script_globals)
     script = os.path.basename(script_globals["__file__"])
     if "--help" in words or "-h" in words:
@@ -989,16 +969,17 @@ def override_globals(script_globals: dict, words: list[str]) -> None:
         script_globals[name] = value
 
 
-def check_schedule(schedule: str, drops: list, epochs: int) -> None:
-    """Raises ValueError if LR_SCHEDULE="steps" would never drop the rate."""
-    if schedule == "steps" and drops and min(drops) > epochs > 0:
-        raise ValueError(f"LR_DROPS {drops} are all above EPOCHS {epochs}, so the rate would never drop")
-
-
 def print_long_burn_in(burn_in: int, total_steps: int) -> None:
     """Prints a hint if a run is too short for its burn-in."""
     if burn_in > total_steps > 0:
         print(f"BURN_IN {burn_in} exceeds the {total_steps} steps of the run: the rate never reaches LEARNING_RATE")
+
+
+ADVICE = {  # pattern in the text of an error -> what to do
+    "Too many open files": "set NUM_WORKERS=0, or raise the limit (ulimit -n 65536)",
+    "killed by signal|shared memory|unable to mmap|No space": "set NUM_WORKERS=0, or enlarge /dev/shm (--shm-size=8g)",
+    "MemoryError|out of memory|can't allocate memory": "lower BATCH_SIZE or image size, or double SUBDIVISIONS",
+}
 
 
 @contextlib.contextmanager
@@ -1015,22 +996,15 @@ def plain_errors():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python still flushes at its end
         sys.exit("error: the program that reads the output has ended")
     except (OSError, ValueError, MemoryError, RuntimeError) as error:
-        text = str(error)
-        if "Too many open files" in text:
-            sys.unraisablehook = lambda unraisable: None  # of a DataLoader that is only half made
-            sys.exit("error: too many open files; set NUM_WORKERS=0, or raise the limit (ulimit -n 65536)")
-        if isinstance(error, (OSError, ValueError)):  # a DataLoader worker's error contains its traceback
-            last = (text.strip().splitlines() or [""])[-1]
+        text = f"{type(error).__name__}: {error}"
+        last = text.strip().splitlines()[-1].rstrip(": ")  # a DataLoader worker's error contains its traceback
+        if isinstance(error, (OSError, ValueError)) and "Too many open files" not in text:
             sys.exit(f"error: {printable(re.sub(r'^[A-Za-z]+Error: ', '', last))}")
-        is_cpu = isinstance(error, MemoryError) or "can't allocate memory" in text
-        if is_cpu or "out of memory" in text:
-            device = "CPU" if is_cpu else "GPU"
-            sys.exit(f"error: the {device} ran out of memory; lower BATCH_SIZE or image size, or double SUBDIVISIONS")
-        signs = ("killed by signal", "No space left on device", "shared memory", "unable to mmap")
-        if lines := [line for line in text.splitlines() if any(sign in line for sign in signs)]:
-            advice = "set NUM_WORKERS=0, or enlarge /dev/shm (docker run --shm-size=8g)"
-            sys.exit(f"error: a DataLoader worker ran out of memory ({lines[0]}); {advice}")
-        raise
+        advice = next((advice for pattern, advice in ADVICE.items() if re.search(pattern, text)), "")
+        if not advice:
+            raise
+        sys.unraisablehook = lambda unraisable: None  # of a DataLoader that is only half made
+        sys.exit(f"error: {printable(last)}; {advice}")
 
 
 def set_seed(seed: int) -> None:
@@ -1101,12 +1075,10 @@ def draw_boxes(image: np.ndarray, boxes, labels: list[str], class_indices) -> Im
     return picture
 
 
-def draw_samples(
-    images: list[np.ndarray], classes: list[str], detections, ground_truths, file: str | os.PathLike
-) -> None:
-    """Draws the first images of a data set (H, W, 3) as a sheet: the six most confident detections of each, (D, 7), in
-    the colours of their classes, without those below a quarter of the best, and all ground truths (G, 7) as thin white
-    boxes on top; both as in average_precision."""
+def draw_samples(images: list[np.ndarray], classes: list[str], detections, ground_truths, file: str) -> None:
+    """Draws the first images of a data set (H, W, 3) as a sheet: the six most confident detections of each, (D, 7),
+    without those below a quarter of the best, and all ground truths (G, 7) as thin white boxes on top; tables as in
+    average_precision."""
     width, height, columns = 400, 300, 4  # pixels of a picture
     sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height))
     for index, image in enumerate(images):
@@ -1128,27 +1100,23 @@ def draw_samples(
 
 
 def print_examples() -> None:
-    """Prints NMS of three boxes, and the average precision of five detections, step by step, and what the functions
-    above give."""
-    a, b, c = (0.1, 0.1, 0.5, 0.5), (0.2, 0.1, 0.5, 0.5), (0.4, 0.4, 0.9, 0.9)  # x1, y1, x2, y2; b is inside a
-    print("NMS at IoU .45 of three boxes of one class, the most confident one first")
-    print(f"  a {a}, confidence .9: kept, because there is none before it")
-    print(f"  b {b}, confidence .8: IoU with a = .3 * .4 / (.16 + .12 - .12) = .75 > .45: dropped")
-    print(f"  c {c}, confidence .7: IoU with a = .1 * .1 / (.16 + .25 - .01) = .025; b does not count: kept")
-    kept = batched_nms(torch.tensor([a, b, c]), torch.tensor([0.9, 0.8, 0.7]), torch.zeros(3), 0.45)
+    """Prints NMS of three boxes and the average precision of five detections, by hand and by the functions above."""
+    boxes = [(0.1, 0.1, 0.5, 0.5), (0.2, 0.1, 0.5, 0.5), (0.4, 0.4, 0.9, 0.9)]  # b is inside a
+    kept = batched_nms(torch.tensor(boxes), torch.tensor([0.9, 0.8, 0.7]), torch.zeros(3), 0.45)
+    print("NMS at IoU .45 of three boxes x1, y1, x2, y2 of one class, the most confident one first")
+    print(f"  a {boxes[0]}: kept, because there is none before it")
+    print(f"  b {boxes[1]}: IoU with a = .3 * .4 / (.16 + .12 - .12) = .75 > .45: dropped")
+    print(f"  c {boxes[2]}: IoU with a = .1 * .1 / (.16 + .25 - .01) = .025; b does not count: kept")
     print(f"  batched_nms keeps {', '.join('abc'[index] for index in kept)}\n")
 
-    print("average precision of five detections; the image has four objects of the class, 0 to 3, and 3 is missed")
-    found = [(0.9, 0), (0.8, None), (0.7, 1), (0.6, 0), (0.5, 2)]  # confidence, object with the largest IoU
-    truths = [[0, 0, 0, 20 * k + 1, 1, 20 * k + 10, 10] for k in range(4)]  # as in average_precision
-    elsewhere, detections, taken, hits = [1, 91, 10, 100], [], set(), 0
-    for rank, (confidence, truth) in enumerate(found, start=1):
-        verdict = "nothing there" if truth is None else f"object {truth} is {'taken' if truth in taken else 'free'}"
-        hits += truth is not None and truth not in taken
-        taken.add(truth)
-        detections.append([0, 0, confidence, *(elsewhere if truth is None else truths[truth][3:])])
-        precision, recall = f"{hits}/{rank} = {hits / rank:.3f}", f"{hits}/4 = {hits / 4}"
-        print(f"  {confidence}: {verdict:17s} precision {precision}, recall {recall}")
+    print("average precision of five detections, the most confident one first; the image has four objects of the class")
+    verdicts = ("object 0, free", "nothing there", "object 1, free", "object 0, taken", "object 2, free")
+    hits = np.cumsum(["free" in verdict for verdict in verdicts])
+    for rank, (verdict, hit) in enumerate(zip(verdicts, hits, strict=True), start=1):
+        print(f"  {verdict:15s}  precision {hit}/{rank} = {hit / rank:.3f}, recall {hit}/4 = {hit / 4}")
+    truths = [[0, 0, 0, x, 1, x + 9, 10] for x in (1, 21, 41, 61)]  # tables as in average_precision
+    detections = [[0, 0, 0.9 - x / 1000, x, 1, x + 9, 10] for x in (1, 21, 41)]
+    detections += [[0, 0, 0.89, 91, 1, 100, 10], [0, 0, 0.87, 1, 1, 10, 10]]
     print("  largest precision at each recall or above: 1 up to .25, .667 up to .5, .6 up to .75, then 0")
     all_points, voc2007 = 0.25 * 1 + 0.25 * 2 / 3 + 0.25 * 0.6, (3 * 1 + 3 * 2 / 3 + 2 * 0.6 + 3 * 0) / 11
     both = [average_precision(detections, truths, 1, metric=metric).item() for metric in ("all_points", "voc2007")]

@@ -6,8 +6,8 @@
 Prints one table per part: medians, ratios to the first line, and for whole networks spread and peak memory. Each
 network runs in its own process, so that memory settings stay separate; their steps are interleaved, so that a slow
 minute of the machine affects all of them. Missing alternatives are listed and skipped (`pip install onnxruntime onnx
-onnxscript openvino torchmetrics pycocotools`; the repository needs none of them). "growth" draws
-`images/benchmark_growth.png`. It is a script, not a test: times depend on the machine.
+onnxscript openvino torchmetrics pycocotools`; the repository needs none of them). It is a script, not a test: times
+depend on the machine.
 """
 
 import contextlib
@@ -45,19 +45,16 @@ from loss import YoloLoss
 from model import ANCHORS, COCO_CLASSES, YOLOv2, darknet_cfg, load_detector
 
 # what to measure
-PARTS = ["inference", "training", "loss", "data", "postprocessing", "ap", "memory", "growth"]  # not "scale": 10 minutes
+PARTS = ["inference", "training", "loss", "data", "postprocessing", "ap", "memory"]  # not "scale": 10 minutes
 IMAGE_SIZE = 416  # pixels
 BATCHES = [1, 8]  # images, for inference
 TRAINING_BATCHES = [2, 8]  # images
-GROWTH_SIZES = list(range(288, 609, 64))  # pixels, at batch 1
-GROWTH_BATCHES = [1, 2, 4, 8, 16]  # images, at IMAGE_SIZE
 SCALE_FOLDER = "/tmp/scale"  # for "scale": data sets of full size, made once
 SCALE_STEPS = 2000  # steps after which the memory of the loader's workers is read
 CHECKPOINT = "runs/yolov2.pt"  # a trained detector, whose outputs are post-processed
 # how
 ROUNDS = 7  # timed steps of each variant
 DEVICE = "cpu"  # with "cuda", only the PyTorch variants are comparable
-FIGURE = "images/benchmark_growth.png"
 
 # ---------------------------------------------------------------- variants: each returns a function that runs one step
 
@@ -173,10 +170,11 @@ def our_training(batch, size, device, precision):
             predictions = model(images)
         terms = loss_function(predictions, targets, 20_000)
         scaler.scale(terms["total"]).backward()
-        sums = torch.stack([terms[name].detach() for name in train.LOSS_TERMS]).double()
+        sums = torch.stack([terms[name].detach() for name in train.LOSS_TERMS])
         scaler.unscale_(optimizer)
         norm = get_total_norm([parameter.grad for parameter in model.parameters()])
-        if problem := utils.problem_of_step(train.LOSS_TERMS, sums, norm, scaler):
+        values = torch.cat([sums, norm[None]]).cpu().double()
+        if problem := utils.problem_of_step(train.LOSS_TERMS, values, scaler):
             raise ValueError(problem)
         scaler.step(optimizer)
         scaler.update()
@@ -576,45 +574,6 @@ def measure_loading(weights):
         )
 
 
-def growth(weights):
-    """Time of the default inference against image size and batch size, as a table and a figure."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    sizes = {f"{size} px, batch 1": (our_inference, (weights, 1, size, DEVICE, "auto", False)) for size in GROWTH_SIZES}
-    batches = {
-        f"{IMAGE_SIZE} px, batch {batch}": (our_inference, (weights, batch, IMAGE_SIZE, DEVICE, "auto", False))
-        for batch in GROWTH_BATCHES
-    }
-    by_size = time_processes("Growth with the image size", sizes, ROUNDS, compare=False)
-    by_batch = time_processes("Growth with the batch", batches, ROUNDS, compare=False)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    times = list(by_size.values())
-    pixels = [size**2 for size in GROWTH_SIZES]
-    left.plot(GROWTH_SIZES, times, marker="o", label="measured")
-    left.plot(
-        GROWTH_SIZES,
-        [times[-1] * p / pixels[-1] for p in pixels],
-        "--",
-        color="grey",
-        label="proportional to the pixels",
-    )
-    left.set(title="batch 1", xlabel="image size, pixels", ylabel="ms", ylim=(0, None))
-    times = list(by_batch.values())
-    right.plot(GROWTH_BATCHES, [t / b for t, b in zip(times, GROWTH_BATCHES, strict=True)], marker="o")
-    right.set(
-        title=f"{IMAGE_SIZE} x {IMAGE_SIZE} pixels", xlabel="images in a batch", ylabel="ms per image", ylim=(0, None)
-    )
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-    left.legend()
-    figure.suptitle(f"Inference as test.py does it; {machine()}", fontsize=9)
-    figure.savefig(FIGURE, dpi=90)
-    print(f"wrote {FIGURE}")
-
-
 # ---------------------------------------------------------------- scale: data sets of full size
 
 # Runs a script until its optimiser has made N steps, and prints the seconds to the first one, those of a save, and the
@@ -747,9 +706,7 @@ def machine():
 
 
 def main():
-    parts = {
-        part.__name__: part for part in (inference, training, loss, data, postprocessing, ap, memory, growth, scale)
-    }
+    parts = {part.__name__: part for part in (inference, training, loss, data, postprocessing, ap, memory, scale)}
     if unknown := [name for name in PARTS if name not in parts]:
         raise ValueError(f"unknown PARTS: {', '.join(unknown)}; choose from {', '.join(parts)}")
     print(machine())

@@ -696,7 +696,7 @@ def trajectory(golden_file, tmp_path_factory):
             patch.setattr(train, name, value)
         patch.setattr(train.yolov2_model, "YOLOv2", lambda classes, anchors: model)
         patch.setattr(train, "read_data_sets", lambda anchors, broken_list: (TrajectorySet(), {}))
-        patch.setattr(train, "training_batches", batches)
+        patch.setattr(train.dataset, "training_batches", batches)
         patch.setattr(train, "YoloLoss", CostLoss)
         patch.setattr(utils, "should_stop", record)
         patch.setattr(utils, "warm_batch_norm", lambda model, batches_seen: None)

@@ -239,18 +239,13 @@ def test_every_value_of_the_worked_example_equals_that_of_the_loss(tmp_path, mon
     runpy.run_path(str(TESTS.parent / "loss.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert not list(tmp_path.iterdir())  # it only prints
-    for text in ("left out, IoU 0.90 > 0.6", "coord     = 1/2", "total     = 0.502541", "total     = 0.486326"):
-        assert text in printed
-
-    head, *examples = re.split(r'^equation="(\w+)".*$', printed, flags=re.MULTILINE)
-    assert not head.strip() and examples[::2] == ["darknet", "yolov1"]
-    for lines, names in zip(examples[1::2], (TERMS, TERMS[:4]), strict=True):
-        values = re.findall(r"^  (\w+) += .* = (-?\d+\.\d+) +YoloLoss: (-?\d+\.\d+)$", lines, re.MULTILINE)
-        assert tuple(name for name, _, _ in values) == names
-        for name, by_hand, from_the_loss in values:
-            assert float(by_hand) == pytest.approx(float(from_the_loss), abs=1.1e-6) and float(by_hand) > 0, name
-        (total,) = re.findall(r"^  total +=.* (\d+\.\d+)$", lines, re.MULTILINE)
-        assert float(total) == pytest.approx(sum(float(by_hand) for _, by_hand, _ in values), abs=1e-5)
+    assert "left out, IoU 0.90 > 0.6" in printed and "total     = 0.502541" in printed
+    values = re.findall(r"^  (\w+) += .* = (-?\d+\.\d+) +YoloLoss: (-?\d+\.\d+)$", printed, re.MULTILINE)
+    assert tuple(name for name, _, _ in values) == TERMS
+    for name, by_hand, from_the_loss in values:
+        assert float(by_hand) == pytest.approx(float(from_the_loss), abs=1.1e-6) and float(by_hand) > 0, name
+    (total,) = re.findall(r"^  total +=.* (\d+\.\d+)$", printed, re.MULTILINE)
+    assert float(total) == pytest.approx(sum(float(by_hand) for _, by_hand, _ in values), abs=1e-5)
 
 
 def test_loss_notes_draws_its_figure(tmp_path):

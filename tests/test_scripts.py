@@ -927,18 +927,19 @@ def test_the_walkthrough_draws_what_the_network_says(trained, tmp_path, monkeypa
     monkeypatch.setattr(
         walkthrough.plt.Figure, "savefig", lambda figure, *a, **k: (figures.append(figure), save(figure, *a, **k))
     )
-    own = {"CHECKPOINT": str(trained / "yolov2.pt"), "FILE": tmp_path / "walkthrough.png", "THRESHOLD": 0.0}
+    own = {"CHECKPOINT": str(trained / "yolov2.pt"), "FOLDER": str(tmp_path), "THRESHOLD": 0.0}
     set_globals(monkeypatch, walkthrough, **own)
     walkthrough.main()
-    assert Image.open(tmp_path / "walkthrough.png").size == Image.open(ROOT / "images/walkthrough.png").size
-    texts = [text.get_text() for text in figures[0].findobj(matplotlib.text.Text)]
+    for name in ("walkthrough_1.png", "walkthrough_2.png"):
+        assert Image.open(tmp_path / name).size == Image.open(ROOT / "images" / name).size
+    texts = [text.get_text() for figure in figures for text in figure.findobj(matplotlib.text.Text)]
     assert [title.split("  ")[0] for title in texts if re.match(r"\d  ", title)] == list("12345678")
     data = VOCDataset(SAMPLE, [("2007", "tiny")], ANCHORS, 64)
     index = [sample.image_id for sample in data.samples].index("000003")
     objects = data[index][1][..., 3:5][data[index][1][..., 0] > 0]  # (M, 2) width and height in cells
     assert f"{len(objects)} objects" in capsys.readouterr().out
     for anchor, iou in enumerate(dataset.shape_iou(objects, ANCHORS)[objects.prod(dim=1).argmax()].tolist()):
-        assert f"{anchor}: IoU {iou:.2f}" in texts
+        assert f"{anchor}: {iou:.2f}" in texts
     model, *_ = load_detector(trained / "yolov2.pt")
     outputs = model(data[index][0][None])
     for overlap, text in zip((1.0, 0.45), [text for text in texts if " boxes. " in text], strict=True):

@@ -189,10 +189,14 @@ def test_automatic_precision_on_a_gpu_is_float16_where_bfloat16_is_emulated(monk
     assert utils.pick_precision("auto", torch.device("cuda")) == expected
 
 
-def test_automatic_device_is_the_gpu_where_there_is_one(monkeypatch):
+def test_automatic_device_is_the_gpu_where_there_is_one_for_this_pytorch(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert utils.pick_device() == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90a", "compute_90"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (6, 1))
+    assert utils.pick_device("auto") == torch.device("cpu") and "too old" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (12, 0))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)

@@ -3,7 +3,7 @@
     python darknet_model.py                                                             prints the layers, as in Table 6
     python darknet_model.py CHECKPOINT=runs/darknet19.pt OUTPUT=runs/darknet19.weights  writes it as a Darknet file
 
-Letters: N images of H x W pixels, multiples of 32. Images are float32 RGB in 0..1, without mean and std as in Darknet.
+Letters: N images of H x W pixels, multiples of 32. Images are RGB, uint8 or 0..1, without mean and std as in Darknet.
 """
 
 import copy
@@ -32,7 +32,8 @@ def check_settings():
 
 
 # Table 6 from top to bottom: (output channels, kernel size) of each convolution; "pool" is a 2x2 max-pool of stride 2.
-# The 1x1 convolutions between the 3x3 ones reduce the channels, which keeps the network cheap.
+# The 1x1 convolutions between the 3x3 ones reduce the channels, which keeps the network cheap. Other numbers of
+# channels work if that before the last pool is a multiple of 32, but not with published weights.
 DARKNET19_LAYERS = [
     (32, 3), "pool",
     (64, 3), "pool",
@@ -216,7 +217,8 @@ def load_darknet_weights(model: nn.Module, file: str | os.PathLike) -> int:
     if numbers.size not in ends:
         raise ValueError(
             f"{file}: has {numbers.size:,} numbers, but this {type(model).__name__} takes {ends[-1]:,} or those of its "
-            f"first convolutions; the file is damaged, or of other classes or another network: {OTHER_READERS}"
+            "first convolutions; the file is damaged, of other classes (then start from a backbone, such as "
+            f"darknet19_448.conv.23) or of another network: {OTHER_READERS}"
         )
     count = ends.index(numbers.size) + 1
     copy_convolutions(convolutions[:count], numbers, file)

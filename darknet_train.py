@@ -1,7 +1,7 @@
 """Pre-trains Darknet-19 on ImageNet, on one GPU or on the CPU (YOLO9000 sec. 3, "Training for classification").
 
     python darknet_train.py                                     the sample of 18 images, a minute on a CPU
-    python darknet_train.py DATA_DIR=/data/imagenet NUM_WORKERS=8 IMAGE_SIZE=224 BATCH_SIZE=128 EPOCHS=160
+    python darknet_train.py DATA_DIR=/data/imagenet IMAGE_SIZE=224 BATCH_SIZE=128 LEARNING_RATE=0.1 EPOCHS=160
 
 Writes, named after CHECKPOINT: `runs/darknet19.pt` after each epoch, `runs/darknet19_best.pt` (best top-1),
 `runs/darknet19_metrics.csv` and `runs/darknet19_charts.png`. Continue with `train.py PRETRAINED=runs/darknet19.pt`.
@@ -24,7 +24,7 @@ import utils
 from dataset import collate, files_of_step, imagenet_dataset, steps_per_epoch, training_batches
 
 # data
-DATA_DIR = "data_samples/imagenet"  # holds train/<wnid>/ and val/<wnid>/
+DATA_DIR = "data_samples/imagenet"  # holds train/<class>/ and val/<class>/; ImageNet's class folders are wnids
 IMAGE_SIZE = 64  # pixels; 224 in the paper, 448 in its second stage
 CROP_SCALE = (0.5, 1.75)  # short side of the scaled image / crop: smallest, largest; (1.0, 1.14) in the second stage
 NUM_WORKERS = 2  # processes that load images
@@ -150,7 +150,7 @@ def main():
         utils.save_checkpoint(CHECKPOINT, model=model.state_dict(), **optimizing, **state, **metadata)
 
     counts = f"{len(train_set)} training and {len(val_set)} validation images of {len(classes)} classes"
-    print(f"{counts} on {utils.device_text(device)}")
+    print(f"{counts} on {utils.device_text(device)}, {dtype}")
     data = iter(DataLoader(train_set, batch_sampler=batches_from(state["step"]), **loading))
     bar = tqdm(total=total_steps, initial=state["step"], unit="step", disable=None)
     schedule = (total_steps, LEARNING_RATE, LR_SCHEDULE, BURN_IN, LR_POWER, [drop * steps for drop in LR_DROPS])

@@ -1,6 +1,6 @@
 """Pre-trains Darknet-19 on ImageNet on all GPUs of one machine with DataParallel (YOLO9000 sec. 3).
 
-    python darknet_train_multigpu.py DATA_DIR=/data/imagenet NUM_WORKERS=16 IMAGE_SIZE=224 BATCH_SIZE=256 EPOCHS=160
+    python darknet_train_multigpu.py DATA_DIR=/data/imagenet IMAGE_SIZE=224 BATCH_SIZE=128 LEARNING_RATE=0.1 EPOCHS=160
 
 This is darknet_train.py, except for the lines under "DataParallel:" comments. One process splits each batch over the
 GPUs and gathers the outputs. It copies the model to every GPU in every step and runs them all from one Python process,
@@ -23,7 +23,7 @@ import utils
 from dataset import collate, files_of_step, imagenet_dataset, steps_per_epoch, training_batches
 
 # data
-DATA_DIR = "data_samples/imagenet"  # holds train/<wnid>/ and val/<wnid>/
+DATA_DIR = "data_samples/imagenet"  # holds train/<class>/ and val/<class>/; ImageNet's class folders are wnids
 IMAGE_SIZE = 64  # pixels; 224 in the paper, 448 in its second stage
 CROP_SCALE = (0.5, 1.75)  # short side of the scaled image / crop: smallest, largest; (1.0, 1.14) in the second stage
 NUM_WORKERS = 2  # processes that load images
@@ -103,7 +103,8 @@ def main():
         raise ValueError(f"DEVICE={DEVICE}: DataParallel uses all visible GPUs; choose them with CUDA_VISIBLE_DEVICES")
     chunk = BATCH_SIZE // SUBDIVISIONS  # images per forward pass
     if gpus > 0 and chunk % gpus:
-        raise ValueError(f"{chunk} images (BATCH_SIZE / SUBDIVISIONS) cannot be split evenly over {gpus} GPUs")
+        advice = f"set BATCH_SIZE to a multiple of {gpus * SUBDIVISIONS}"
+        raise ValueError(f"BATCH_SIZE / SUBDIVISIONS = {chunk} images do not split evenly over {gpus} GPUs; {advice}")
     if gpus > 1 and COMPILE:
         raise ValueError("COMPILE works on one GPU; use darknet_train_multigpu_distr.py for several")
     dtype = utils.pick_precision(PRECISION, device, CHECKPOINT if RESUME else "")
@@ -167,7 +168,7 @@ def main():
         utils.save_checkpoint(CHECKPOINT, model=model.state_dict(), **optimizing, **state, **metadata)
 
     counts = f"{len(train_set)} training and {len(val_set)} validation images of {len(classes)} classes"
-    print(f"{counts} on {utils.device_text(device)}")
+    print(f"{counts} on {utils.device_text(device)}, {dtype}")
     data = iter(DataLoader(train_set, batch_sampler=batches_from(state["step"]), **loading))
     bar = tqdm(total=total_steps, initial=state["step"], unit="step", disable=None)
     schedule = (total_steps, LEARNING_RATE, LR_SCHEDULE, BURN_IN, LR_POWER, [drop * steps for drop in LR_DROPS])

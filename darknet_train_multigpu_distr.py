@@ -33,7 +33,7 @@ import utils
 from dataset import collate, files_of_step, imagenet_dataset, steps_per_epoch, training_batches
 
 # data
-DATA_DIR = "data_samples/imagenet"  # holds train/<wnid>/ and val/<wnid>/
+DATA_DIR = "data_samples/imagenet"  # holds train/<class>/ and val/<class>/; ImageNet's class folders are wnids
 IMAGE_SIZE = 64  # pixels; 224 in the paper, 448 in its second stage
 CROP_SCALE = (0.5, 1.75)  # short side of the scaled image / crop: smallest, largest; (1.0, 1.14) in the second stage
 NUM_WORKERS = 2  # processes that load images
@@ -159,14 +159,16 @@ def main():
     check_settings()
     utils.keep_freed_memory()
     utils.set_seed(SEED)
-    # DDP: each process has its own device and an equal share of each batch; only the first one prints
+    # DDP: process number `rank` of `world`; each has its own device and an equal share of each batch (all_reduce adds
+    # up over them, broadcast copies from the first one); only the first one prints
     device = join_processes()
     rank, world = dist.get_rank(), dist.get_world_size()
     if rank > 0:
         sys.stdout = io.StringIO()
     chunk = BATCH_SIZE // SUBDIVISIONS  # images per forward pass, in all processes together
     if chunk % world:
-        raise ValueError(f"BATCH_SIZE / SUBDIVISIONS = {chunk} images cannot be split evenly over {world} processes")
+        advice = f"set BATCH_SIZE to a multiple of {world * SUBDIVISIONS}"
+        raise ValueError(f"BATCH_SIZE / SUBDIVISIONS = {chunk} images do not split evenly over {world} GPUs; {advice}")
     # DDP: all use the type that the first one has measured to be faster
     dtype = of_first_process(utils.pick_precision(PRECISION, device, CHECKPOINT if RESUME else ""))
     stop = utils.catch_stop_signals(MAX_HOURS)
@@ -242,7 +244,7 @@ def main():
         utils.save_checkpoint(CHECKPOINT, model=model.state_dict(), **optimizing, **state, **metadata)
 
     counts = f"{len(train_set)} training and {len(val_set)} validation images of {len(classes)} classes"
-    print(f"{counts} on {utils.device_text(device)}")
+    print(f"{counts} on {utils.device_text(device)}, {dtype}")
     # DDP: all processes draw the same batches, and each takes every world-th image; one progress bar is enough
     batches = (batch[rank::world] for batch in batches_from(state["step"]))
     data = iter(DataLoader(train_set, batch_sampler=batches, **loading))

@@ -357,7 +357,8 @@ class ImageNetFolder(ImageFolder):
         if size not in self.transforms:
             if self.augment:
                 crop = DarknetCrop(size, (size * self.crop_scale[0], size * self.crop_scale[1]))
-                colour = DarknetColour(hue=0.1, saturation=4 / 3, exposure=4 / 3)  # cfg: .75, so 3/4 to 4/3
+                # cfg: .75; ours draws from 1..4/3 or its inverse, Darknet from 3/4..1 or its inverse
+                colour = DarknetColour(hue=0.1, saturation=4 / 3, exposure=4 / 3)
                 transforms = [crop, albumentations.HorizontalFlip(p=0.5), colour]
             else:
                 transforms = [albumentations.SmallestMaxSize(size), albumentations.CenterCrop(size, size)]
@@ -958,7 +959,7 @@ def follow_object(sample: Sample, anchors, size: int) -> list[tuple[str, list[fl
         ("cell", [column, row], "column, row: x and y without decimals"),
         ("IoU with the anchors", overlaps, f"shapes only; best: anchor {anchor}, {p_w:.2f} x {p_h:.2f} cells"),
         (f"target[{anchor}, {row}, {column}]", slot, "[anchor, row, column]: object, x, y, w, h, class"),
-        ("in the loss", in_loss, "for sigma(t_x), sigma(t_y); ln(w/p_w), ln(h/p_h)"),
+        ("in the loss", in_loss, "what sigma(t_x), sigma(t_y), t_w, t_h should be"),
     ]
 
 

@@ -5,7 +5,7 @@
 
 Writes under `runs/detect_txt/`, in pixels of the original image, where the first pixel is 1:
   detections/<image name>.txt      lines `class confidence left top right bottom`, possibly none, and
-  groundtruths/<image name>.txt    lines `class left top right bottom`: both folders as for Padilla et al.'s toolkit
+  groundtruths/<image name>.txt    lines `class left top right bottom`, for rafaelpadilla/Object-Detection-Metrics
   comp4_det_test_<class>.txt       lines `image confidence left top right bottom`, the submission of the VOC devkit
 and, in pixels that count from 0, for COCO.loadRes of pycocotools:
   coco_results.json                a list of {"image_id": .., "category_id": .., "bbox": [x, y, w, h], "score": ..}

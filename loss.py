@@ -1,6 +1,6 @@
 """The loss of YOLOv2: the region layer of Darknet, or the equation of the YOLOv1 paper with the boxes of YOLOv2.
 
-    python loss.py        computes the loss of a small example by hand and prints every number
+    python loss.py        prints the loss of a small example term by term, in plain arithmetic and from YoloLoss
 
 Letters: N images, A anchors (5), S_h x S_w grid cells (13 x 13 at 416), C classes (20), K responsible slots in the
 whole batch. A slot is one (anchor, row, column); the slot to which an object is assigned is responsible for it. Boxes

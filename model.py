@@ -4,8 +4,8 @@
     python model.py CHECKPOINT=runs/yolov2.pt OUTPUT=runs/yolov2.weights   writes yolov2.weights, yolov2.cfg and
                                                                            yolov2.names for Darknet and OpenCV
 
-Letters: N images, A anchors (5), S_h x S_w grid cells (13 x 13 at 416 x 416), C classes (20). Images are float32 RGB
-in 0..1.
+Letters: N images, A anchors (5), S_h x S_w grid cells (13 x 13 at 416 x 416), C classes (20). Images are RGB, uint8
+or in 0..1.
 """
 
 import copy
@@ -95,7 +95,8 @@ def read_classes(classes) -> list[str]:
 # ---------------------------------------------------------------- the network
 
 STRIDE = 32  # pixels of the image per grid cell
-PASSTHROUGH = 16  # index in DARKNET19_LAYERS, pools counted, of the last (13th) convolution on the 26 x 26 map
+# the layer before the last pool, the 13th convolution; its map is 26 x 26 (index 16, pools counted, as in route -9)
+PASSTHROUGH = max(index for index, layer in enumerate(DARKNET19_LAYERS) if layer == "pool") - 1
 LARGEST_SIZE = 9984  # pixels; the largest IMAGE_SIZE
 
 
@@ -122,7 +123,8 @@ class YOLOv2(nn.Module):
         channels = DARKNET19_LAYERS[-1][0]  # 1024, of the 13 x 13 maps
         self.features = darknet19_features()  # named as in Darknet19, whose weights are loaded here
         self.head = nn.Sequential(convolution(channels, channels, 3), convolution(channels, channels, 3))
-        # 512 -> 64 as in the cfg, which reorg makes 256. Paper: reorg of all 512
+        # takes the finer 26 x 26 map to the 13 x 13 one, for small objects: 512 -> 64 as in the cfg, which reorg makes
+        # 256. Paper: reorg of all 512
         self.passthrough = convolution(fine_channels, fine_channels // 8, 1)
         self.merge = convolution(fine_channels // 8 * 4 + channels, channels, 3)
         self.output = nn.Conv2d(channels, num_anchors * (5 + num_classes), kernel_size=1)  # no batch norm or activation
@@ -320,7 +322,7 @@ def load_detector(
 
 def darknet_cfg(num_classes: int, anchors, image_size: int) -> str:
     """yolov2-voc.cfg for a number of classes, anchors (A pairs in grid cells) and an image size in pixels -> its text.
-    jitter and random are those of this repository's training."""
+    jitter is that of this repository's training; random is always 0."""
 
     def convolutional(filters, size):
         normalised = f"[convolutional]\nbatch_normalize=1\nfilters={filters}\n"

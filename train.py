@@ -107,7 +107,7 @@ def read_data_sets(anchors, broken_list):
 def make_optimizer(model, dtype):
     """SGD with momentum as in the paper, or AdamW, whose weight decay is decoupled from the gradient."""
     groups = utils.parameter_groups(model, WEIGHT_DECAY)
-    # GradScaler would leave the inf check to a fused optimiser; None: one launch per operation for all parameters
+    # fused: one kernel for all parameters; not in fp16, where GradScaler would leave its inf check to the optimiser
     fused = None if dtype == torch.float16 else True
     if OPTIMIZER == "sgd":
         return torch.optim.SGD(groups, LEARNING_RATE, momentum=MOMENTUM, fused=fused)

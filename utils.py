@@ -455,7 +455,7 @@ def report_stop(bar, stop: types.SimpleNamespace, state: dict, checkpoint: str) 
     """Closes the progress bar and prints why and where a run has stopped, and how to continue."""
     bar.close()
     where = f"in epoch {state['epoch'] + 1} after step {state['step']}"
-    print(f"stopped by {stop.reason} {where}; RESUME=True continues from {checkpoint}", flush=True)
+    print(f"stopped by {stop.reason} {where}; RESUME=True in the same command continues {checkpoint}", flush=True)
 
 
 def problem_of_step(names: tuple[str, ...], values: Tensor, scaler) -> str:

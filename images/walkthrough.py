@@ -173,7 +173,7 @@ def draw_table(page, y, lines):
         top = y + 22 * row + 10 * last
         page.text(LEFT, top, step, **style)
         for column, number in enumerate(numbers):
-            text = f"{number:.0f}" if float(number).is_integer() else f"{number:.2f}"
+            text = f"{number:.0f}" if float(number).is_integer() else f"{number:.3f}"
             page.text(232 + 60 * column, top, text, ha="right", **style)
         page.text(555, top, explanation, color=style.get("color", INK))
     page.plot([LEFT, WIDTH - LEFT], [y + 22 * (len(lines) - 2) - 9] * 2, color=PALE, lw=1)
@@ -214,7 +214,7 @@ def main() -> None:
     lines.append(("the network says", [*torch.sigmoid(t_xy).tolist(), *t_wh.tolist()], says))
 
     plt.rcParams.update({"text.color": INK, "font.size": NOTE})
-    page = add_page(1112)
+    page = add_page(1130)
     note = f"The photograph is stretched to {size} x {size} pixels and divided into {cells} x {cells} cells of 32 x 32 "
     note += "pixels. The cell of an object's centre (white dot) is responsible for the object."
     grid_axes = add_picture(page, LEFT, 30, "1  One cell per object", note, photo, cells)
@@ -237,22 +237,25 @@ def main() -> None:
         page.text(x, 540, kind)
     draw_network(page, 716, photo, size, channels)
     note = f"Height and depth of a block: size of the map. Width: channels. The {channels} channels of the output:\n"
-    note += f"{len(anchors)} anchors x (t_x, t_y, t_w, t_h: the box; t_o: the objectness; {len(classes)} class scores)."
+    note += (
+        f"{len(anchors)} anchors x (t_x, t_y, t_w, t_h: the box; t_o: the objectness; {len(classes)} class scores).\n"
+    )
+    note += "The passthrough brings in the finer map, for small objects; reorg halves its side and takes channels x 4."
     page.text(LEFT, 799, note, **PARAGRAPH)
 
     title = f"4  The {classes[label]} in amber: from the label file to the network's output"
-    page.text(LEFT, 864, title, fontsize=TITLE, weight="bold")
-    draw_table(page, 892, lines)
+    page.text(LEFT, 882, title, fontsize=TITLE, weight="bold")
+    draw_table(page, 910, lines)
     note = "Box, in cells: x = column + sigma(t_x), y = row + sigma(t_y), w = p_w exp(t_w), h = p_h exp(t_h); "
     note += f"anchor: p_w x p_h.\nThis photograph was {'' if is_known else 'not '}in the training set."
-    page.text(LEFT, 1070, note, **PARAGRAPH)
+    page.text(LEFT, 1088, note, **PARAGRAPH)
     save_page(page, 1)
 
     page = add_page(992)
     highest, best = objectness.max(dim=0)  # (S, S) each
     likely = probabilities.argmax(dim=-1).gather(0, best[None])[0]  # (S, S)
-    note = f"The highest sigma(t_o) of each cell, if at least {THRESHOLD}. It is trained towards the IoU of the "
-    note += "predicted box where the anchor is responsible, towards 0 elsewhere (if IoU <= 0.6)."
+    note = f"How sure the network is of an object: the highest sigma(t_o) of a cell, if at least {THRESHOLD}. "
+    note += "Responsible anchors learn the IoU of their box with the object, others 0 (unless their IoU is above 0.6)."
     object_axes = add_picture(page, LEFT, 30, "5  Objectness", note, faint, cells)
     note = "The most probable class of the same anchors. Only responsible anchors learn the class: in the grey cells, "
     note += "it means nothing."

@@ -31,7 +31,7 @@ from model import load_detector
 CHECKPOINT = "runs/yolov2.pt"  # a detector trained by train.py
 DATA_DIR = "data_samples/voc"
 IMAGE_SETS = [("2007", "tiny")]
-IMAGE_ID = "000003"  # an image of IMAGE_SETS
+IMAGE_ID = "000007"  # an image of IMAGE_SETS
 THRESHOLD = 0.1  # lowest objectness in parts 5 and 6, lowest confidence in parts 7 and 8
 NMS_THRESHOLD = 0.45  # IoU
 FOLDER = str(Path(__file__).parent)  # of the two pictures
@@ -254,8 +254,8 @@ def main() -> None:
     page = add_page(992)
     highest, best = objectness.max(dim=0)  # (S, S) each
     likely = probabilities.argmax(dim=-1).gather(0, best[None])[0]  # (S, S)
-    note = f"How sure the network is of an object: the highest sigma(t_o) of a cell, if at least {THRESHOLD}. "
-    note += "Responsible anchors learn the IoU of their box with the object, others 0 (unless their IoU is above 0.6)."
+    note = f"How sure the network is of an object: the highest sigma(t_o) of a cell (if >= {THRESHOLD}). It learns the "
+    note += "IoU of box and object if responsible, otherwise 0 (unless the IoU is above 0.6)."
     object_axes = add_picture(page, LEFT, 30, "5  Objectness", note, faint, cells)
     note = "The most probable class of the same anchors. Only responsible anchors learn the class: in the grey cells, "
     note += "it means nothing."

@@ -104,7 +104,7 @@ def main():
     chunk = BATCH_SIZE // SUBDIVISIONS  # images per forward pass
     if gpus > 0 and chunk % gpus:
         advice = f"set BATCH_SIZE to a multiple of {gpus * SUBDIVISIONS}"
-        raise ValueError(f"BATCH_SIZE / SUBDIVISIONS = {chunk} images do not split evenly over {gpus} GPUs; {advice}")
+        raise ValueError(f"{chunk} images (BATCH_SIZE / SUBDIVISIONS) cannot be split over {gpus} GPUs; {advice}")
     if gpus > 1 and COMPILE:
         raise ValueError("COMPILE works on one GPU; use darknet_train_multigpu_distr.py for several")
     dtype = utils.pick_precision(PRECISION, device, CHECKPOINT if RESUME else "")

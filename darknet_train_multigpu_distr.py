@@ -168,7 +168,7 @@ def main():
     chunk = BATCH_SIZE // SUBDIVISIONS  # images per forward pass, in all processes together
     if chunk % world:
         advice = f"set BATCH_SIZE to a multiple of {world * SUBDIVISIONS}"
-        raise ValueError(f"BATCH_SIZE / SUBDIVISIONS = {chunk} images do not split evenly over {world} GPUs; {advice}")
+        raise ValueError(f"BATCH_SIZE / SUBDIVISIONS = {chunk} images cannot be split over {world} processes; {advice}")
     # DDP: all use the type that the first one has measured to be faster
     dtype = of_first_process(utils.pick_precision(PRECISION, device, CHECKPOINT if RESUME else ""))
     stop = utils.catch_stop_signals(MAX_HOURS)

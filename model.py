@@ -87,7 +87,7 @@ def read_classes(classes) -> list[str]:
         if classes.lower().endswith((".yaml", ".yml")):
             names = yaml.load(text, yaml.BaseLoader)["names"]  # a list, or a dictionary of 0: name, 1: name, ...
             names = [names[str(index)] for index in range(len(names))] if isinstance(names, dict) else names
-        if isinstance(names, str) or classes.lower().endswith(".data"):
+        if isinstance(names, str) or classes.lower().endswith((".data", ".cfg")):
             raise ValueError("it contains no list of names; Darknet's .data file names the file that does")
     return utils.check_classes(classes, names)
 

@@ -727,7 +727,7 @@ def read_sample(image_file: str, label_file: str, classes: list[str], tolerate=(
                 objects, declared = read_voc_xml(label_file)
             sample = judge(sample, objects, declared, None, classes, tolerate)
         else:
-            with utils.reading(label_file, "YOLO label file", "its lines are `class x y w h`, from 0 to 1, or a polygon"):
+            with utils.reading(label_file, "YOLO label file", "its lines are `class x y w h` in 0..1, or a polygon"):
                 objects = list(read_yolo_txt(label_file))
             sample = judge(sample, objects, (0, 0), (1, 1), classes, tolerate)
     return sample

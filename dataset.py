@@ -180,6 +180,8 @@ class VOCDataset(Dataset):
     def __init__(
         self, root, image_sets, anchors, image_size=416, classes=VOC_CLASSES, augment=False, tolerate=(), problems=None
     ):
+        if image_size % 32 or image_size < 32:
+            raise ValueError(f"IMAGE_SIZE must be a multiple of 32 pixels, not {image_size}")
         self.anchors, self.image_size, self.augment = anchors, image_size, augment
         self.classes = read_classes(classes)
         self.samples = list_samples(root, image_sets, self.classes, tolerate, problems)
@@ -427,11 +429,13 @@ def average_best_iou(box_sizes, anchors) -> float:
 
 def kmeans_anchors(box_sizes, k: int, seeds: int = 5) -> Tensor:
     """k-means with the distance 1 - IoU (YOLO9000 sec. 2, dimension clusters), the best of `seeds` starts. box_sizes:
-    (B, 2) widths and heights -> anchors (k, 2) in the same unit, by rising area.
+    (B, 2) widths and heights -> anchors (k, 2) in the same unit, by rising area. Raises ValueError if B < k.
 
     Ours: medians instead of means, because they fit better (tests/MEASUREMENTS.md, Anchors).
     """
     box_sizes = torch.as_tensor(np.asarray(box_sizes), dtype=torch.float64)
+    if len(box_sizes) < k:
+        raise ValueError(f"{len(box_sizes)} boxes are too few for {k} anchors")
     best, best_iou = None, -1.0
     for seed in range(seeds):
         anchors = box_sizes[np.random.default_rng(seed).choice(len(box_sizes), k, replace=False)]

@@ -560,8 +560,7 @@ def check_classes(source: str, classes: list[str]) -> list[str]:
         raise ValueError(f"{source}: contains no class names")
     files = {}
     for name in classes:
-        plain = isinstance(name, str) and printable(name) == name and not re.search(r"^\s|[^\S ]|\s$|^$", name)
-        if not plain:
+        if not isinstance(name, str) or printable(name) != name or re.search(r"^\s|[^\S ]|\s$|^$", name):
             advice = "use text without spaces around it, unusual spaces or characters that cannot be seen"
             raise ValueError(f"{source}: {printable(repr(name))} is not a class name; {advice}")
         file = file_name(composed(name))
@@ -719,6 +718,10 @@ def resume(file: str | os.PathLike, model: nn.Module, optimizer, scaler, setting
             print(f"changed since {file} was written: {name} {old[name]!r} -> {settings[name]!r}")
     with reading(file, "checkpoint of this model and optimiser", "start a new run"):
         model.load_state_dict(saved["model"])
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for index, buffers in saved["optimizer"]["state"].items():  # a fused step would write beyond other shapes
+            if any(buffer.ndim and buffer.shape != parameters[index].shape for buffer in buffers.values()):
+                raise ValueError("the optimiser's buffers have other shapes than the weights")
         # of the groups, only the rate: all else is in this run's settings
         pairs = zip(optimizer.state_dict()["param_groups"], saved["optimizer"]["param_groups"], strict=True)
         groups = [own | {"lr": saved_group["lr"]} for own, saved_group in pairs]

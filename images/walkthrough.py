@@ -237,9 +237,7 @@ def main() -> None:
         page.text(x, 540, kind)
     draw_network(page, 716, photo, size, channels)
     note = f"Height and depth of a block: size of the map. Width: channels. The {channels} channels of the output:\n"
-    note += (
-        f"{len(anchors)} anchors x (t_x, t_y, t_w, t_h: the box; t_o: the objectness; {len(classes)} class scores).\n"
-    )
+    note += f"{len(anchors)} anchors x (t_x, t_y, t_w, t_h: box; t_o: objectness; {len(classes)} class scores).\n"
     note += "The passthrough brings in the finer map, for small objects; reorg halves its side and takes channels x 4."
     page.text(LEFT, 799, note, **PARAGRAPH)
 

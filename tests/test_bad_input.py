@@ -411,6 +411,17 @@ def test_all_but_the_last_convolution_is_loaded_if_the_classes_or_their_order_di
     assert capsys.readouterr().out.endswith("loaded 18 of 23 convolutions, the backbone\n")  # its classes do not matter
 
 
+@pytest.mark.parametrize(("optimizer", "buffer"), [("sgd", "momentum_buffer"), ("adam", "exp_avg_sq")])
+def test_optimiser_buffers_of_another_shape_are_refused(optimizer, buffer, train_bolts, tmp_path):
+    """A fused optimiser would read and write beyond them."""
+    train_bolts(OPTIMIZER=optimizer)
+    state = utils.load_checkpoint(tmp_path / "runs/yolov2.pt")
+    state["optimizer"]["state"][0][buffer] = torch.zeros(3)
+    utils.save_checkpoint(tmp_path / "runs/yolov2.pt", **state)
+    with pytest.raises(ValueError, match=r"yolov2\.pt: .*optimiser"):
+        train_bolts(OPTIMIZER=optimizer, RESUME=True, EPOCHS=2)
+
+
 # ---------------------------------------------------------------- settings
 
 

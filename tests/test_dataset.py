@@ -664,8 +664,10 @@ def test_the_iou_distance_beats_the_euclidean_one_and_more_anchors_fit_better():
     assert euclidean + 0.02 < five < nine - 0.05
 
 
-def test_a_single_anchor_is_the_median_of_the_boxes():
+def test_a_single_anchor_is_the_median_of_the_boxes_and_more_anchors_than_boxes_are_an_error():
     assert dataset.kmeans_anchors([(1, 1), (2, 4), (9, 5)], 1).tolist() == [[2, 4]]
+    with pytest.raises(ValueError, match="2 boxes .* 3 anchors"):
+        dataset.kmeans_anchors([(1, 1), (2, 2)], 3)
 
 
 # ---------------------------------------------------------------- bad input
@@ -808,6 +810,12 @@ def test_a_coco_file_without_annotations_is_refused_unless_tolerated(tmp_path):
         dataset.list_samples(tmp_path, ["train.json"], VOC_CLASSES)
     (sample,) = dataset.list_samples(tmp_path, ["train.json"], VOC_CLASSES, ["missing labels"])
     assert sample.labels.shape == (0, 6) and sample.label_file == ""
+
+
+@pytest.mark.parametrize("size", [100, 0, -32])
+def test_an_image_size_that_is_not_a_multiple_of_32_is_an_error(size):
+    with pytest.raises(ValueError, match=f"IMAGE_SIZE.*{size}"):
+        VOCDataset(SAMPLE, [("2007", "one")], ANCHORS, image_size=size)
 
 
 # ---------------------------------------------------------------- images of any mode

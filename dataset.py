@@ -40,7 +40,6 @@ import torchvision
 from PIL import Image
 from PIL.Image import Transpose
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import Dataset, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.ops import box_convert
@@ -117,17 +116,15 @@ def train_transform(image_size: int) -> albumentations.Compose:
         albumentations.HorizontalFlip(p=0.5),
         DarknetColour(hue=0.1, saturation=1.5, exposure=1.5),
     ]
-    boxes = albumentations.BboxParams(  # checking the boxes once, at the end, gives the same result in less time
-        format="albumentations", min_visibility=0.1, clip=True, filter_invalid_bboxes=True, check_each_transform=False
-    )
+    # checking the boxes once, at the end, gives the same result in less time
+    boxes = albumentations.BboxParams("albumentations", min_visibility=0.1, check_each_transform=False)
     return albumentations.Compose(transforms, bbox_params=boxes)
 
 
 def plain_transform(image_size: int) -> albumentations.Compose:
     """Stretches the whole image to a square of image_size pixels, with its boxes (M, 5): xyxy in fractions, class."""
     resize = albumentations.Resize(image_size, image_size, interpolation=cv2.INTER_LINEAR)
-    boxes = albumentations.BboxParams(format="albumentations", clip=True, filter_invalid_bboxes=True)
-    return albumentations.Compose([resize], bbox_params=boxes)
+    return albumentations.Compose([resize], bbox_params=albumentations.BboxParams("albumentations"))
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
@@ -162,9 +159,10 @@ def encode_targets(boxes, class_indices, anchors, grid_height: int, grid_width: 
 
 def shape_iou(sizes, anchors) -> Tensor:
     """IoU of boxes with the same centre: sizes (M, 2), anchors (A, 2) of the same unit -> (M, A) float64."""
-    boxes = F.pad(torch.as_tensor(sizes, dtype=torch.float64), (2, 0))  # (M, 4) cxcywh with centres at 0
-    anchor_boxes = F.pad(torch.as_tensor(anchors, dtype=torch.float64), (2, 0))  # (A, 4)
-    return utils.box_iou(boxes[:, None], anchor_boxes)
+    sizes = torch.as_tensor(sizes, dtype=torch.float64)[:, None]  # (M, 1, 2)
+    anchors = torch.as_tensor(anchors, dtype=torch.float64)
+    intersection = torch.minimum(sizes, anchors).prod(dim=-1)  # (M, A)
+    return intersection / (sizes.prod(dim=-1) + anchors.prod(dim=-1) - intersection)
 
 
 # ---------------------------------------------------------------- the data set
@@ -480,17 +478,17 @@ def read_image(file: str | os.PathLike) -> np.ndarray:
     """Reads an image of any mode as a viewer shows it (EXIF rotation applied, transparent parts white) -> (H, W, 3)
     uint8 RGB. Raises FileNotFoundError or ValueError, naming the file."""
     with utils.reading(file, "image", IMAGE_ADVICE), contextlib.ExitStack() as stack:
+        content = np.fromfile(file, dtype=np.uint8)
+        if content[:2].tobytes() == b"\xff\xd8" and b"\xff\xe1" not in content.tobytes():
+            # a JPEG without an APP1 segment, that is without EXIF: the same pixels as Pillow's, faster. Pillow says
+            # what is wrong with a file, and reads all if torchvision no longer has this function (deprecated in 0.29)
+            with contextlib.suppress(RuntimeError, AttributeError):
+                return torchvision.io.decode_jpeg(torch.from_numpy(content), "RGB").permute(1, 2, 0).numpy()
         image = stack.enter_context(Image.open(file))
         if image.format == "PNG":
             image.verify()  # its checksums, which decoding ignores; the image cannot be used afterwards
             image = stack.enter_context(Image.open(file))
         turn = exif_turn(image)
-        if image.format == "JPEG" and turn is None:
-            # the same pixels as Pillow's, faster; Pillow says what is wrong with a file, and reads all of them if
-            # torchvision no longer has this function (deprecated in 0.29)
-            with contextlib.suppress(RuntimeError, AttributeError):
-                content = torch.from_numpy(np.fromfile(file, dtype=np.uint8))
-                return torchvision.io.decode_jpeg(content, "RGB").permute(1, 2, 0).numpy()
         if turn is not None:  # Transpose.FLIP_LEFT_RIGHT is 0
             image = image.transpose(turn)
         if image.mode.startswith("I;16"):  # 16-bit grey: keep the upper eight bits

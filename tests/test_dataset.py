@@ -10,6 +10,8 @@ import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import albumentations
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -478,6 +480,23 @@ def test_padding_repeats_the_pixels_at_the_border(tmp_path):
     for seed in range(20):
         image = data[(0, 256, seed)][0].float()
         assert image.std(dim=1).max() < 4 and image.std(dim=2).min() > 10, f"seed {seed}"
+
+
+def test_jitter_gives_what_albumentations_gives_with_three_transforms():
+    crop = albumentations.CropAndPad(percent=(-0.2, 0.2), keep_size=False, border_mode=cv2.BORDER_REPLICATE)
+    flip = albumentations.HorizontalFlip(p=0.5)
+    limits = albumentations.BboxParams("albumentations", min_visibility=0.1, check_each_transform=False)
+    three = albumentations.Compose([crop, albumentations.Resize(96, 96), flip], bbox_params=limits)
+    one = albumentations.Compose([dataset.DarknetJitter(96)], bbox_params=limits)
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (75, 100, 3), dtype=np.uint8)
+    boxes = np.array([[0.0, 0.0, 0.2, 0.3, 1], [0.9, 0.1, 1.0, 0.2, 2], [0.3, 0.4, 0.5, 1.0, 3]])
+    for seed in range(100):
+        for transform in (one, three):
+            transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
+        ours, theirs = one(image=image, bboxes=boxes.copy()), three(image=image, bboxes=boxes.copy())
+        assert np.array_equal(ours["image"], theirs["image"]), f"seed {seed}"
+        np.testing.assert_allclose(ours["bboxes"], theirs["bboxes"], atol=1e-12)
 
 
 def darknet_distortion(image, shift, saturation, exposure):

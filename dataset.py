@@ -785,7 +785,7 @@ def read_voc_xml(file: str) -> tuple[list[tuple], tuple[int, int]]:
         name = utils.composed(texts.get("name", ""))
         objects.append((f"object {number}", name, texts.get("difficult", ""), box))
     declared = [(root.findtext(f"size/{side}") or "").strip() for side in ("width", "height")]
-    return objects, tuple(int(side) if side.isdecimal() and len(side) < 10 else 0 for side in declared)
+    return objects, tuple(int(side) if side.isdecimal() else 0 for side in declared)
 
 
 def read_yolo_txt(file: str) -> Iterator[tuple]:

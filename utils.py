@@ -184,7 +184,7 @@ def largest_overlaps(detections, truths, num_classes: int, any_class=False) -> t
     return best_iou, best_truth
 
 
-def assign_detections(detections, truths, num_classes: int, iou_threshold=0.5) -> tuple[np.ndarray, ...]:
+def assign_detections(detections, truths, num_classes: int, iou_threshold: float) -> tuple[np.ndarray, ...]:
     """Assigns each detection to a ground truth by the rules of the VOC devkit (VOCevaldet.m); tables as in
     average_precision.
 

@@ -105,6 +105,15 @@ def test_only_darknet_ignores_boxes_that_overlap_an_object():
     assert loss(predictions, targets)["no_object"].item() == pytest.approx(7 / 16)
 
 
+def test_boxes_are_ignored_from_an_iou_of_six_tenths_as_in_yolov2_voc_cfg():
+    predictions, targets, anchors = one_object()
+    for height, ignored in ((0.59, 0), (0.61, 1)):  # the other anchor in the object's cell: its centre and its width
+        size = [math.log(1 / anchors[1][0]), math.log(height / anchors[1][1])]
+        predictions[0, 1, 0, 1, 1:4] = torch.tensor([-math.log(3), *size], dtype=torch.float64)
+        no_object = YoloLoss(anchors, 1, 5, 1, 1)(predictions, targets)["no_object"].item()
+        assert no_object == pytest.approx(0.5 * (7 - ignored) / 16)
+
+
 def random_batch(n=3, s_h=3, s_w=4, classes=4, objects=3, seed=0):
     rng = np.random.default_rng(seed)
     predictions = torch.from_numpy(rng.normal(0, 1, (n, 5, s_h, s_w, 5 + classes)))

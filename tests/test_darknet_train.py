@@ -225,6 +225,15 @@ def test_the_rate_falls_over_all_steps_of_all_epochs(script, tmp_path, monkeypat
     assert [row["learning_rate"] for row in rows] == pytest.approx([0.01, 0.0])
 
 
+@pytest.mark.parametrize("script, steps", [(train, 2), (darknet_train, 3)])
+def test_the_momentum_of_batch_norm_counts_forward_passes(script, steps, tmp_path, monkeypatch, no_charts):
+    passes = []
+    monkeypatch.setattr(utils, "warm_batch_norm", lambda model, batches_seen: passes.append(batches_seen))
+    set_run(monkeypatch, script, tmp_path, SUBDIVISIONS=2)
+    script.main()
+    assert passes == [2 * step for step in range(steps)]
+
+
 def test_a_clip_norm_below_one_limits_the_gradient_of_every_step(tmp_path, monkeypatch, no_charts):
     norms = []
 

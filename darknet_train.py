@@ -1,6 +1,6 @@
 """Pre-trains Darknet-19 on ImageNet, on one GPU or on the CPU (YOLO9000 sec. 3, "Training for classification").
 
-    python darknet_train.py                                     the sample of 18 images, a minute on a CPU
+    python darknet_train.py                                     a minute on a CPU, but 18 images teach it nothing
     python darknet_train.py DATA_DIR=/data/imagenet IMAGE_SIZE=224 BATCH_SIZE=128 LEARNING_RATE=0.1 EPOCHS=160
 
 Writes, named after CHECKPOINT: `runs/darknet19.pt` after each epoch, `runs/darknet19_best.pt` (best top-1),

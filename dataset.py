@@ -603,7 +603,8 @@ def read_voc_list(root: Path, year: str, name: str) -> list[tuple[str, str]]:
     folders = [root / f"VOC{year}", root / "VOCdevkit" / f"VOC{year}"]
     folder = next((folder for folder in folders if folder.is_dir()), None)
     if folder is None:
-        raise FileNotFoundError(f"{folders[0]}: no such folder; DATA_DIR must hold VOC{year} or VOCdevkit/VOC{year}")
+        advice = f"DATA_DIR must hold VOC{year} or VOCdevkit/VOC{year}"
+        raise FileNotFoundError(f"{folders[0].absolute()}: no such folder; {advice}")
     image_folder, files, pairs = folder / "JPEGImages", {}, []
     for file in glob.glob("**/*", root_dir=image_folder, recursive=True):  # an id may contain folders
         image_id, suffix = os.path.splitext(utils.composed(file.replace("\\", "/")))
@@ -696,7 +697,7 @@ def judge(sample: Sample, objects: Iterable[tuple], declared, frame, classes: li
         if isinstance(label, str) or not 0 <= label < len(classes):
             if "other classes" in tolerate:
                 continue
-            advice = "correct it, add it, or set TOLERATE=['other classes']"
+            advice = "correct it, CLASSES or DATA_DIR, or set TOLERATE=['other classes']"
             names = ", ".join(classes)
             raise ValueError(f"{sample.label_file}, {where}: unknown class {name!r} (CLASSES: {names}); {advice}")
         difficult = DIFFICULT.get(str(flag).strip().lower())
@@ -752,6 +753,9 @@ def read_sample(image_file: str, label_file: str, classes: list[str], tolerate=(
         if not os.path.isfile(label_file):
             if "missing labels" in tolerate:
                 return sample._replace(label_file="")
+            if not os.path.isfile(image_file):
+                advice = "paths in a list are relative to the list (.txt: or to the working directory)"
+                raise FileNotFoundError(f"{image_file}: no such image; {advice}")
             advice = "make one, or set TOLERATE=['missing labels'] if such images have no objects"
             raise FileNotFoundError(f"{label_file}: no such label file; {advice}")
         if label_file.lower().endswith(".xml"):
@@ -897,7 +901,8 @@ def print_doubts(dataset: VOCDataset, where: str = "") -> None:
     found["images listed more than once"] = [file for file, count in counts.items() if count > 1]
     found["images without a label file"] = [sample.image_file for sample in samples if not sample.label_file]
     used = np.concatenate([sample.labels[:, 0] for sample in samples])
-    found["classes without objects"] = [dataset.classes[c] for c in range(len(dataset.classes)) if c not in used]
+    unused = [dataset.classes[c] for c in range(len(dataset.classes)) if c not in used]
+    found[f"classes without objects, of the {len(dataset.classes)} in CLASSES"] = unused
     for sample in samples:
         for doubt in sample.doubts:
             kind, _, detail = doubt.partition(": ")
@@ -1009,6 +1014,8 @@ def main() -> None:
     problems += find_problems(samples)
     labels = np.concatenate([sample.labels for sample in samples])  # (all objects, 6)
     print(f"{len(samples)} images, {len(labels)} objects, {int(labels[:, 1].sum())} of them difficult")
+    if labels[:, 1].all():
+        problems.append(f"{DATA_DIR}: no image has an object that is not difficult")
     counts = [len(sample.labels) for sample in samples]
     missing = sum(not sample.label_file for sample in samples)
     print(f"{counts.count(0)} images without objects ({missing} without a label file); at most {max(counts)} per image")
@@ -1039,7 +1046,7 @@ def main() -> None:
     if problems:
         sys.exit(f"{len(problems)} problems; correct them to get the label sheet")
     draw_label_sheet(dataset, SHEET, SHEET_IMAGES, SEED)
-    print(f"no problems; look at {SHEET}: every box should enclose its object")
+    print(f"no problems; look at {SHEET}: every box should enclose its object (those that lost their cell have none)")
     followed = next((sample for sample in samples if (sample.labels[:, 1] == 0).any()), None)
     if followed:
         print(f"\nthe largest object of {utils.printable(followed.image_file)}, from label to target:")

@@ -171,7 +171,7 @@ def print_example() -> None:
     sigma_x, sigma_y, sigma_o = sigma(t_x), sigma(t_y), sigma(t_o)
     iou = iou_with_object(0 + sigma_x, 1 + sigma_y, b_w, b_h)
     sizes = f"b_w = {p_w} e^{t_w} = {b_w:.4f}, b_h = {p_h} e^{t_h} = {b_h:.4f}"
-    print("Darknet's loss of one object, with the lambdas of yolov2-voc.cfg; units are grid cells")
+    print("Darknet's loss of one object; 2 x 2 cells, 2 anchors, 3 classes; the lambdas are those of yolov2-voc.cfg")
     print(f"  object       anchor 1 ({p_w} x {p_h}), row 1, column 0: x {x}, y {y}, w {w}, h {h}, class 1")
     print(f"  prediction   t_x {t_x}, t_y {t_y}, t_w {t_w}, t_h {t_h}, t_o {t_o}, class logits {logits}")
     print(f"  box          {sizes}, IoU with the object {iou:.4f}")

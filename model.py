@@ -284,7 +284,7 @@ def darknet_detector(file: str | os.PathLike, classes, anchors) -> tuple[list[st
 
 
 def load_detector(
-    file: str | os.PathLike, classes, anchors, device: torch.device, precision: str = "auto", compiled: bool = False
+    file: str | os.PathLike, classes, anchors, device, precision: str = "auto", compiled: bool = False
 ) -> tuple[nn.Module, list[str], list, int]:
     """Loads a trained YOLOv2 for inference, fused and channels-last -> model, class names, anchors, image size of its
     training.
@@ -293,6 +293,7 @@ def load_detector(
     and anchors: empty, or those of the file. precision: as in utils.pick_precision. compiled: torch.compile with frozen
     weights, for long runs. Raises FileNotFoundError or ValueError, naming the file.
     """
+    device = torch.device(device)
     if utils.is_torch_file(file):
         model, state = read_detector(file)
         own_classes, own_anchors, image_size = list(state["classes"]), state["anchors"], state["image_size"]
@@ -305,6 +306,8 @@ def load_detector(
             raise ValueError(f"{file}: has other anchors than ANCHORS; leave ANCHORS empty, {advice}")
     else:
         own_classes, own_anchors, image_size = darknet_detector(file, classes, anchors)
+        kind = f"{len(own_classes)} classes ({own_classes[0]}, ...), first anchor {own_anchors[0]}, {image_size} px"
+        print(f"{file}: read as {kind}; if that is wrong, set CLASSES, ANCHORS, IMAGE_SIZE (test.py: INPUT_SIZES)")
         model = YOLOv2(len(own_classes), len(own_anchors))
         load_darknet_weights(model, file)
     model = fuse(model).to(device, utils.pick_precision(precision, device), memory_format=torch.channels_last)
@@ -368,8 +371,8 @@ def main():
     save_darknet_weights(model, OUTPUT, images_seen)
     for file, text in texts.items():
         utils.write_file(file, text)
-    size = f"{len(classes)} classes, {image_size} px, {images_seen:,} images seen"
-    print(f"wrote {OUTPUT}, {stem}.cfg and {stem}.names: {size}")
+    print(f"wrote {OUTPUT}, {stem}.cfg and {stem}.names: {len(classes)} classes, {images_seen:,} images seen")
+    print(f"use: detect.py CHECKPOINT={OUTPUT} CLASSES={stem}.names ANCHORS={stem}.cfg IMAGE_SIZE={image_size}")
 
 
 if __name__ == "__main__":

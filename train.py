@@ -5,8 +5,9 @@
 
 The README has complete recipes. Writes, named after CHECKPOINT: `runs/yolov2.pt` after each epoch,
 `runs/yolov2_best.pt` (best mAP), `runs/yolov2_metrics.csv` (one row per epoch), `runs/yolov2_charts.png` (its columns
-as curves) and, at each evaluation, `runs/yolov2_samples.jpg` (detections on the first images). Ctrl-C, SIGTERM and
-MAX_HOURS save after the current step and stop; RESUME=True continues as if the run had never been stopped.
+as curves) and, at each evaluation, `runs/yolov2_samples.jpg` (detections on the first images, ground truth in white).
+Ctrl-C, SIGTERM and MAX_HOURS save after the current step and stop; RESUME=True continues as if the run had never been
+stopped.
 """
 
 import functools

@@ -47,7 +47,8 @@ os.environ["MPLBACKEND"] = "Agg"  # figures go to files; a notebook's MPLBACKEND
 
 
 def box_iou(boxes_1: Tensor, boxes_2: Tensor) -> Tensor:
-    """Intersection over union of boxes (..., 4) cxcywh in the same unit; leading dimensions broadcast -> (...)."""
+    """Intersection over union of boxes (..., 4) in the same unit; leading dimensions broadcast -> (...). Boxes are
+    cxcywh, not xyxy as in torchvision.ops.box_iou."""
     xy_1, wh_1, xy_2, wh_2 = boxes_1[..., :2], boxes_1[..., 2:], boxes_2[..., :2], boxes_2[..., 2:]
     half_1, half_2 = wh_1 / 2, wh_2 / 2
     overlap = torch.minimum(xy_1 + half_1, xy_2 + half_2) - torch.maximum(xy_1 - half_1, xy_2 - half_2)  # (..., 2)
@@ -231,9 +232,9 @@ def average_precision(detections, ground_truths, num_classes: int, iou_threshold
     """Average precision of each class by the rules of the VOC devkit (see assign_detections) -> (num_classes,) float64.
 
     detections: (D, 7) image index, class, confidence, x1, y1, x2, y2; ground_truths: (G, 7) image index, class,
-    difficult, x1, y1, x2, y2; pixels, both end pixels belong to a box. metric: "voc2007" (11 points) or "all_points"
-    (VOC 2010 and later, Padilla et al.). NaN for a class without ground truth (difficult ones do not count). Raises
-    ValueError for another metric or a class out of range.
+    difficult, x1, y1, x2, y2. Boxes are in pixels that include both ends (to_devkit_pixels), so fractions give wrong
+    results. metric: "voc2007" (11 points) or "all_points" (VOC 2010 and later, Padilla et al.). NaN for a class without
+    ground truth (difficult ones do not count). Raises ValueError for another metric or a class out of range.
     """
     if metric not in ("voc2007", "all_points"):
         raise ValueError(f'metric must be "voc2007" or "all_points", not {metric!r}')
@@ -679,7 +680,8 @@ def load_checkpoint(file: str | os.PathLike, device: str | torch.device = "cpu",
         except pickle.UnpicklingError:
             raise ValueError("it contains code or is damaged; it was not loaded") from None
         if missing := [key for key in keys if key not in state.keys()]:  # noqa: SIM118 - only a dict has keys()
-            raise ValueError(f"it has no {', '.join(missing)}")
+            hint = " (a *_best.pt cannot be resumed)" if "optimizer" in missing else ""
+            raise ValueError(f"it has no {', '.join(missing)}{hint}")
         weights = dict(state.get("model", {}))
     check_weights(file, weights)
     return state
@@ -711,7 +713,7 @@ def resume(file: str | os.PathLike, model: nn.Module, optimizer, scaler, setting
     changed = [name for name in settings if name in old and json.dumps(old[name]) != json.dumps(settings[name])]
     refused = [f"{name} was {old[name]!r:.200} and is {settings[name]!r:.200}" for name in changed if name in fixed]
     if refused:
-        advice = "set it back, or start a new run from its weights (RESUME_WEIGHTS, PRETRAINED)"
+        advice = "set it back, or start a new run from its weights (PRETRAINED; darknet_train*.py: RESUME_WEIGHTS)"
         raise ValueError(f"{file}: cannot resume with changed settings: {'; '.join(refused)}; {advice}")
     for name in changed:
         if name not in RUN_SETTINGS:
@@ -967,7 +969,9 @@ def override_globals(script_globals: dict, words: list[str]) -> None:
             is_name = name in NAMED_LISTS and isinstance(value, str) and text[:1] not in ("", "[", "(")
             fits |= isinstance(value, (list, tuple)) or is_name
         if not fits:
-            kind = "an int or None" if default is None else f"{type(default).__name__}, like its default {default!r}"
+            kinds = {bool: "True or False", list: "a list such as [1, 2]", tuple: "a tuple such as (1, 2)"}
+            kind = kinds.get(type(default), f"{type(default).__name__}, like its default {default!r}")
+            kind = "an int or None" if default is None else kind
             sys.exit(f"{script}: {name} must be {kind}, not {text[:80]!r}")
         script_globals[name] = value
 

@@ -138,7 +138,7 @@ def test_doubts_are_one_line_per_kind_with_the_number_of_files_and_the_first(tmp
     found = re.findall(r"^(.*): (\d+) \(first: (?:.*/)?(\w+)[.)]", capsys.readouterr().out, re.MULTILINE)
     assert sorted(found) == [
         ("a box twice", "1", "twice"), ("boxes cut off", "1", "overhang"), ("boxes left out", "2", "fractions"),
-        ("classes without objects", "1", "nut"), ("fractions instead of pixels", "1", "fractions"),
+        ("classes without objects, of the 2 in CLASSES", "1", "nut"), ("fractions instead of pixels", "1", "fractions"),
         ("images listed more than once", "1", "fine"), ("images without a label file", "1", "missing"),
     ]  # fmt: skip
     assert [len(sample.labels) for sample in data.samples] == [1, 0, 1, 2, 1, 2, 0, 1]

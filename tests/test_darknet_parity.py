@@ -470,7 +470,7 @@ def test_a_checkpoint_without_a_backbone_is_refused(narrow, tmp_path):
             load_pretrained_backbone(YOLOv2(), tmp_path / name)
 
 
-def test_a_detector_is_built_from_a_darknet_file_or_a_checkpoint(narrow, tmp_path):
+def test_a_detector_is_built_from_a_darknet_file_or_a_checkpoint(narrow, tmp_path, capsys):
     donor = YOLOv2().eval()
     randomise_batch_norm(donor)
     classes = [f"class {number}" for number in range(20)]
@@ -481,6 +481,7 @@ def test_a_detector_is_built_from_a_darknet_file_or_a_checkpoint(narrow, tmp_pat
     for file, size in (("ours.weights", 416), ("ours.pt", 96)):
         model, names, anchors, image_size = load_detector(tmp_path / file, classes, [], torch.device("cpu"), "fp32")
         assert (names, image_size) == (classes, size) and np.allclose(anchors, ANCHORS)
+        assert ("416 px" in capsys.readouterr().out) == (size == 416)  # a Darknet file does not tell its size
         with torch.no_grad():
             assert torch.allclose(model(images), donor(images), atol=1e-4)
 

@@ -949,6 +949,13 @@ def test_the_check_prints_counts_and_average_ious_and_draws_a_label_sheet(monkey
         assert picture.format == "PNG" and min(picture.size) > 200
 
 
+def test_a_set_without_objects_is_a_problem(monkeypatch, tmp_path, capsys):
+    open_devkit(tmp_path, {"a": [], "b": []})
+    with pytest.raises(SystemExit):
+        check(monkeypatch, tmp_path, [("2026", "train")], tmp_path / "sheet.png")
+    assert re.search(rf"problem: {tmp_path}: no image has an object", capsys.readouterr().out)
+
+
 def test_one_object_is_followed_from_its_label_to_its_target_by_hand(monkeypatch, tmp_path, capsys):
     files = {"empty": [], "a": [("cat", (1, 1, 11, 9)), ("dog", (11, 9, 61, 49))]}  # of 100 x 80 pixels
     data = open_devkit(tmp_path, files, image_size=96).changed(anchors=[(1, 1), (2, 2)])
@@ -1013,6 +1020,9 @@ def test_a_folder_of_images_has_its_labels_where_tools_put_them(tmp_path, images
     (tmp_path / labels / "b.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"b\.txt: .*TOLERATE"):
         VOCDataset(tmp_path, images, ANCHORS, 64, ["bolt", "nut"])
+    (tmp_path / "list.txt").write_text("data/obj/b.jpg\n")  # relative to the folder in which Darknet is started
+    with pytest.raises(FileNotFoundError, match=r"b\.jpg: no such image"):
+        VOCDataset(tmp_path, "list.txt", ANCHORS, 64, ["bolt", "nut"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty"):
         VOCDataset(tmp_path, "empty", ANCHORS, 64, ["bolt"])

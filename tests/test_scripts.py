@@ -698,7 +698,9 @@ def test_model_py_and_darknet_model_py_print_their_layers(trained):
 def test_model_py_writes_the_files_of_a_training_run(trained, tmp_path):
     result = run_here("model.py", f"CHECKPOINT={trained / 'yolov2.pt'}", f"OUTPUT={tmp_path}/new/yolov2.weights")
     assert result.returncode == 0, result.stderr
-    assert "20 classes, 64 px, 16 images seen" in result.stdout
+    assert "20 classes, 16 images seen" in result.stdout
+    assert all(f"{name}={tmp_path}/new/yolov2." in result.stdout for name in ("CHECKPOINT", "CLASSES", "ANCHORS"))
+    assert "IMAGE_SIZE=64\n" in result.stdout
     assert (tmp_path / "new" / "yolov2.names").read_text().split() == list(VOC_CLASSES)
     model, *_ = load_detector(tmp_path / "new" / "yolov2.weights", VOC_CLASSES)
     expected, *_ = load_detector(trained / "yolov2.pt")

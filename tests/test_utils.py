@@ -225,6 +225,7 @@ def test_constant_cosine_and_polynomial_schedules():
 
     assert rates("constant", 0, 99) == [2, 2]
     assert rates("cosine", 0, 25, 50) == pytest.approx([2, 1 + math.sqrt(0.5), 1])
+    assert rates("polynomial", 49) == pytest.approx([0.125])  # 2 (1 - 50/100)^4: Darknet's power by default
     assert rates("polynomial", 74, power=0.5) == pytest.approx([1])  # 2 sqrt(1 - 75/100)
     # the burn-in has the power of the schedule: 2 sqrt(1/4)
     assert rates("polynomial", 0, burn_in=4, power=0.5) == pytest.approx([1])

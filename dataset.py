@@ -46,7 +46,8 @@ from torchvision.ops import box_convert
 from tqdm import tqdm
 
 import utils
-from model import ANCHORS, VOC_CLASSES, read_classes
+from model import ANCHORS as VOC_ANCHORS
+from model import VOC_CLASSES, read_anchors, read_classes
 
 cv2.setNumThreads(0)  # one thread per process, because the loader's workers run in parallel
 
@@ -56,6 +57,7 @@ IMAGE_SETS = [("2007", "train")]  # (year, list); in DATA_DIR: .csv (image,label
 CLASSES = VOC_CLASSES  # any names, "voc", "coco", or a .names or data.yaml file
 TOLERATE = []  # "other classes": skip objects that CLASSES does not name; "missing labels": unlabelled is background
 # model
+ANCHORS = VOC_ANCHORS  # as in train.py; better ones, of the same number, are printed
 IMAGE_SIZE = 416  # network input in pixels, a multiple of 32: for the anchors and the sheet
 # run
 SHEET = "runs/label_sheet.png"  # augmented samples with boxes
@@ -1009,7 +1011,8 @@ def check_settings() -> None:
 def main() -> None:
     check_settings()
     problems = []
-    dataset = VOCDataset(DATA_DIR, IMAGE_SETS, ANCHORS, IMAGE_SIZE, CLASSES, True, TOLERATE, problems)
+    anchors = read_anchors(ANCHORS, IMAGE_SIZE)
+    dataset = VOCDataset(DATA_DIR, IMAGE_SETS, anchors, IMAGE_SIZE, CLASSES, True, TOLERATE, problems)
     samples = dataset.samples
     problems += find_problems(samples)
     labels = np.concatenate([sample.labels for sample in samples])  # (all objects, 6)
@@ -1026,7 +1029,7 @@ def main() -> None:
     for sample in samples:
         objects = sample.labels[sample.labels[:, 1] == 0]
         boxes = box_convert(torch.from_numpy(objects[:, 2:]), "xyxy", "cxcywh")
-        targets += int(encode_targets(boxes, objects[:, 0], ANCHORS, grid, grid)[..., 0].sum())
+        targets += int(encode_targets(boxes, objects[:, 0], anchors, grid, grid)[..., 0].sum())
     plain = int((labels[:, 1] == 0).sum())
     print(f"{plain - targets} of {plain} objects lose their cell and anchor to another object at {IMAGE_SIZE} px")
     sizes = labels[:, 4:] - labels[:, 2:4]  # widths and heights
@@ -1035,11 +1038,11 @@ def main() -> None:
         text = ", ".join(f"{side:.3f}" for side in sides)
         print(f"box size, as the square root of its share of the image: {text} (minimum, quartiles, maximum)")
         cells = sizes * (IMAGE_SIZE / 32)
-        print(f"average IoU of the default anchors: {average_best_iou(cells, ANCHORS):.3f}")
-        if len(cells) >= len(ANCHORS):
-            anchors = kmeans_anchors(cells, len(ANCHORS))
-            text = ",".join(f"({w:.4g},{h:.4g})" for w, h in anchors.tolist())
-            print(f"average IoU of k-means anchors:     {average_best_iou(cells, anchors):.3f}")
+        print(f"average IoU of ANCHORS:         {average_best_iou(cells, anchors):.3f}")
+        if len(cells) >= len(anchors):
+            better = kmeans_anchors(cells, len(anchors))
+            text = ",".join(f"({w:.4g},{h:.4g})" for w, h in better.tolist())
+            print(f"average IoU of k-means anchors: {average_best_iou(cells, better):.3f}")
             print(f'  for train.py: IMAGE_SIZE={IMAGE_SIZE} "ANCHORS=[{text}]"')
     for problem in problems:
         print(utils.printable(f"problem: {problem}"))
@@ -1050,7 +1053,7 @@ def main() -> None:
     followed = next((sample for sample in samples if (sample.labels[:, 1] == 0).any()), None)
     if followed:
         print(f"\nthe largest object of {utils.printable(followed.image_file)}, from label to target:")
-        for step, numbers, explanation in follow_object(followed, ANCHORS, IMAGE_SIZE):
+        for step, numbers, explanation in follow_object(followed, anchors, IMAGE_SIZE):
             text = "".join(f"{number:.3f}".removesuffix(".000").rjust(8) for number in numbers)
             print(f"  {step:22s}{text:48s}  {explanation}")
 

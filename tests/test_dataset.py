@@ -1,5 +1,6 @@
 """The data sets: reading, targets, augmentation, batches, anchors, and the errors for bad input."""
 
+import ast
 import colorsys
 import io
 import itertools
@@ -938,12 +939,16 @@ def test_the_check_prints_counts_and_average_ious_and_draws_a_label_sheet(monkey
     cats = sum(item.findtext("name") == "cat" and item.findtext("difficult") != "1" for item in objects)
     assert cats and f"{len(ids)} images, {len(objects)} objects, {difficult} of them difficult" in printed
     assert re.search(rf"^  cat +{cats}  difficult", printed, re.MULTILINE)
-    in_use = float(re.search(r"average IoU of the default anchors: (0\.\d+)", printed)[1])
+    in_use = float(re.search(r"average IoU of ANCHORS: +(0\.\d+)", printed)[1])
     new = float(re.search(r"average IoU of k-means anchors: +(0\.\d+)", printed)[1])
     assert 0.2 < in_use < new < 1
     argument = re.search(r'for train.py: IMAGE_SIZE=64 "(ANCHORS=.*)"', printed)[1]
     utils.override_globals(pasted := dict(vars(train)), [argument])
     assert np.shape(pasted["ANCHORS"]) == (5, 2)
+    check(monkeypatch, SAMPLE, [("2007", "tiny")], tmp_path / "out/sheet.png", ANCHORS=pasted["ANCHORS"][1:4])
+    printed = capsys.readouterr().out
+    assert float(re.search(r"average IoU of ANCHORS: +(0\.\d+)", printed)[1]) < new
+    assert len(ast.literal_eval(re.search('"ANCHORS=(.*)"', printed)[1])) == 3
     with Image.open(tmp_path / "out/sheet.png") as picture:
         picture.load()
         assert picture.format == "PNG" and min(picture.size) > 200

@@ -75,7 +75,7 @@ def initialise_kernels(model: nn.Module) -> None:
     """Draws kernels from N(0, 2 / (k^2 c_in)) and sets biases to 0, as Darknet's make_convolutional_layer does."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, a=0, mode="fan_in", nonlinearity="relu")
+            nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 

@@ -354,11 +354,12 @@ def test_a_fused_model_cannot_be_saved(narrow, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_both_header_versions_are_read(narrow, tmp_path):
+@pytest.mark.parametrize("version", [(0, 2, 5), (1, 0, 0)])
+def test_both_header_versions_are_read(version, narrow, tmp_path):
     old, new = Darknet19(num_classes=2), Darknet19(num_classes=2)
     count = numbers_of(old).numel()
     write_numbers(tmp_path / "v1", count, header=(0, 1, 0), wide=False)  # 16 bytes: 32-bit image count
-    write_numbers(tmp_path / "v2", count, header=(0, 2, 5), wide=True)  # 20 bytes: 64-bit image count
+    write_numbers(tmp_path / "v2", count, header=version, wide=True)  # 20 bytes: 64-bit image count
     assert load_darknet_weights(old, tmp_path / "v1") == load_darknet_weights(new, tmp_path / "v2") == 19
     assert torch.equal(numbers_of(old), numbers_of(new))
 

@@ -319,6 +319,11 @@ def test_coco_boxes_are_fractions_of_the_declared_size_or_else_of_the_image(tmp_
     assert all(re.match("another image size: .*50 x 40.*100 x 80", doubt) for doubt in sample.doubts)
 
 
+def test_an_annotation_without_a_size_casts_no_doubt_on_its_image(tmp_path):
+    (sample,) = open_devkit(tmp_path, {"a": voc_xml([("cat", (11, 9, 31, 25))], size=None)}).samples
+    assert sample.size == (100, 80) and not sample.doubts
+
+
 @pytest.mark.parametrize(
     ("image", "json_file", "file_name"),
     [

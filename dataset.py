@@ -181,19 +181,19 @@ def encode_targets(boxes, class_indices, anchors, grid_height: int, grid_width: 
     x, y, w, h = (boxes * [grid_width, grid_height, grid_width, grid_height]).T  # in grid cells
     column = np.clip(x.astype(int), 0, grid_width - 1)  # for a centre on the right or lower border
     row = np.clip(y.astype(int), 0, grid_height - 1)
-    anchor = shape_iou(np.stack([w, h], axis=1), anchors).argmax(dim=1).numpy()
+    anchor = shape_iou(np.stack([w, h], axis=1), anchors).argmax(axis=1)
     labels = np.asarray(class_indices, dtype=np.float64).reshape(-1)
     values = np.stack([np.ones_like(x), x - column, y - row, w, h, labels], axis=1)
     targets[anchor, row, column] = values  # numpy writes in order: the later object wins a shared slot
     return torch.from_numpy(targets)
 
 
-def shape_iou(sizes, anchors) -> Tensor:
-    """IoU of boxes with the same centre: sizes (M, 2), anchors (A, 2) of the same unit -> (M, A) float64."""
-    sizes = torch.as_tensor(sizes, dtype=torch.float64)[:, None]  # (M, 1, 2)
-    anchors = torch.as_tensor(anchors, dtype=torch.float64)
-    intersection = torch.minimum(sizes, anchors).prod(dim=-1)  # (M, A)
-    return intersection / (sizes.prod(dim=-1) + anchors.prod(dim=-1) - intersection)
+def shape_iou(sizes, anchors) -> np.ndarray:
+    """IoU of boxes with the same centre: sizes (M, 2), anchors (A, 2) of the same unit -> (M, A) float64, an array."""
+    w, h = np.asarray(sizes, dtype=np.float64).T[..., None]  # (M, 1) each
+    p_w, p_h = np.asarray(anchors, dtype=np.float64).T  # (A,) each
+    intersection = np.minimum(w, p_w) * np.minimum(h, p_h)  # (M, A)
+    return intersection / (w * h + p_w * p_h - intersection)
 
 
 # ---------------------------------------------------------------- the data set
@@ -253,7 +253,8 @@ class VOCDataset(Dataset):
         labels = labels[labels[:, 1] == 0]  # without difficult objects
         augmented = self.transforms[size](image=image, bboxes=labels[:, [2, 3, 4, 5, 0]])
         boxes = np.asarray(augmented["bboxes"], dtype=np.float64).reshape(-1, 5)  # (M, 5) xyxy, class
-        cxcywh = box_convert(torch.from_numpy(boxes[:, :4]), "xyxy", "cxcywh")
+        x1y1, x2y2 = boxes[:, :2], boxes[:, 2:4]
+        cxcywh = np.hstack([(x1y1 + x2y2) / 2, x2y2 - x1y1])
         targets = encode_targets(cxcywh, boxes[:, 4], self.anchors, size // 32, size // 32)
         return to_tensor(augmented["image"]), targets
 
@@ -454,7 +455,7 @@ def imagenet_dataset(
 
 def average_best_iou(box_sizes, anchors) -> float:
     """Mean IoU of shapes of each box and its best anchor (YOLO9000 Table 1); sizes and anchors in the same unit."""
-    return float(shape_iou(box_sizes, anchors).amax(dim=1).mean())
+    return float(shape_iou(box_sizes, anchors).max(axis=1).mean())
 
 
 def kmeans_anchors(box_sizes, k: int, seeds: int = 5) -> Tensor:
@@ -463,23 +464,23 @@ def kmeans_anchors(box_sizes, k: int, seeds: int = 5) -> Tensor:
 
     Ours: medians instead of means, because they fit better (tests/MEASUREMENTS.md, Anchors).
     """
-    box_sizes = torch.as_tensor(np.asarray(box_sizes), dtype=torch.float64)
+    box_sizes = np.asarray(box_sizes, dtype=np.float64)
     if len(box_sizes) < k:
         raise ValueError(f"{len(box_sizes)} boxes are too few for {k} anchors")
     best, best_iou = None, -1.0
     for seed in range(seeds):
         anchors = box_sizes[np.random.default_rng(seed).choice(len(box_sizes), k, replace=False)]
         for _ in range(300):
-            previous = anchors.clone()
-            nearest = shape_iou(box_sizes, anchors).argmax(dim=1)  # the largest IoU is the smallest distance
+            previous = anchors.copy()
+            nearest = shape_iou(box_sizes, anchors).argmax(axis=1)  # the largest IoU is the smallest distance
             for cluster in range(k):
                 if (nearest == cluster).any():
-                    anchors[cluster] = box_sizes[nearest == cluster].median(dim=0).values
-            if torch.equal(anchors, previous):
+                    anchors[cluster] = np.quantile(box_sizes[nearest == cluster], 0.5, axis=0, method="lower")
+            if np.array_equal(anchors, previous):
                 break
         if (iou := average_best_iou(box_sizes, anchors)) > best_iou:
             best, best_iou = anchors, iou
-    return best[best.prod(dim=1).argsort()]
+    return torch.from_numpy(best[best.prod(axis=1).argsort()])
 
 
 # ---------------------------------------------------------------- reading images

@@ -385,13 +385,15 @@ def data(weights):
 
     # the classifier's loader as its scripts have it: Darknet's crops from files of ImageNet's usual
     # size, in a separate process
-    shutil.copytree(folder / "VOC2007" / "JPEGImages", folder / "train" / "any")
+    for name in ("a", "b"):  # a single class is refused; the batches take the files of a alone
+        shutil.copytree(folder / "VOC2007" / "JPEGImages", folder / "train" / name)
     pictures = dataset.imagenet_dataset(folder, "train", 224, augment=True)
     loader = torch.utils.data.DataLoader(
         pictures,
         batch_sampler=list(itertools.islice(dataset.training_batches(count, 32, 1, [224], 0, repeat=32), count)),
         num_workers=1,
         persistent_workers=True,
+        collate_fn=dataset.collate,
         worker_init_fn=lambda worker: utils.keep_freed_memory(),  # the scripts call it before their workers start
     )
     steps = {

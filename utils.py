@@ -969,9 +969,8 @@ def override_globals(script_globals: dict, words: list[str]) -> None:
             is_name = name in NAMED_LISTS and isinstance(value, str) and text[:1] not in ("", "[", "(")
             fits |= isinstance(value, (list, tuple)) or is_name
         if not fits:
-            kinds = {bool: "True or False", list: "a list such as [1, 2]", tuple: "a tuple such as (1, 2)"}
-            kind = kinds.get(type(default), f"{type(default).__name__}, like its default {default!r}")
-            kind = "an int or None" if default is None else kind
+            example = [1, 2] if default == [] else default
+            kind = "an int or None" if default is None else f"{type(default).__name__}, such as {example!r}"
             sys.exit(f"{script}: {name} must be {kind}, not {text[:80]!r}")
         script_globals[name] = value
 

@@ -45,7 +45,7 @@ from loss import YoloLoss
 from model import ANCHORS, COCO_CLASSES, YOLOv2, darknet_cfg, load_detector
 
 # what to measure
-PARTS = ["inference", "training", "loss", "data", "postprocessing", "ap", "memory"]  # not "scale": 10 minutes
+PARTS = ["inference", "training", "loss", "data", "postprocessing", "ap", "memory"]  # not "scale": 5 minutes
 IMAGE_SIZE = 416  # pixels
 BATCHES = [1, 8]  # images, for inference
 TRAINING_BATCHES = [2, 8]  # images
@@ -667,7 +667,7 @@ def make_trees(root):
 
 
 def scale(weights):
-    """Start, memory, save and resume of the scripts on data sets of full size, in SCALE_FOLDER (3 GB, 10 minutes)."""
+    """Start, memory, save and resume of the scripts on data sets of full size, in SCALE_FOLDER (3 GB, 5 minutes)."""
     root = Path(SCALE_FOLDER)
     if not root.exists():
         start = time.perf_counter()

@@ -170,7 +170,7 @@ def main():
 
             step_sums = torch.zeros(3, device=device)
             for part in range(SUBDIVISIONS):  # gradient accumulation
-                images, labels = next(data)
+                images, labels = next(data)  # uint8; the network divides by 255 (as_input)
                 images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
                 labels = labels.to(device, non_blocking=True)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

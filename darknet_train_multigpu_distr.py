@@ -268,7 +268,7 @@ def main():
             for part in range(SUBDIVISIONS):  # gradient accumulation
                 # DDP: exchange gradients once per step, in the last backward
                 ddp.require_backward_grad_sync = part == SUBDIVISIONS - 1
-                images, labels = next(data)
+                images, labels = next(data)  # uint8; the network divides by 255 (as_input)
                 images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
                 labels = labels.to(device, non_blocking=True)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -345,10 +345,13 @@ class DarknetCrop(albumentations.ImageOnlyTransform):
         max_dx, max_dy = abs(width * scale_x - self.size) / 2, abs(height * scale_y - self.size) / 2
         dx, dy = self.py_random.uniform(-max_dx, max_dx), self.py_random.uniform(-max_dy, max_dy)
         angle = math.radians(self.py_random.uniform(-7.0, 7.0))
-        rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-        matrix = rotation @ np.diag([scale_x, scale_y])
-        shift = np.array([self.size / 2 + dx, self.size / 2 + dy]) - matrix @ np.array([width / 2, height / 2])
-        return {"matrix": np.column_stack([matrix, shift]), "flip": self.py_random.random() < 0.5}
+        a, b = math.cos(angle) * scale_x, -math.sin(angle) * scale_y
+        c, d = math.sin(angle) * scale_x, math.cos(angle) * scale_y
+        # the image's centre goes to the crop's centre, moved by (dx, dy)
+        shift_x = self.size / 2 + dx - (a * width / 2 + b * height / 2)
+        shift_y = self.size / 2 + dy - (c * width / 2 + d * height / 2)
+        matrix = np.array([[a, b, shift_x], [c, d, shift_y]])
+        return {"matrix": matrix, "flip": self.py_random.random() < 0.5}
 
     def apply(self, image: np.ndarray, matrix: np.ndarray, flip: bool, **params) -> np.ndarray:
         shape = (self.size, self.size)
@@ -493,6 +496,7 @@ IMAGE_SUFFIXES = IMAGE_SUFFIXES - {".mpg", ".mpeg"} | {".mpo"}
 SIDEWAYS = {5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
 TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM} | SIDEWAYS
 
+ORIENTATION_TAGS = (b"Exif\0\0", b"http://ns.adobe.com/xap/")  # begin EXIF and XMP data in a JPEG
 IMAGE_ADVICE = "convert it to JPEG or PNG, replace it, or take it off the list"
 
 
@@ -511,12 +515,13 @@ def read_image(file: str | os.PathLike) -> np.ndarray:
     """Reads an image of any mode as a viewer shows it (EXIF rotation applied, transparent parts white) -> (H, W, 3)
     uint8 RGB. Raises FileNotFoundError or ValueError, naming the file."""
     with utils.reading(file, "image", IMAGE_ADVICE), contextlib.ExitStack() as stack:
-        content = np.fromfile(file, dtype=np.uint8)
-        if content[:2].tobytes() == b"\xff\xd8" and b"\xff\xe1" not in content.tobytes():
-            # a JPEG without an APP1 segment, that is without EXIF: the same pixels as Pillow's, faster. Pillow says
-            # what is wrong with a file, and reads all if torchvision no longer has this function (deprecated in 0.29)
+        data = np.fromfile(file, dtype=np.uint8)
+        content = data.tobytes()
+        if content.startswith(b"\xff\xd8") and not any(tag in content for tag in ORIENTATION_TAGS):
+            # a JPEG as it is stored: the same pixels as Pillow's, faster. Pillow says what is wrong with a file, and
+            # reads all of them if torchvision no longer has this function (deprecated in 0.29)
             with contextlib.suppress(RuntimeError, AttributeError):
-                return torchvision.io.decode_jpeg(torch.from_numpy(content), "RGB").permute(1, 2, 0).numpy()
+                return torchvision.io.decode_jpeg(torch.from_numpy(data), "RGB").permute(1, 2, 0).numpy()
         image = stack.enter_context(Image.open(file))
         if image.format == "PNG":
             image.verify()  # its checksums, which decoding ignores; the image cannot be used afterwards

@@ -200,7 +200,7 @@ def main():
 
             step_sums = torch.zeros(len(LOSS_TERMS), device=device)
             for part in range(SUBDIVISIONS):  # gradient accumulation
-                images, targets = next(data)
+                images, targets = next(data)  # uint8; the network divides by 255 (as_input)
                 images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
                 targets = targets.to(device, non_blocking=True)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

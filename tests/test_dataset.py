@@ -923,6 +923,16 @@ def test_exif_orientation_is_applied(tmp_path, name, orientation):
     assert corners.pop(ORIENTATIONS[orientation]) > 240 and max(corners.values()) < 15
 
 
+def test_the_orientation_of_xmp_is_applied(tmp_path):
+    Image.new("RGB", (64, 40)).save(tmp_path / "a.jpg")
+    content = (tmp_path / "a.jpg").read_bytes()
+    xmp = b'http://ns.adobe.com/xap/1.0/\0<x xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    segment = b"\xff\xe1" + (len(xmp) + 2).to_bytes(2, "big") + xmp
+    (tmp_path / "a.jpg").write_bytes(content[:2] + segment + content[2:])
+    assert dataset.read_image(tmp_path / "a.jpg").shape == (64, 40, 3)
+    assert dataset.read_image_size(tmp_path / "a.jpg") == (40, 64)
+
+
 # ---------------------------------------------------------------- python dataset.py: checking a data set
 
 

@@ -340,8 +340,8 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.override_globals(globals(), sys.argv[1:])
     with utils.plain_errors():
+        utils.override_globals(globals(), sys.argv[1:])
         main()
     # DDP: not after an error, when NCCL would wait for the other processes
     dist.destroy_process_group()

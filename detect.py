@@ -224,6 +224,6 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.override_globals(globals(), sys.argv[1:])
     with utils.plain_errors():
+        utils.override_globals(globals(), sys.argv[1:])
         main()

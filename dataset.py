@@ -1056,12 +1056,11 @@ def main() -> None:
         sys.exit(f"{len(problems)} problems; correct them to get the label sheet")
     draw_label_sheet(dataset, SHEET, SHEET_IMAGES, SEED)
     print(f"no problems; look at {SHEET}: every box should enclose its object (those that lost their cell have none)")
-    followed = next((sample for sample in samples if (sample.labels[:, 1] == 0).any()), None)
-    if followed:
-        print(f"\nthe largest object of {utils.printable(followed.image_file)}, from label to target:")
-        for step, numbers, explanation in follow_object(followed, anchors, IMAGE_SIZE):
-            text = "".join(f"{number:.3f}".removesuffix(".000").rjust(8) for number in numbers)
-            print(f"  {step:22s}{text:48s}  {explanation}")
+    followed = next(sample for sample in samples if (sample.labels[:, 1] == 0).any())
+    print(f"\nthe largest object of {utils.printable(followed.image_file)}, from label to target:")
+    for step, numbers, explanation in follow_object(followed, anchors, IMAGE_SIZE):
+        text = "".join(f"{number:.3f}".removesuffix(".000").rjust(8) for number in numbers)
+        print(f"  {step:22s}{text:48s}  {explanation}")
 
 
 if __name__ == "__main__":

@@ -200,7 +200,10 @@ def test_the_default_thresholds_are_those_of_darknets_valid(shift, kept):
 
 def test_as_many_anchors_as_boxes_are_the_boxes():
     sizes = [(w, h) for w in (1, 3, 7, 9) for h in (1, 2, 5, 8)]  # a start that draws one of them twice lacks another
-    assert sorted(map(tuple, dataset.kmeans_anchors(sizes, len(sizes)).tolist())) == sizes
+    anchors = dataset.kmeans_anchors(sizes, len(sizes)).tolist()
+    assert sorted(map(tuple, anchors)) == sizes
+    areas = [w * h for w, h in anchors]
+    assert areas == sorted(areas)
 
 
 def test_the_anchors_are_the_best_of_five_starts():
